@@ -1,0 +1,30 @@
+#pragma once
+
+#include "hash_code.h"
+
+namespace hata {
+
+enum class SelectDType { kInt32, kFloat16, kFloat32, kKey16 };
+
+// indices[b, j, h] = the top_k visible positions with the highest scores, ascending, then -1;
+// num_selected[b, j, h] = min(top_k, visible). The first num_sink and last num_recent visible
+// positions are always among them (num_sink + num_recent <= top_k); equal scores at the cut go to
+// the most recent positions.
+struct SelectTopkParams {
+  SelectDType dtype;  // of scores; kKey16 are the internal keys of hamming_score.h
+  int batch, q_len, num_kv_heads;
+  int max_seq_len;
+  int top_k, num_sink, num_recent;
+
+  const void* scores;            // [batch, q_len, num_kv_heads, max_seq_len], last one contiguous
+  const int32_t* cache_seqlens;  // [batch]
+  int32_t* indices;              // [batch, q_len, num_kv_heads, top_k], contiguous
+  int32_t* num_selected;         // [batch, q_len, num_kv_heads], contiguous
+
+  int64_t score_batch_stride, score_token_stride, score_head_stride;  // in elements
+};
+
+void select_topk_cpu(const SelectTopkParams& params);
+void select_topk_cuda(const SelectTopkParams& params, CudaStream stream);
+
+}  // namespace hata
