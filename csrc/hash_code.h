@@ -16,7 +16,9 @@ inline constexpr int kMaxWords = 8;  // 256 bits
 // Norms are stored as float16; a longer key's norm saturates here instead of becoming infinite.
 inline constexpr float kMaxNorm = 65504.0f;
 
-constexpr int num_words(int num_bits) { return num_bits / kWordBits; }
+constexpr int num_words(int num_bits) {
+  return num_bits / kWordBits;
+}
 
 constexpr bool code_bit(const uint32_t* code, int i) {
   return (code[i / kWordBits] >> (i % kWordBits)) & 1u;

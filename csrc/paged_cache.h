@@ -14,9 +14,10 @@ struct PageTable {
   // sequence (any page_size): shift 31, mask 2^31 - 1.
   int page_shift;
   int page_mask;
-  int capacity;                  // max_pages * page_size: positions that a sequence can have
-  const int32_t* block_table;    // [batch, max_pages], rows block_table_stride apart
-  const int32_t* cache_seqlens;  // [batch]: positions in use, the q_len tokens of this call included
+  int capacity;                // max_pages * page_size: positions that a sequence can have
+  const int32_t* block_table;  // [batch, max_pages], rows block_table_stride apart
+  const int32_t*
+      cache_seqlens;  // [batch]: positions in use, the q_len tokens of this call included
   int64_t block_table_stride;
 };
 
@@ -31,19 +32,24 @@ struct KvCache {
 
 struct CodeCache {
   int num_words;
-  uint32_t* codes;  // [num_pages, num_kv_heads, page_size, num_words], last two dimensions contiguous
-  uint16_t* norms;  // [num_pages, num_kv_heads, page_size] float16 bits, last one contiguous; or null
+  uint32_t*
+      codes;  // [num_pages, num_kv_heads, page_size, num_words], last two dimensions contiguous
+  uint16_t*
+      norms;  // [num_pages, num_kv_heads, page_size] float16 bits, last one contiguous; or null
   int64_t code_page_stride, code_head_stride;
   int64_t norm_page_stride, norm_head_stride;
 };
 
 // The page that holds position t, or -1 where the table names a page that does not exist.
 constexpr int page_of(const PageTable& table, int batch_idx, int t) {
-  const int page = table.block_table[batch_idx * table.block_table_stride + (t >> table.page_shift)];
+  const int page =
+      table.block_table[batch_idx * table.block_table_stride + (t >> table.page_shift)];
   return page >= 0 && page < table.num_pages ? page : -1;
 }
 
-constexpr int row_of(const PageTable& table, int t) { return t & table.page_mask; }
+constexpr int row_of(const PageTable& table, int t) {
+  return t & table.page_mask;
+}
 
 // Positions in use, never more than the cache can hold.
 constexpr int seq_len_of(const PageTable& table, int batch_idx) {

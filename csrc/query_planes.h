@@ -1,15 +1,17 @@
 #pragma once
 
-// A query token and KV head become one integer vector c, and score[t] = sum_i c_i b_i(t). The vector
-// is held as bit planes with positive integer weights w_p: c_i = sum_p w_p s_p,i with s = +1 for a
-// set bit and -1 for a clear one. So
+// A query token and KV head become one integer vector c, and score[t] = sum_i c_i b_i(t). The
+// vector is held as bit planes with positive integer weights w_p: c_i = sum_p w_p s_p,i with s = +1
+// for a set bit and -1 for a clear one. So
 //
-//   score[t] = sum_p w_p (num_bits - 2 popcount(code_t ^ plane_p)) = 2 matches[t] - weight_sum num_bits,
-//   matches[t] = sum_p w_p (num_bits - popcount(code_t ^ plane_p)), in 0..weight_sum num_bits.
+//   score[t] = sum_p w_p (num_bits - 2 popcount(code_t ^ plane_p)) = 2 matches[t] - weight_sum
+//   num_bits, matches[t] = sum_p w_p (num_bits - popcount(code_t ^ plane_p)), in 0..weight_sum
+//   num_bits.
 //
-// Every c_i has the form 2 level - weight_sum with level in 0..weight_sum, the weighted count of its
-// set planes. Weights are 1, 2, 4, ... and a last one that brings their sum to weight_sum, so that
-// every level can be written: group 7 has 1, 2, 4; group 4 has 1, 2, 1; 4 query bits have 1, 2, 4, 8.
+// Every c_i has the form 2 level - weight_sum with level in 0..weight_sum, the weighted count of
+// its set planes. Weights are 1, 2, 4, ... and a last one that brings their sum to weight_sum, so
+// that every level can be written: group 7 has 1, 2, 4; group 4 has 1, 2, 1; 4 query bits have 1,
+// 2, 4, 8.
 namespace hata {
 
 inline constexpr int kMaxQueryBits = 4;

@@ -1,0 +1,104 @@
+#include "bindings/checks.h"
+
+namespace hata {
+namespace {
+
+std::string to_string(const Tensor& t) {
+  std::string sizes;
+  for (int64_t d = 0; d < t.dim(); ++d) sizes += (d ? ", " : "") + std::to_string(t.size(d));
+  return "[" + sizes + "]";
+}
+
+std::string device_name(const Tensor& t) {
+  return t.is_cuda() ? "cuda:" + std::to_string(t.get_device_index()) : "cpu";
+}
+
+}  // namespace
+
+void ArgumentChecks::tensor(const Tensor& t, const char* name, ScalarType dtype,
+                            std::initializer_list<Dim> dims) const {
+  rule(device_name(t) == device_name(first_), name,
+       std::string("be on the device of ") + first_name_ + " (" + device_name(first_) + ")",
+       device_name(t));
+  rule(t.scalar_type() == dtype, name, std::string("be ") + torch::headeronly::toString(dtype),
+       torch::headeronly::toString(t.scalar_type()));
+  bool matches = t.dim() == static_cast<int64_t>(dims.size());
+  std::string expected;
+  int64_t d = 0;
+  for (const Dim& dim : dims) {
+    matches = matches && (dim.size == -1 || t.size(d) == dim.size);
+    expected += std::string(d ? ", " : "") + dim.name;
+    if (dim.size != -1) expected += "=" + std::to_string(dim.size);
+    ++d;
+  }
+  rule(matches, name, "have shape [" + expected + "]", to_string(t));
+  for (d = 0; d < t.dim(); ++d) {
+    rule(t.size(d) <= kMaxInt32, name, "have sizes below 2^31", to_string(t));
+  }
+}
+
+DType ArgumentChecks::float_dtype(const Tensor& t, const char* name) const {
+  const ScalarType dtype = t.scalar_type();
+  if (dtype == ScalarType::Half) return DType::kFloat16;
+  if (dtype == ScalarType::BFloat16) return DType::kBFloat16;
+  rule(dtype == ScalarType::Float && !on_cuda(), name,
+       on_cuda() ? "be Half or BFloat16 on CUDA" : "be Half, BFloat16 or Float",
+       torch::headeronly::toString(dtype));
+  return DType::kFloat32;
+}
+
+void ArgumentChecks::last_dims_contiguous(const Tensor& t, const char* name, int num_dims) const {
+  int64_t dense = 1;
+  for (int64_t d = t.dim() - 1; d >= t.dim() - num_dims; --d) {
+    rule(t.size(d) <= 1 || t.stride(d) == dense, name,
+         num_dims == 1 ? std::string("be contiguous in its last dimension")
+                       : "be contiguous in its last " + std::to_string(num_dims) + " dimensions",
+         "stride " + std::to_string(t.stride(d)) + " in dimension " + std::to_string(d));
+    dense *= t.size(d);
+  }
+}
+
+void ArgumentChecks::rows_aligned(const Tensor& t, const char* name) const {
+  if (!on_cuda() || t.numel() == 0) return;
+  constexpr int64_t kBytes = 16;
+  const int64_t size = static_cast<int64_t>(t.element_size());
+  bool aligned = reinterpret_cast<uintptr_t>(t.data_ptr()) % kBytes == 0;
+  for (int64_t d = 0; d + 1 < t.dim(); ++d) {
+    aligned = aligned && (t.size(d) <= 1 || t.stride(d) * size % kBytes == 0);
+  }
+  rule(aligned, name, "have rows that start at multiples of 16 bytes", "other strides or offset");
+}
+
+void ArgumentChecks::head_dim(int64_t value) const {
+  if (on_cuda()) {
+    const bool supported =
+        value == 64 || value == 96 || value == 128 || value == 192 || value == 256;
+    rule(supported, "head_dim", "be one of 64, 96, 128, 192, 256 on CUDA", value);
+  } else {
+    rule(value > 0 && value <= 256 && value % 8 == 0, "head_dim", "be a multiple of 8 in 8..256",
+         value);
+  }
+}
+
+void ArgumentChecks::contiguous(const Tensor& t, const char* name) const {
+  rule(t.is_contiguous(), name, "be contiguous", "other strides");
+}
+
+void ArgumentChecks::in_range(int64_t value, const char* name, int64_t low, int64_t high) const {
+  rule(value >= low && value <= high, name,
+       "be in " + std::to_string(low) + ".." + std::to_string(high), value);
+}
+
+ScalarType scalar_type(DType dtype) {
+  switch (dtype) {
+    case DType::kFloat16:
+      return ScalarType::Half;
+    case DType::kBFloat16:
+      return ScalarType::BFloat16;
+    case DType::kFloat32:
+      break;
+  }
+  return ScalarType::Float;
+}
+
+}  // namespace hata

@@ -1,0 +1,75 @@
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <cstdint>
+#include <initializer_list>
+#include <limits>
+#include <string>
+
+#include "hash_code.h"
+
+namespace hata {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// One dimension of an expected shape; without a size, any size is accepted.
+struct Dim {
+  const char* name;
+  int64_t size = -1;
+};
+
+// Checks the arguments of one op; every message reads "hata::<op>: <arg> must <rule>, got <value>".
+// All tensors must lie on the device of the first one.
+class ArgumentChecks {
+ public:
+  ArgumentChecks(const char* op, const Tensor& first, const char* first_name)
+      : op_(op), first_(first), first_name_(first_name) {}
+
+  bool on_cuda() const { return first_.is_cuda(); }
+
+  // Device, dtype and shape. Every size fits an int32.
+  void tensor(const Tensor& t, const char* name, ScalarType dtype,
+              std::initializer_list<Dim> dims) const;
+
+  // float16, bfloat16 or (on CPU) float32.
+  DType float_dtype(const Tensor& t, const char* name) const;
+
+  // The last `num_dims` dimensions lie densely, as in a contiguous tensor.
+  void last_dims_contiguous(const Tensor& t, const char* name, int num_dims) const;
+
+  // On CUDA: every row (all dimensions but the last fixed) starts at a multiple of 16 bytes.
+  void rows_aligned(const Tensor& t, const char* name) const;
+
+  // A multiple of 8 up to 256 on CPU; 64, 96, 128, 192 or 256 on CUDA.
+  void head_dim(int64_t value) const;
+
+  void contiguous(const Tensor& t, const char* name) const;
+
+  void in_range(int64_t value, const char* name, int64_t low, int64_t high) const;
+
+  // `holds`, or "hata::<op>: <name> must <rule>, got <got>".
+  template <typename Got>
+  void rule(bool holds, const char* name, const std::string& rule, const Got& got) const {
+    STD_TORCH_CHECK(holds, "hata::", op_, ": ", name, " must ", rule, ", got ", got);
+  }
+
+ private:
+  const char* op_;
+  Tensor first_;
+  const char* first_name_;
+};
+
+inline constexpr int64_t kMaxInt32 = std::numeric_limits<int32_t>::max();
+
+template <typename T>
+T* data(const Tensor& t) {
+  return static_cast<T*>(t.data_ptr());
+}
+
+ScalarType scalar_type(DType dtype);
+
+}  // namespace hata

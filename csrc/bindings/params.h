@@ -1,0 +1,65 @@
+#pragma once
+
+#include <optional>
+
+#include "bindings/checks.h"
+#include "cache_append.h"
+#include "encode_query.h"
+#include "gather_attention.h"
+#include "score_select.h"
+
+// Checked arguments -> params, for the ops that decode_step is made of. Each is defined with its
+// op.
+namespace hata {
+
+CacheAppendParams cache_append_params(const ArgumentChecks& check, const Tensor& k, const Tensor& v,
+                                      const Tensor& key_weights, const Tensor& k_cache,
+                                      const Tensor& v_cache, const Tensor& code_cache,
+                                      const std::optional<Tensor>& norm_cache,
+                                      const Tensor& block_table, const Tensor& cache_seqlens,
+                                      const std::optional<Tensor>& new_seqlens);
+
+// `planes` is left null: the caller's output or workspace.
+EncodeQueryParams encode_query_params(const ArgumentChecks& check, const Tensor& q,
+                                      const Tensor& query_weights, int64_t query_bits);
+
+// [num_kv_heads, head_dim, num_bits] weights in the dtype of the vectors that they project.
+// Returns num_words.
+int check_hash_weights(const ArgumentChecks& check, const Tensor& weights, const char* name,
+                       DType dtype, int64_t num_kv_heads, int64_t head_dim);
+
+struct Planes {
+  int q_len, num_kv_heads;
+  const uint32_t* data;
+};
+
+Planes check_planes(const ArgumentChecks& check, const Tensor& planes, int64_t batch,
+                    const CodeCache& cache, int64_t num_kv_heads, int64_t weight_sum);
+
+// top_k >= 1, num_sink and num_recent >= 0, num_sink + num_recent <= top_k.
+void check_budget(const ArgumentChecks& check, int64_t top_k, int64_t num_sink, int64_t num_recent);
+
+void check_selection(const ArgumentChecks& check, const Tensor& indices, const Tensor& num_selected,
+                     int64_t batch, int64_t q_len, int64_t num_kv_heads, int64_t top_k);
+
+// `planes`, `keys`, `indices` and `num_selected` are left null.
+ScoreSelectParams score_select_params(const ArgumentChecks& check, const Tensor& code_cache,
+                                      const std::optional<Tensor>& norm_cache,
+                                      const Tensor& block_table, const Tensor& cache_seqlens,
+                                      int64_t weight_sum, int64_t q_len, int64_t top_k,
+                                      int64_t num_sink, int64_t num_recent);
+
+// `indices`, `out`, `lse` and the partials are left null.
+GatherAttentionParams gather_attention_params(const ArgumentChecks& check, const Tensor& q,
+                                              const Tensor& k_cache, const Tensor& v_cache,
+                                              const Tensor& block_table,
+                                              const Tensor& cache_seqlens, int64_t top_k,
+                                              double softmax_scale);
+
+void check_attention_out(const ArgumentChecks& check, const GatherAttentionParams& params,
+                         const Tensor& out, const Tensor& lse);
+
+// The start of a workspace of at least `size` bytes.
+std::byte* check_workspace(const ArgumentChecks& check, const Tensor& workspace, int64_t size);
+
+}  // namespace hata
