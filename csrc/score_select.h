@@ -1,6 +1,8 @@
 #pragma once
 
+#include "hamming_score.h"
 #include "paged_cache.h"
+#include "select_topk.h"
 
 namespace hata {
 
@@ -17,6 +19,39 @@ struct ScoreSelectParams {
   int32_t* num_selected;   // [batch, q_len, num_kv_heads], contiguous
   uint16_t* keys;          // workspace [batch, q_len, num_kv_heads, table.capacity]
 };
+
+// The scan of score_select: 16-bit keys to the workspace.
+constexpr HammingScoreParams key_score_params(const ScoreSelectParams& p) {
+  return {.table = p.table,
+          .code_cache = p.code_cache,
+          .kind = ScoreKind::kKey16,
+          .q_len = p.q_len,
+          .num_kv_heads = p.num_kv_heads,
+          .weight_sum = p.weight_sum,
+          .max_seq_len = p.table.capacity,
+          .planes = p.planes,
+          .scores = p.keys};
+}
+
+// The selection of score_select: from the keys in the workspace.
+constexpr SelectTopkParams key_select_params(const ScoreSelectParams& p) {
+  const int64_t width = p.table.capacity;
+  return {.dtype = SelectDType::kKey16,
+          .batch = p.table.batch,
+          .q_len = p.q_len,
+          .num_kv_heads = p.num_kv_heads,
+          .max_seq_len = p.table.capacity,
+          .top_k = p.top_k,
+          .num_sink = p.num_sink,
+          .num_recent = p.num_recent,
+          .scores = p.keys,
+          .cache_seqlens = p.table.cache_seqlens,
+          .indices = p.indices,
+          .num_selected = p.num_selected,
+          .score_batch_stride = p.q_len * p.num_kv_heads * width,
+          .score_token_stride = p.num_kv_heads * width,
+          .score_head_stride = width};
+}
 
 void score_select_cpu(const ScoreSelectParams& params);
 void score_select_cuda(const ScoreSelectParams& params, CudaStream stream);

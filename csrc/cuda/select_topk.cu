@@ -1,0 +1,178 @@
+#include "select_topk.h"
+
+#include <type_traits>
+
+#include "cuda/check.h"
+#include "cuda/mma.cuh"
+#include "paged_cache.h"
+#include "selection.h"
+
+namespace hata {
+namespace {
+
+constexpr int kThreads = 1024;
+constexpr int kWarps = kThreads / kWarpSize;
+constexpr int kDigitBits = 8;
+constexpr int kBins = 1 << kDigitBits;
+
+template <SelectDType kDType>
+struct Key {
+  using Stored =
+      std::conditional_t<kDType == SelectDType::kInt32 || kDType == SelectDType::kFloat32, uint32_t,
+                         uint16_t>;
+  static constexpr int kBits = 8 * sizeof(Stored);
+
+  __device__ static uint32_t of(Stored stored) {
+    switch (kDType) {
+      case SelectDType::kInt32:
+        return ordered_key_int32(static_cast<int32_t>(stored));
+      case SelectDType::kFloat32:
+        return ordered_key_float32(stored);
+      case SelectDType::kFloat16:
+        return ordered_key_float16(static_cast<uint16_t>(stored));
+      case SelectDType::kKey16:
+        break;
+    }
+    return stored;
+  }
+};
+
+// The sum over the threads before this one, and in `total` over all of them.
+__device__ uint32_t block_exclusive_scan(uint32_t value, uint32_t& total) {
+  __shared__ uint32_t warp_sums[kWarps];
+  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+  uint32_t inclusive = value;
+  for (int offset = 1; offset < kWarpSize; offset *= 2) {
+    const uint32_t other = __shfl_up_sync(kFullMask, inclusive, offset);
+    if (lane >= offset) inclusive += other;
+  }
+  __syncthreads();
+  if (lane == kWarpSize - 1) warp_sums[warp] = inclusive;
+  __syncthreads();
+  uint32_t warp_sum = warp_sums[lane];
+  for (int offset = 1; offset < kWarpSize; offset *= 2) {
+    const uint32_t other = __shfl_up_sync(kFullMask, warp_sum, offset);
+    if (lane >= offset) warp_sum += other;
+  }
+  total = __shfl_sync(kFullMask, warp_sum, kWarpSize - 1);
+  const uint32_t before = __shfl_sync(kFullMask, warp_sum, max(warp - 1, 0));
+  return (warp == 0 ? 0 : before) + inclusive - value;
+}
+
+// Finds, in a histogram of one digit, the digit of the `wanted`-th largest key; returns it with how
+// many keys lie above it.
+struct Cut {
+  uint32_t digit;
+  uint32_t above;
+};
+
+__device__ Cut find_cut(const uint32_t* histogram, uint32_t wanted) {
+  __shared__ Cut cut;
+  // Thread t looks at the t-th largest digit.
+  const uint32_t digit = kBins - 1 - threadIdx.x;
+  const uint32_t count = threadIdx.x < kBins ? histogram[digit] : 0;
+  uint32_t total;
+  const uint32_t above = block_exclusive_scan(count, total);
+  if (above < wanted && wanted <= above + count) cut = {digit, above};
+  __syncthreads();
+  return cut;
+}
+
+// grid: batch * q_len * num_kv_heads; one block selects for one row of scores. Radix passes from
+// the highest digit find the key of the last selected position; one ordered pass then writes the
+// positions above it and the most recent of those that equal it.
+template <SelectDType kDType>
+__global__ void __launch_bounds__(kThreads)
+    select_topk_kernel(const __grid_constant__ SelectTopkParams p) {
+  using Key = Key<kDType>;
+  __shared__ uint32_t histogram[kBins];
+  const int64_t row = blockIdx.x;
+  const int kv_head_idx = row % p.num_kv_heads;
+  const int j = row / p.num_kv_heads % p.q_len;
+  const int batch_idx = row / p.num_kv_heads / p.q_len;
+  const int seq_len = min(max(p.cache_seqlens[batch_idx], 0), p.max_seq_len);
+  const int visible = visible_len(seq_len, p.q_len, j);
+  const auto* scores = static_cast<const typename Key::Stored*>(p.scores) +
+                       batch_idx * p.score_batch_stride + j * p.score_token_stride +
+                       kv_head_idx * p.score_head_stride;
+  int32_t* indices = p.indices + row * p.top_k;
+  const int num_selected = min(p.top_k, visible);
+  if (threadIdx.x == 0) p.num_selected[row] = num_selected;
+  for (int i = num_selected + threadIdx.x; i < p.top_k; i += kThreads) indices[i] = -1;
+  if (visible <= p.top_k) {
+    for (int i = threadIdx.x; i < visible; i += kThreads) indices[i] = i;
+    return;
+  }
+
+  // More positions than top_k: the sinks and the recent ones do not overlap. The rest compete.
+  const int first = p.num_sink, last = visible - p.num_recent;
+  uint32_t wanted = p.top_k - p.num_sink - p.num_recent;
+  uint32_t prefix = 0;  // the digits of the last selected key found so far
+  if (wanted > 0) {
+    for (int shift = Key::kBits - kDigitBits; shift >= 0; shift -= kDigitBits) {
+      for (int i = threadIdx.x; i < kBins; i += kThreads) histogram[i] = 0;
+      __syncthreads();
+      for (int t = first + threadIdx.x; t < last; t += kThreads) {
+        const uint32_t key = Key::of(scores[t]);
+        const bool matches = (static_cast<uint64_t>(key) >> (shift + kDigitBits)) == prefix;
+        if (matches) atomicAdd(&histogram[(key >> shift) % kBins], 1u);
+      }
+      __syncthreads();
+      const Cut cut = find_cut(histogram, wanted);
+      wanted -= cut.above;
+      prefix = prefix << kDigitBits | cut.digit;
+    }
+  }
+  // `wanted` of the histogram[...] keys that equal `prefix` are selected, the most recent ones.
+  uint32_t ties_to_skip = 0;
+  if (wanted > 0) {
+    __syncthreads();
+    ties_to_skip = histogram[prefix % kBins] - wanted;
+  }
+
+  uint32_t written = 0, ties_seen = 0;
+  for (int tile = 0; tile < visible; tile += kThreads) {
+    const int t = tile + threadIdx.x;
+    const bool forced = t < visible && always_selected(t, visible, p.num_sink, p.num_recent);
+    const bool competes = t < visible && !forced && p.top_k > p.num_sink + p.num_recent;
+    const uint32_t key = competes ? Key::of(scores[t]) : 0;
+    const bool above = forced || (competes && key > prefix);
+    const bool tied = competes && key == prefix;
+    uint32_t total;
+    const uint32_t before = block_exclusive_scan(
+        static_cast<uint32_t>(tied) << 16 | static_cast<uint32_t>(above), total);
+    const uint32_t ties_before = ties_seen + (before >> 16);
+    if (above || (tied && ties_before >= ties_to_skip)) {
+      const uint32_t ties_selected = max(ties_before, ties_to_skip) - max(ties_seen, ties_to_skip);
+      indices[written + (before & 0xffff) + ties_selected] = t;
+    }
+    const uint32_t ties_after = ties_seen + (total >> 16);
+    written += (total & 0xffff) + max(ties_after, ties_to_skip) - max(ties_seen, ties_to_skip);
+    ties_seen = ties_after;
+  }
+}
+
+template <SelectDType kDType>
+void launch(const SelectTopkParams& p, CudaStream stream) {
+  const int64_t rows = int64_t{p.batch} * p.q_len * p.num_kv_heads;
+  if (rows == 0) return;
+  select_topk_kernel<kDType><<<static_cast<unsigned>(rows), kThreads, 0, stream>>>(p);
+  cuda_check(cudaGetLastError(), "hata::select_topk");
+}
+
+}  // namespace
+
+void select_topk_cuda(const SelectTopkParams& p, CudaStream stream) {
+  switch (p.dtype) {
+    case SelectDType::kInt32:
+      return launch<SelectDType::kInt32>(p, stream);
+    case SelectDType::kFloat16:
+      return launch<SelectDType::kFloat16>(p, stream);
+    case SelectDType::kFloat32:
+      return launch<SelectDType::kFloat32>(p, stream);
+    case SelectDType::kKey16:
+      return launch<SelectDType::kKey16>(p, stream);
+  }
+}
+
+}  // namespace hata
