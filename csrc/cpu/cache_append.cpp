@@ -1,0 +1,75 @@
+#include "cache_append.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "cpu/dtype.h"
+#include "cpu/key_encoder.h"
+#include "cpu/parallel.h"
+
+namespace hata {
+namespace {
+
+// Appends tokens [first, last) of sequence b to KV head h; at most kEncodeTile of them.
+void append_tile(const HotLoops& loops, const CacheAppendParams& p, int64_t b, int64_t h, int first,
+                 int last) {
+  const DType dtype = p.cache.dtype;
+  const int head_dim = p.cache.head_dim, num_words = p.code_cache.num_words;
+  const void* keys[kEncodeTile];
+  int64_t pages[kEncodeTile], rows[kEncodeTile];
+  int n = 0;
+  for (int j = first; j < last; ++j) {
+    const int position = append_position(p.table, p.new_seqlens, p.q_len, static_cast<int>(b), j);
+    if (position < 0) continue;
+    const int64_t page = page_of(p.table, static_cast<int>(b), position);
+    if (page < 0) continue;
+    const int64_t row = row_of(p.table, position);
+    const auto copy = [&](const void* from, int64_t from_idx, void* to, int64_t to_idx) {
+      std::memcpy(element(to, dtype, to_idx), element(from, dtype, from_idx),
+                  static_cast<size_t>(head_dim) * dtype_size(dtype));
+    };
+    const int64_t k_idx = b * p.k_batch_stride + j * p.k_token_stride + h * p.k_head_stride;
+    copy(p.k, k_idx, p.cache.k,
+         page * p.cache.k_page_stride + row * p.cache.k_token_stride + h * p.cache.k_head_stride);
+    copy(p.v, b * p.v_batch_stride + j * p.v_token_stride + h * p.v_head_stride, p.cache.v,
+         page * p.cache.v_page_stride + row * p.cache.v_token_stride + h * p.cache.v_head_stride);
+    keys[n] = element(p.k, dtype, k_idx);
+    pages[n] = page;
+    rows[n++] = row;
+  }
+
+  uint32_t codes[kEncodeTile * kMaxWords];
+  uint16_t norms[kEncodeTile];
+  const bool with_norms = p.code_cache.norms != nullptr;
+  const int64_t weights_per_head = static_cast<int64_t>(head_dim) * num_words * kWordBits;
+  encode_keys(loops, dtype, head_dim, num_words,
+              element(p.key_weights, dtype, h * weights_per_head), keys, n, codes,
+              with_norms ? norms : nullptr);
+  for (int i = 0; i < n; ++i) {
+    std::memcpy(p.code_cache.codes + pages[i] * p.code_cache.code_page_stride +
+                    h * p.code_cache.code_head_stride + rows[i] * num_words,
+                codes + i * num_words, static_cast<size_t>(num_words) * sizeof(uint32_t));
+    if (with_norms) {
+      p.code_cache.norms[pages[i] * p.code_cache.norm_page_stride +
+                         h * p.code_cache.norm_head_stride + rows[i]] = norms[i];
+    }
+  }
+}
+
+}  // namespace
+
+void cache_append_cpu(const CacheAppendParams& p) {
+  const HotLoops& loops = hot_loops();
+  const int64_t tiles = (p.q_len + kEncodeTile - 1) / kEncodeTile;
+  const int64_t num_kv_heads = p.cache.num_kv_heads;
+  parallel_for(p.table.batch * num_kv_heads * tiles, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t sequence_head = item / tiles;
+      const int first = static_cast<int>(item % tiles) * kEncodeTile;
+      append_tile(loops, p, sequence_head / num_kv_heads, sequence_head % num_kv_heads, first,
+                  std::min(first + kEncodeTile, p.q_len));
+    }
+  });
+}
+
+}  // namespace hata

@@ -1,0 +1,17 @@
+#include "cpu/float_loops.h"
+#include "cpu/scan_loops.h"
+
+namespace hata {
+
+extern const HotLoops kAvx2Loops;
+const HotLoops kAvx2Loops = {
+    .count_matches = count_matches,
+    .apply_norms = apply_norms,
+    .to_float = to_float,
+    .sum_squares = sum_squares,
+    .project = project,
+    .dot_rows = dot_rows,
+    .add_weighted_rows = add_weighted_rows,
+};
+
+}  // namespace hata

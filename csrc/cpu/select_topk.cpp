@@ -1,0 +1,62 @@
+#include "select_topk.h"
+
+#include <algorithm>
+#include <bit>
+#include <vector>
+
+#include "cpu/parallel.h"
+#include "cpu/select_row.h"
+#include "paged_cache.h"
+#include "selection.h"
+
+namespace hata {
+namespace {
+
+// Selects from scores that order_key maps to keys.
+template <class Key, class Score, class OrderKey>
+int select_scores(const SelectTopkParams& p, const Score* scores, int visible, int32_t* indices,
+                  const OrderKey& order_key) {
+  thread_local std::vector<Key> keys;
+  keys.resize(static_cast<size_t>(visible));
+  for (int t = 0; t < visible; ++t) keys[t] = order_key(scores[t]);
+  return select_row(keys.data(), visible, p.top_k, p.num_sink, p.num_recent, indices);
+}
+
+int select_one(const SelectTopkParams& p, int64_t offset, int visible, int32_t* indices) {
+  switch (p.dtype) {
+    case SelectDType::kInt32:
+      return select_scores<uint32_t>(p, static_cast<const int32_t*>(p.scores) + offset, visible,
+                                     indices, ordered_key_int32);
+    case SelectDType::kFloat32:
+      return select_scores<uint32_t>(
+          p, static_cast<const float*>(p.scores) + offset, visible, indices,
+          [](float score) { return ordered_key_float32(std::bit_cast<uint32_t>(score)); });
+    case SelectDType::kFloat16:
+      return select_scores<uint16_t>(p, static_cast<const uint16_t*>(p.scores) + offset, visible,
+                                     indices, ordered_key_float16);
+    case SelectDType::kKey16:
+      break;
+  }
+  return select_row(static_cast<const uint16_t*>(p.scores) + offset, visible, p.top_k, p.num_sink,
+                    p.num_recent, indices);
+}
+
+}  // namespace
+
+void select_topk_cpu(const SelectTopkParams& p) {
+  const int64_t rows = static_cast<int64_t>(p.batch) * p.q_len * p.num_kv_heads;
+  parallel_for(rows, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      const int64_t h = row % p.num_kv_heads;
+      const int64_t token = row / p.num_kv_heads;
+      const int64_t b = token / p.q_len, j = token % p.q_len;
+      const int seq_len = std::clamp(p.cache_seqlens[b], 0, p.max_seq_len);
+      const int visible = visible_len(seq_len, p.q_len, static_cast<int>(j));
+      const int64_t offset =
+          b * p.score_batch_stride + j * p.score_token_stride + h * p.score_head_stride;
+      p.num_selected[row] = select_one(p, offset, visible, p.indices + row * p.top_k);
+    }
+  });
+}
+
+}  // namespace hata
