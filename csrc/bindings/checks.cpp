@@ -5,8 +5,10 @@ namespace {
 
 std::string to_string(const Tensor& t) {
   std::string sizes;
-  for (int64_t d = 0; d < t.dim(); ++d) sizes += (d ? ", " : "") + std::to_string(t.size(d));
-  return "[" + sizes + "]";
+  for (int64_t d = 0; d < t.dim(); ++d) {
+    sizes.append(d == 0 ? "[" : ", ").append(std::to_string(t.size(d)));
+  }
+  return sizes.append("]");
 }
 
 std::string device_name(const Tensor& t) {
@@ -27,8 +29,9 @@ void ArgumentChecks::tensor(const Tensor& t, const char* name, ScalarType dtype,
   int64_t d = 0;
   for (const Dim& dim : dims) {
     matches = matches && (dim.size == -1 || t.size(d) == dim.size);
-    expected += std::string(d ? ", " : "") + dim.name;
-    if (dim.size != -1) expected += "=" + std::to_string(dim.size);
+    if (d > 0) expected += ", ";
+    expected += dim.name;
+    if (dim.size != -1) expected.append("=").append(std::to_string(dim.size));
     ++d;
   }
   rule(matches, name, "have shape [" + expected + "]", to_string(t));
