@@ -1,0 +1,38 @@
+"""Hash-aware top-k attention: long-context decoding that reads 8 bytes a token instead of 512.
+
+Importing hata registers its operators as ``torch.ops.hata.*``; ``hata.ops`` documents them and
+``hata.reference`` says what they compute.
+"""
+
+from hata import _C  # noqa: F401  (registers torch.ops.hata)
+from hata.ops import (
+    DecodeStepOutput,
+    cache_append,
+    decode_step,
+    encode_query,
+    gather_attention,
+    hamming_score,
+    hash_encode,
+    merge_attention_states,
+    num_planes,
+    plane_weight_sum,
+    score_select,
+    select_topk,
+    workspace_size,
+)
+
+__all__ = [
+    "DecodeStepOutput",
+    "cache_append",
+    "decode_step",
+    "encode_query",
+    "gather_attention",
+    "hamming_score",
+    "hash_encode",
+    "merge_attention_states",
+    "num_planes",
+    "plane_weight_sum",
+    "score_select",
+    "select_topk",
+    "workspace_size",
+]

@@ -1,0 +1,167 @@
+"""decode_step: one layer's sparse attention in one operator."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hata.ops.workspace_size import workspace_size
+
+
+class DecodeStepOutput(NamedTuple):
+    """What one decoding step of one layer gives.
+
+    Attributes:
+        out: ``[batch, q_len, num_heads, head_dim]``, dtype of ``q``.
+        lse: ``[batch, q_len, num_heads]``, float32, natural logarithm.
+        indices: ``[batch, q_len, num_kv_heads, top_k]``, int32: ascending, then -1.
+        num_selected: ``[batch, q_len, num_kv_heads]``, int32.
+    """
+
+    out: Tensor
+    lse: Tensor
+    indices: Tensor
+    num_selected: Tensor
+
+
+def decode_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_weights: Tensor,
+    query_weights: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    code_cache: Tensor,
+    block_table: Tensor,
+    cache_seqlens: Tensor,
+    *,
+    query_bits: int,
+    top_k: int,
+    num_sink: int = 0,
+    num_recent: int = 0,
+    norm_cache: Tensor | None = None,
+    softmax_scale: float | None = None,
+    workspace: Tensor | None = None,
+    indices: Tensor | None = None,
+    num_selected: Tensor | None = None,
+    out: Tensor | None = None,
+    lse: Tensor | None = None,
+) -> DecodeStepOutput:
+    """Appends the new tokens, selects positions for their queries and attends to them.
+
+    The fast path: ``cache_append``, ``encode_query``, ``score_select`` and ``gather_attention`` in
+    turn (HATA, arXiv 2506.02572, algorithm 3), with the same results, in the fewest launches. With
+    all five buffers given it allocates nothing and can be captured in a CUDA graph, which replays
+    with other contents of ``cache_seqlens`` and ``block_table``.
+
+    Args:
+        q: Queries after position embedding, ``[batch, q_len, num_heads, head_dim]``, dtype of the
+            caches; any strides, last dimension contiguous.
+        k: New keys after position embedding, ``[batch, q_len, num_kv_heads, head_dim]``, the same.
+        v: New values, the same.
+        key_weights: ``[num_kv_heads, head_dim, num_bits]``, dtype of the caches, contiguous.
+        query_weights: The same; may be ``key_weights`` itself.
+        k_cache: ``[num_pages, page_size, num_kv_heads, head_dim]``, float16 or bfloat16 (float32
+            too on CPU). Written.
+        v_cache: The same. Written.
+        code_cache: ``[num_pages, num_kv_heads, page_size, num_bits // 32]``, int32. Written.
+        block_table: ``[batch, max_pages]``, int32.
+        cache_seqlens: ``[batch]``, int32: lengths with the ``q_len`` new tokens.
+        query_bits: 1 to 4, see ``encode_query``.
+        top_k: Positions to select, at least 1; may exceed the sequence's length.
+        num_sink: Positions at the start that are always selected.
+        num_recent: Visible positions at the end that are always selected;
+            ``num_sink + num_recent <= top_k``.
+        norm_cache: ``[num_pages, num_kv_heads, page_size]``, float16. Written and used in the
+            scores, if given.
+        softmax_scale: Default: ``head_dim ** -0.5``.
+        workspace: uint8, 1-D, contiguous, at least ``workspace_size(batch, q_len, num_heads,
+            num_kv_heads, head_dim, max_pages * page_size, top_k)`` bytes; allocated where missing.
+        indices: Where to write the output of that name, contiguous; allocated where missing.
+        num_selected: The same.
+        out: The same.
+        lse: The same.
+
+    Returns:
+        The outputs; buffers that were given are returned as they are.
+
+    Raises:
+        RuntimeError: A shape, dtype, stride, device or size is not as above; on CPU also a length
+            or page out of range. Nothing has been written then.
+        ValueError: ``q`` or ``k`` does not have 4 dimensions, or ``top_k`` is below 1.
+    """
+    if q.dim() != 4 or k.dim() != 4:
+        raise ValueError(
+            f"hata.decode_step: q and k must have 4 dimensions, got {q.dim()} and {k.dim()}"
+        )
+    if top_k < 1:
+        raise ValueError(f"hata.decode_step: top_k must be at least 1, got {top_k}")
+    batch, q_len, num_heads, head_dim = q.shape
+    num_kv_heads = k.shape[2]
+    if softmax_scale is None:
+        softmax_scale = head_dim**-0.5
+    if workspace is None:
+        capacity = block_table.shape[1] * k_cache.shape[1]
+        size = workspace_size(batch, q_len, num_heads, num_kv_heads, head_dim, capacity, top_k)
+        workspace = q.new_empty((size,), dtype=torch.uint8)
+    if indices is None:
+        indices = q.new_empty((batch, q_len, num_kv_heads, top_k), dtype=torch.int32)
+    if num_selected is None:
+        num_selected = q.new_empty((batch, q_len, num_kv_heads), dtype=torch.int32)
+    if out is None:
+        out = q.new_empty((batch, q_len, num_heads, head_dim))
+    if lse is None:
+        lse = q.new_empty((batch, q_len, num_heads), dtype=torch.float32)
+    torch.ops.hata.decode_step.default(
+        q,
+        k,
+        v,
+        key_weights,
+        query_weights,
+        k_cache,
+        v_cache,
+        code_cache,
+        norm_cache,
+        block_table,
+        cache_seqlens,
+        query_bits,
+        top_k,
+        num_sink,
+        num_recent,
+        softmax_scale,
+        workspace=workspace,
+        indices=indices,
+        num_selected=num_selected,
+        out=out,
+        lse=lse,
+    )
+    return DecodeStepOutput(out, lse, indices, num_selected)
+
+
+@torch.library.register_fake("hata::decode_step")
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_weights: Tensor,
+    query_weights: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    code_cache: Tensor,
+    norm_cache: Tensor | None,
+    block_table: Tensor,
+    cache_seqlens: Tensor,
+    query_bits: int,
+    top_k: int,
+    num_sink: int,
+    num_recent: int,
+    softmax_scale: float,
+    *,
+    workspace: Tensor,
+    indices: Tensor,
+    num_selected: Tensor,
+    out: Tensor,
+    lse: Tensor,
+) -> None:
+    return None

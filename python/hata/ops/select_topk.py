@@ -1,0 +1,81 @@
+"""select_topk: the best positions of a row of scores."""
+
+import torch
+from torch import Tensor
+
+
+def select_topk(
+    scores: Tensor,
+    cache_seqlens: Tensor,
+    top_k: int,
+    *,
+    num_sink: int = 0,
+    num_recent: int = 0,
+    out: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Selects the ``top_k`` visible positions with the highest scores, exactly.
+
+    The first ``num_sink`` and the last ``num_recent`` visible positions are always selected and
+    count inside ``top_k``; the others are those with the highest scores, and equal scores at the
+    cut go to the most recent positions. The result is the same for every batch, launch and device.
+    (The selection step of HATA, arXiv 2506.02572, algorithm 3, with its ties made definite.)
+
+    Args:
+        scores: ``[batch, q_len, num_kv_heads, max_seq_len]``, int32, float16 or float32; any
+            strides, last dimension contiguous. NaN is below everything, -0 equals +0.
+        cache_seqlens: ``[batch]``, int32, the ``q_len`` query tokens included.
+        top_k: Positions to select, at least 1; may exceed the sequence's length.
+        num_sink: Positions at the start that are always selected.
+        num_recent: Visible positions at the end that are always selected;
+            ``num_sink + num_recent <= top_k``.
+        out: ``(indices, num_selected)`` to write into; contiguous.
+
+    Returns:
+        ``indices`` ``[batch, q_len, num_kv_heads, top_k]``, int32: ascending, then -1; and
+        ``num_selected`` ``[batch, q_len, num_kv_heads]``, int32: the smaller of ``top_k`` and the
+        number of visible positions.
+
+    Raises:
+        RuntimeError: A shape, dtype, stride, device or size is not as above; on CPU also a length
+            that is negative or above ``max_seq_len``.
+    """
+    if out is None:
+        return torch.ops.hata.select_topk.default(
+            scores, cache_seqlens, top_k, num_sink, num_recent
+        )
+    indices, num_selected = out
+    torch.ops.hata.select_topk.out(
+        scores,
+        cache_seqlens,
+        top_k,
+        num_sink,
+        num_recent,
+        indices=indices,
+        num_selected=num_selected,
+    )
+    return out
+
+
+@torch.library.register_fake("hata::select_topk")
+def _(
+    scores: Tensor, cache_seqlens: Tensor, top_k: int, num_sink: int, num_recent: int
+) -> tuple[Tensor, Tensor]:
+    batch, q_len, num_kv_heads, _ = scores.shape
+    return (
+        scores.new_empty((batch, q_len, num_kv_heads, top_k), dtype=torch.int32),
+        scores.new_empty((batch, q_len, num_kv_heads), dtype=torch.int32),
+    )
+
+
+@torch.library.register_fake("hata::select_topk.out")
+def _(
+    scores: Tensor,
+    cache_seqlens: Tensor,
+    top_k: int,
+    num_sink: int,
+    num_recent: int,
+    *,
+    indices: Tensor,
+    num_selected: Tensor,
+) -> None:
+    return None
