@@ -2,11 +2,13 @@
 
 #include <cstdint>
 
+struct CUstream_st;
+
 // The packed hash code: bit i of a code is bit i % 32 of word i / 32, lowest bit first. A set bit
 // stands for +1, a clear one for -1. codes[..., num_words] is contiguous.
 namespace hata {
 
-using CudaStream = struct CUstream_st*;  // cudaStream_t, for headers that host-only code includes
+using CudaStream = ::CUstream_st*;  // cudaStream_t, for headers that host-only code includes
 
 enum class DType { kFloat16, kBFloat16, kFloat32 };
 
