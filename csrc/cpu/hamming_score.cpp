@@ -29,7 +29,7 @@ const T* block_rows(const PageTable& table, const Block& block, const T* data, i
   const int end = block.first + block.count;
   for (int t = block.first; t < end;) {
     const int row = row_of(table, t);
-    const int run = std::min(end - t, table.page_mask - row + 1);
+    const int run = std::min(end - 1 - t, table.page_mask - row) + 1;
     const int page = page_of(table, b, t);
     const T* rows =
         data + page * page_stride + block.head * head_stride + static_cast<int64_t>(row) * width;

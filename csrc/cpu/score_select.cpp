@@ -2,9 +2,9 @@
 
 namespace hata {
 
-void score_select_cpu(const ScoreSelectParams& p) {
-  hamming_score_cpu(key_score_params(p));
-  select_topk_cpu(key_select_params(p));
+void score_select_cpu(const ScoreSelectParams& params) {
+  hamming_score_cpu(key_score_params(params));
+  select_topk_cpu(key_select_params(params));
 }
 
 }  // namespace hata
