@@ -4,6 +4,8 @@ Importing hata registers its operators as ``torch.ops.hata.*``; ``hata.ops`` doc
 ``hata.reference`` says what they compute.
 """
 
+import torch  # noqa: F401  (loads libtorch, which _C needs)
+
 from hata import _C  # noqa: F401  (registers torch.ops.hata)
 from hata.ops import (
     DecodeStepOutput,
