@@ -1,0 +1,282 @@
+"""Every operator in plain PyTorch: slow, obvious, and what the kernels must equal.
+
+Shares no code with ``hata.ops``; signatures are the same, without buffers. Arguments and results
+are described there.
+"""
+
+import torch
+from torch import Tensor
+
+MAX_NORM = 65504.0  # the largest float16
+INT32_MIN = -(2**31)
+
+
+def hash_encode(
+    keys: Tensor, key_weights: Tensor, *, key_norms: bool = False
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Packed signs of the keys' projections, and the keys' norms."""
+    z = torch.einsum("bshd,hdi->bhsi", keys.double(), key_weights.double())
+    codes = pack_bits(z > 0)  # [batch, num_kv_heads, seq_len, num_words]
+    norms = keys.double().norm(dim=-1).clamp(max=MAX_NORM).half()  # [batch, seq_len, num_kv_heads]
+    return (codes, norms.transpose(1, 2).contiguous()) if key_norms else codes
+
+
+def encode_query(q: Tensor, query_weights: Tensor, query_bits: int) -> Tensor:
+    """The bit planes of each query token and KV head's integer vector."""
+    num_kv_heads = query_weights.shape[0]
+    groups = q.unflatten(2, (num_kv_heads, -1))  # [batch, q_len, num_kv_heads, group, head_dim]
+    if query_bits == 1:
+        z = torch.einsum("bjhgd,hdi->bjhgi", groups.double(), query_weights.double())
+        weight_sum = groups.shape[3]
+        level = (z > 0).sum(3)  # c = 2 level - group: each head adds +1 or -1
+    else:
+        z = torch.einsum("bjhgd,hdi->bjhi", groups.double(), query_weights.double()).float()
+        weight_sum = 2**query_bits - 1
+        level = quantize(z, weight_sum)
+    return pack_planes(level, weight_sum)
+
+
+def quantize(z: Tensor, weight_sum: int) -> Tensor:
+    """Levels 0..weight_sum of ``[..., num_bits]`` projections; every step rounds to float32."""
+    z = z.float()
+    largest = z.abs().amax(-1, keepdim=True)
+    x = z / largest.expand_as(z) * weight_sum
+    x = torch.where(largest == 0, 1.0, x)  # c = +1
+    return ((x + weight_sum) * 0.5 + 0.5).floor().clamp(0, weight_sum).long()
+
+
+def cache_append(
+    k: Tensor,
+    v: Tensor,
+    key_weights: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    code_cache: Tensor,
+    block_table: Tensor,
+    cache_seqlens: Tensor,
+    *,
+    norm_cache: Tensor | None = None,
+    new_seqlens: Tensor | None = None,
+) -> None:
+    """Writes k, v, codes and norms of each new token at its position."""
+    batch, q_len, _, _ = k.shape
+    page_size = k_cache.shape[1]
+    codes, norms = hash_encode(k, key_weights, key_norms=True)
+    for b in range(batch):
+        num_new = q_len if new_seqlens is None else int(new_seqlens[b])
+        for j in range(q_len - num_new, q_len):
+            position = int(cache_seqlens[b]) - q_len + j
+            if position < 0:
+                continue
+            page, row = int(block_table[b, position // page_size]), position % page_size
+            k_cache[page, row] = k[b, j]
+            v_cache[page, row] = v[b, j]
+            code_cache[page, :, row] = codes[b, :, j]
+            if norm_cache is not None:
+                norm_cache[page, :, row] = norms[b, :, j]
+
+
+def hamming_score(
+    planes: Tensor,
+    code_cache: Tensor,
+    block_table: Tensor,
+    cache_seqlens: Tensor,
+    *,
+    weight_sum: int,
+    max_seq_len: int,
+    norm_cache: Tensor | None = None,
+) -> Tensor:
+    """The integer vectors of the planes times the signs of every visible key's code."""
+    batch, q_len, num_kv_heads, _, num_words = planes.shape
+    num_bits = num_words * 32
+    shape = (batch, q_len, num_kv_heads, max_seq_len)
+    scores = torch.full(shape, INT32_MIN, dtype=torch.int32, device=planes.device)
+    if norm_cache is not None:
+        scores = torch.full(shape, -torch.inf, dtype=torch.float16, device=planes.device)
+    c = unpack_planes(planes, weight_sum)  # [batch, q_len, num_kv_heads, num_bits]
+    for b in range(batch):
+        seq_len = int(cache_seqlens[b])
+        page, row = locate(block_table[b], code_cache.shape[2], seq_len)
+        signs = 2 * unpack_bits(code_cache[page, :, row]) - 1  # [seq_len, num_kv_heads, num_bits]
+        score = (c[b, :, None] * signs).sum(-1, dtype=torch.int32)  # [q_len, seq_len, kv_heads]
+        if norm_cache is not None:
+            divisor = torch.full_like(score, num_bits, dtype=torch.float32)
+            score = (score.float() / divisor * norm_cache[page, :, row].float()).half()
+        for j in range(q_len):
+            visible = min(max(seq_len - q_len + j + 1, 0), max_seq_len)
+            scores[b, j, :, :visible] = score[j, :visible].T
+    return scores
+
+
+def select_topk(
+    scores: Tensor, cache_seqlens: Tensor, top_k: int, *, num_sink: int = 0, num_recent: int = 0
+) -> tuple[Tensor, Tensor]:
+    """The visible positions with the highest scores, by a stable sort."""
+    batch, q_len, num_kv_heads, _ = scores.shape
+    indices = torch.full((batch, q_len, num_kv_heads, top_k), -1, dtype=torch.int32)
+    num_selected = torch.zeros(batch, q_len, num_kv_heads, dtype=torch.int32)
+    values = scores.cpu().double()
+    for b in range(batch):
+        for j in range(q_len):
+            visible = max(int(cache_seqlens[b]) - q_len + j + 1, 0)
+            t = torch.arange(visible)
+            always = (t < num_sink) | (t >= visible - num_recent)
+            for h in range(num_kv_heads):
+                row = values[b, j, h, :visible]
+                order = t.flip(0)  # the most recent first, then by score, NaN last, always first
+                for key in (
+                    -row.nan_to_num(nan=-torch.inf, posinf=torch.inf),
+                    row.isnan(),
+                    ~always,
+                ):
+                    order = order[key[order].argsort(stable=True)]
+                chosen = order[:top_k].sort().values
+                indices[b, j, h, : len(chosen)] = chosen
+                num_selected[b, j, h] = len(chosen)
+    return indices.to(scores.device), num_selected.to(scores.device)
+
+
+def score_select(
+    planes: Tensor,
+    code_cache: Tensor,
+    block_table: Tensor,
+    cache_seqlens: Tensor,
+    top_k: int,
+    *,
+    weight_sum: int,
+    num_sink: int = 0,
+    num_recent: int = 0,
+    norm_cache: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """select_topk of hamming_score."""
+    scores = hamming_score(
+        planes,
+        code_cache,
+        block_table,
+        cache_seqlens,
+        weight_sum=weight_sum,
+        max_seq_len=block_table.shape[1] * code_cache.shape[2],
+        norm_cache=norm_cache,
+    )
+    return select_topk(scores, cache_seqlens, top_k, num_sink=num_sink, num_recent=num_recent)
+
+
+def gather_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    cache_seqlens: Tensor,
+    indices: Tensor,
+    *,
+    softmax_scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Softmax attention over the named rows in float64; float64 too for a float64 q."""
+    batch, q_len, num_heads, head_dim = q.shape
+    group = num_heads // k_cache.shape[2]
+    scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
+    out = torch.zeros_like(q, dtype=torch.float64)
+    lse = torch.full(q.shape[:3], -torch.inf, dtype=torch.float64, device=q.device)
+    for b in range(batch):
+        page, row = locate(block_table[b], k_cache.shape[1], int(cache_seqlens[b]))
+        for j in range(q_len):
+            visible = int(cache_seqlens[b]) - q_len + j + 1
+            for i in range(num_heads):
+                t = indices[b, j, i // group].long()
+                t = t[(t >= 0) & (t < visible)]
+                k = k_cache[page[t], row[t], i // group].double()  # [selected, head_dim]
+                v = v_cache[page[t], row[t], i // group].double()
+                logits = scale * (k @ q[b, j, i].double())
+                out[b, j, i] = logits.softmax(0) @ v
+                lse[b, j, i] = logits.logsumexp(0)
+    return out.to(q.dtype), lse if q.dtype == torch.float64 else lse.float()
+
+
+def merge_attention_states(
+    out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The attention over two sets of keys, each weighted by its share of the softmax's sum."""
+    lse = torch.logaddexp(lse_a.double(), lse_b.double())
+    out = torch.zeros_like(out_a, dtype=torch.float64)
+    for out_x, lse_x in ((out_a, lse_a), (out_b, lse_b)):
+        share = torch.exp(lse_x.double() - lse)[..., None]
+        out += torch.where(lse_x[..., None] == -torch.inf, 0.0, share * out_x.double())
+    return out.to(out_a.dtype), lse.to(lse_a.dtype)
+
+
+def decode_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_weights: Tensor,
+    query_weights: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    code_cache: Tensor,
+    block_table: Tensor,
+    cache_seqlens: Tensor,
+    *,
+    query_bits: int,
+    top_k: int,
+    num_sink: int = 0,
+    num_recent: int = 0,
+    norm_cache: Tensor | None = None,
+    softmax_scale: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Appends, encodes, scores, selects and attends, one after the other."""
+    caches = (k_cache, v_cache, code_cache, block_table, cache_seqlens)
+    cache_append(k, v, key_weights, *caches, norm_cache=norm_cache)
+    group = q.shape[2] // k.shape[2]
+    indices, num_selected = score_select(
+        encode_query(q, query_weights, query_bits),
+        code_cache,
+        block_table,
+        cache_seqlens,
+        top_k,
+        weight_sum=group if query_bits == 1 else 2**query_bits - 1,
+        num_sink=num_sink,
+        num_recent=num_recent,
+        norm_cache=norm_cache,
+    )
+    out, lse = gather_attention(
+        q, k_cache, v_cache, block_table, cache_seqlens, indices, softmax_scale=softmax_scale
+    )
+    return out, lse, indices, num_selected
+
+
+def locate(pages: Tensor, page_size: int, seq_len: int) -> tuple[Tensor, Tensor]:
+    """The page and the row in it of each of a sequence's positions."""
+    t = torch.arange(seq_len, device=pages.device)
+    return pages[t // page_size].long(), t % page_size
+
+
+def unpack_bits(codes: Tensor) -> Tensor:
+    """``[..., num_words]`` int32 to ``[..., num_words * 32]`` of 0 and 1, lowest bit first."""
+    return ((codes.unsqueeze(-1) >> torch.arange(32, device=codes.device)) & 1).flatten(-2)
+
+
+def pack_bits(bits: Tensor) -> Tensor:
+    """``[..., num_bits]`` of 0 and 1 to ``[..., num_bits // 32]`` int32, lowest bit first."""
+    words = bits.unflatten(-1, (-1, 32)).long() << torch.arange(32, device=bits.device)
+    return words.sum(-1).to(torch.int32)  # keeps the low 32 bits
+
+
+def plane_weights(weight_sum: int) -> list[int]:
+    """1, 2, 4, ... and a last weight that brings their sum to weight_sum."""
+    powers = [2**p for p in range(weight_sum.bit_length() - 1)]
+    return [*powers, weight_sum - sum(powers)]
+
+
+def pack_planes(level: Tensor, weight_sum: int) -> Tensor:
+    """``[..., num_bits]`` levels to ``[..., num_planes, num_words]``, the last plane set first."""
+    *powers, last = plane_weights(weight_sum)
+    rest = torch.where(level >= last, level - last, level)
+    planes = [(rest // power) % 2 for power in powers]
+    return torch.stack([pack_bits(plane) for plane in [*planes, level >= last]], -2)
+
+
+def unpack_planes(planes: Tensor, weight_sum: int) -> Tensor:
+    """``[..., num_planes, num_words]`` to the integer vector c, ``[..., num_bits]``."""
+    signs = 2 * unpack_bits(planes) - 1  # [..., num_planes, num_bits]
+    weights = torch.tensor(plane_weights(weight_sum), device=planes.device)
+    return (signs * weights[:, None]).sum(-2)
