@@ -7,6 +7,10 @@ Importing hata registers its operators as ``torch.ops.hata.*``; ``hata.ops`` doc
 import torch  # noqa: F401  (loads libtorch, which _C needs)
 
 from hata import _C  # noqa: F401  (registers torch.ops.hata)
+from hata.attention import decode_attention, prefill
+from hata.cache import HataCache
+from hata.config import HataConfig
+from hata.dense import attention_mass
 from hata.ops import (
     DecodeStepOutput,
     cache_append,
@@ -22,18 +26,27 @@ from hata.ops import (
     select_topk,
     workspace_size,
 )
+from hata.weights import HashWeights, load_weights, save_weights
 
 __all__ = [
     "DecodeStepOutput",
+    "HashWeights",
+    "HataCache",
+    "HataConfig",
+    "attention_mass",
     "cache_append",
+    "decode_attention",
     "decode_step",
     "encode_query",
     "gather_attention",
     "hamming_score",
     "hash_encode",
+    "load_weights",
     "merge_attention_states",
     "num_planes",
     "plane_weight_sum",
+    "prefill",
+    "save_weights",
     "score_select",
     "select_topk",
     "workspace_size",

@@ -1,0 +1,161 @@
+"""Attention over a `HataCache`: dense prefill and sparse decoding."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from hata import ops
+from hata.cache import HataCache
+from hata.checks import check, check_int, check_type
+from hata.dense import check_queries, dense_attention
+from hata.weights import HashWeights
+
+
+@torch.no_grad()
+def prefill(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cache: HataCache,
+    layer_idx: int,
+    weights: HashWeights,
+    *,
+    softmax_scale: float | None = None,
+    new_seqlens: int | Sequence[int] | Tensor | None = None,
+) -> Tensor:
+    """Appends a prompt, or the next chunk of one, and attends densely and causally.
+
+    Token j of sequence b attends to everything the cache holds up to it. Inference only: no
+    gradients.
+
+    Source: HATA, arXiv 2506.02572, section 4 (dense prefill; keys are hashed as they are cached).
+
+    Args:
+        q: ``[batch, q_len, num_heads, head_dim]`` in the cache's dtype, after the rotary embedding.
+        k: ``[batch, q_len, num_kv_heads, head_dim]``, likewise; last dimension contiguous.
+        v: The same shape and dtype as k.
+        cache: The cache; q, k and v lie on its device.
+        layer_idx: The layer.
+        weights: The model's hash weights.
+        softmax_scale: Factor of the logits; None is ``head_dim ** -0.5``.
+        new_seqlens: ``[batch]`` ints: only the last ``new_seqlens[b]`` tokens of sequence b are
+            real, those before are left padding. None: all are.
+
+    Returns:
+        ``[batch, q_len, num_heads, head_dim]`` in q's dtype; zeros for padding.
+
+    Raises:
+        TypeError: An argument has another type.
+        ValueError: An argument breaks its rule, or the cache has no room; it is then unchanged.
+        RuntimeError: The operator rejects a stride; the cache is then unchanged.
+    """
+    where = "prefill"
+    key_weights, _ = _checked_weights(where, cache, layer_idx, weights)
+    new = cache.check_new(where, layer_idx, k, v, new_seqlens)
+    check_queries(where, q, cache, k.shape[1])
+    cache.append(layer_idx, k, v, key_weights, new_seqlens=None if new_seqlens is None else new)
+    return dense_attention(q, cache, layer_idx, new, _scale(cache, softmax_scale))
+
+
+@torch.no_grad()
+def decode_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cache: HataCache,
+    layer_idx: int,
+    weights: HashWeights,
+    *,
+    softmax_scale: float | None = None,
+) -> Tensor:
+    """Appends the new tokens and attends to the positions that their hash scores select.
+
+    Layers below ``config.num_dense_layers`` attend densely. The others run one operator,
+    `hata.ops.decode_step`, into buffers that the cache owns: nothing is allocated after the first
+    call of a shape, and nothing waits for the device. `HataCache.last_selection` tells what was
+    selected; where a sequence has at most ``top_k`` positions, that is all of them and the result
+    is dense attention's. Inference only: no gradients.
+
+    A CUDA graph can capture the sparse layers: call `HataCache.extend` and this function once to
+    warm up, capture this function, and then, for every further token, call `HataCache.extend` and
+    replay.
+
+    Source: HATA, arXiv 2506.02572, algorithm 3.
+
+    Args:
+        q: ``[batch, q_len, num_heads, head_dim]`` in the cache's dtype, after the rotary embedding;
+            ``num_heads`` is a multiple of ``num_kv_heads``. q_len is 1, or more where several
+            tokens are verified at once; each token has its own selection.
+        k: ``[batch, q_len, num_kv_heads, head_dim]``, likewise; last dimension contiguous.
+        v: The same shape and dtype as k.
+        cache: The cache; q, k and v lie on its device.
+        layer_idx: The layer.
+        weights: The model's hash weights.
+        softmax_scale: Factor of the logits; None is ``head_dim ** -0.5``.
+
+    Returns:
+        ``[batch, q_len, num_heads, head_dim]`` in q's dtype. From a sparse layer it is a buffer
+        that the layer's next call with this q_len overwrites.
+
+    Raises:
+        TypeError: An argument has another type.
+        ValueError: An argument breaks its rule, or the cache has no room; it is then unchanged.
+        RuntimeError: The operator rejects a stride; the cache is then unchanged.
+    """
+    where = "decode_attention"
+    key_weights, query_weights = _checked_weights(where, cache, layer_idx, weights)
+    new = cache.check_new(where, layer_idx, k, v)
+    num_heads = check_queries(where, q, cache, k.shape[1])
+    scale = _scale(cache, softmax_scale)
+    config = cache.config
+    if layer_idx < config.num_dense_layers:
+        capturing = q.is_cuda and torch.cuda.is_current_stream_capturing()
+        rule = (
+            f"be at least num_dense_layers={config.num_dense_layers} while a CUDA graph is captured"
+        )
+        check(not capturing, where, "layer_idx", rule, layer_idx)
+        cache.append(layer_idx, k, v, key_weights)
+        return dense_attention(q, cache, layer_idx, new, scale)
+    with cache.filling(where, layer_idx, new):
+        buffers = cache.decode_buffers.get(layer_idx, q.shape[1], num_heads)
+        ops.decode_step(
+            q,
+            k,
+            v,
+            key_weights,
+            query_weights,
+            cache.k_cache[layer_idx],
+            cache.v_cache[layer_idx],
+            cache.code_cache[layer_idx],
+            cache.block_table,
+            cache.cache_seqlens,
+            query_bits=config.query_bits,
+            top_k=config.top_k,
+            num_sink=config.num_sink,
+            num_recent=config.num_recent,
+            norm_cache=cache.norm_cache[layer_idx],
+            softmax_scale=scale,
+            workspace=buffers.workspace,
+            indices=buffers.indices,
+            num_selected=buffers.num_selected,
+            out=buffers.out,
+            lse=buffers.lse,
+        )
+    return buffers.out
+
+
+def _checked_weights(
+    function: str, cache: HataCache, layer_idx: int, weights: HashWeights
+) -> tuple[Tensor, Tensor]:
+    check_type(isinstance(cache, HataCache), function, "cache", "be a HataCache", cache)
+    check_type(isinstance(weights, HashWeights), function, "weights", "be HashWeights", weights)
+    check_int(function, "layer_idx", layer_idx, 0, cache.num_layers - 1)
+    shape = (cache.num_layers, cache.num_kv_heads, cache.head_dim, cache.config.num_bits)
+    rule = f"have the shape of cache and config, {list(shape)}"
+    check(weights.shape == shape, function, "weights", rule, list(weights.shape))
+    return weights.layer(layer_idx, cache.dtype, cache.device)
+
+
+def _scale(cache: HataCache, softmax_scale: float | None) -> float:
+    return cache.head_dim**-0.5 if softmax_scale is None else softmax_scale

@@ -1,0 +1,132 @@
+"""Dense causal attention over a cache, and how much of it a selection holds."""
+
+import torch
+from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
+from torch.nn.functional import scaled_dot_product_attention
+
+from hata.cache import HataCache
+from hata.checks import check, check_int, check_tensor
+
+
+def check_queries(function: str, q: Tensor, cache: HataCache, q_len: int | None = None) -> int:
+    """Checks queries against a cache for a public function and returns their number of heads."""
+    dims = (
+        ("batch", cache.batch),
+        ("q_len", q_len),
+        ("num_heads", None),
+        ("head_dim", cache.head_dim),
+    )
+    check_tensor(function, "q", q, dims, cache.dtype, cache.device)
+    num_heads = q.shape[2]
+    multiple = num_heads > 0 and num_heads % cache.num_kv_heads == 0
+    rule = f"have a multiple of num_kv_heads={cache.num_kv_heads} heads"
+    check(multiple, function, "q", rule, num_heads)
+    return num_heads
+
+
+def dense_attention(
+    q: Tensor, cache: HataCache, layer_idx: int, new: list[int], softmax_scale: float
+) -> Tensor:
+    """Attends densely and causally over what the cache holds, with torch's attention.
+
+    Sequences of one length go through one call. Those of a ragged batch go one by one, so that no
+    sequence reads what lies past its end or before its start.
+
+    Args:
+        q: ``[batch, q_len, num_heads, head_dim]``, the queries of the last tokens in the cache.
+        cache: The cache.
+        layer_idx: The layer.
+        new: How many of a sequence's last query tokens are real, ``[batch]``; the rest is padding.
+        softmax_scale: Factor of the logits.
+
+    Returns:
+        ``[batch, q_len, num_heads, head_dim]`` in q's dtype; zeros for padding.
+    """
+    q_len = q.shape[1]
+    if new == [q_len] * cache.batch and len(set(cache.seq_lens)) == 1:
+        return _attend(q, *cache.keys_values(layer_idx), softmax_scale)
+    out = torch.zeros_like(q)
+    for b, count in enumerate(new):
+        if count > 0:
+            tokens = (slice(b, b + 1), slice(q_len - count, q_len))
+            out[tokens] = _attend(q[tokens], *cache.keys_values(layer_idx, b), softmax_scale)
+    return out
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float) -> Tensor:
+    q_len, seq_len = q.shape[1], k.shape[1]
+    if q_len == 0:
+        return torch.empty_like(q)
+    out = scaled_dot_product_attention(
+        q.transpose(1, 2),
+        k.transpose(1, 2),
+        v.transpose(1, 2),
+        attn_mask=causal_lower_right(q_len, seq_len) if 1 < q_len < seq_len else None,
+        is_causal=1 < q_len == seq_len,
+        scale=softmax_scale,
+        enable_gqa=q.shape[2] != k.shape[2],
+    )
+    return out.transpose(1, 2)
+
+
+def attention_mass(
+    q: Tensor,
+    cache: HataCache,
+    layer_idx: int,
+    indices: Tensor,
+    *,
+    softmax_scale: float | None = None,
+) -> Tensor:
+    """Computes the share of the dense attention mass that selected positions hold.
+
+    ``mass[b, j, i] = sum of softmax_t(softmax_scale q[b, j, i] . k_t) over the positions t in
+    indices[b, j, h]``, h the KV head of query head i, the softmax over every position that token j
+    sees. It costs as much as dense attention.
+
+    Args:
+        q: ``[batch, q_len, num_heads, head_dim]``, the queries of the last ``q_len`` tokens in the
+            cache, in its dtype.
+        cache: The cache; it already holds those tokens.
+        layer_idx: The layer.
+        indices: ``[batch, q_len, num_kv_heads, top_k]``, int32, distinct positions or negative for
+            none; those that the token does not see count nothing.
+        softmax_scale: Factor of the logits; None is ``head_dim ** -0.5``.
+
+    Returns:
+        ``[batch, q_len, num_heads]``, float32, in 0..1; 0 where a token sees nothing.
+
+    Raises:
+        TypeError: An argument has another type.
+        ValueError: A shape, dtype or device is not as above.
+    """
+    where = "attention_mass"
+    check_int(where, "layer_idx", layer_idx, 0, cache.num_layers - 1)
+    num_heads = check_queries(where, q, cache)
+    q_len, num_kv_heads = q.shape[1], cache.num_kv_heads
+    dims = (
+        ("batch", cache.batch),
+        ("q_len", q_len),
+        ("num_kv_heads", num_kv_heads),
+        ("top_k", None),
+    )
+    check_tensor(where, "indices", indices, dims, torch.int32, cache.device)
+    scale = cache.head_dim**-0.5 if softmax_scale is None else softmax_scale
+    group = num_heads // num_kv_heads
+
+    mass = torch.zeros(q.shape[:3], dtype=torch.float32, device=cache.device)
+    for b, seq_len in enumerate(cache.seq_lens):
+        if seq_len == 0:
+            continue
+        k, _ = cache.keys_values(layer_idx, b)
+        heads = q[b].float().unflatten(1, (num_kv_heads, group))
+        logits = torch.einsum("jhgd,thd->jhgt", heads, k[0].float()) * scale
+        last = torch.arange(seq_len - q_len, seq_len, device=cache.device)  # what token j sees
+        seen = torch.arange(seq_len, device=cache.device) <= last[:, None]
+        shares = logits.masked_fill(~seen[:, None, None], -torch.inf).softmax(-1).nan_to_num(0.0)
+        chosen = indices[b].long()
+        inside = (chosen >= 0) & (chosen < seq_len)
+        rows = chosen.clamp(0, seq_len - 1)[:, :, None].expand(-1, -1, group, -1)
+        taken = shares.gather(-1, rows) * inside[:, :, None]
+        mass[b] = taken.sum(-1).flatten(1)
+    return mass

@@ -1,0 +1,153 @@
+"""Lengths and pages of a cache's sequences, kept on the host and mirrored on the device."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from hata.checks import check, check_int, check_type
+from hata.pages import PagePool
+
+
+class Sequences:
+    """The batch of sequences that all layers of a cache share.
+
+    A *step* adds tokens to the sequences. The first layer that writes opens it, or `open` does;
+    every other layer must then write as many tokens. The device never has to be waited for, and
+    its buffers keep their addresses.
+
+    Attributes:
+        block_table: ``[batch, max_pages]``, int32; -1 where a sequence has no page yet.
+        cache_seqlens: ``[batch]``, int32: positions in use, those of the last step included.
+        seq_lens: The same numbers on the host.
+
+    Args:
+        batch: Sequences.
+        num_layers: Layers that must fill each step.
+        max_seq_len: Positions that a sequence can have.
+        pool: The pages, or None for a contiguous cache: page b is sequence b's.
+        device: Where the mirrors lie.
+    """
+
+    def __init__(
+        self,
+        *,
+        batch: int,
+        num_layers: int,
+        max_seq_len: int,
+        pool: PagePool | None,
+        device: torch.device,
+    ) -> None:
+        self.batch, self.num_layers, self.max_seq_len = batch, num_layers, max_seq_len
+        self.device = device
+        self._pool = pool
+        max_pages = 1 if pool is None else -(-max_seq_len // pool.page_size)
+        self.block_table = torch.full((batch, max_pages), -1, dtype=torch.int32, device=device)
+        if pool is None:
+            self.block_table.copy_(self.to_device([[b] for b in range(batch)]))
+        self.cache_seqlens = torch.zeros(batch, dtype=torch.int32, device=device)
+        self.seq_lens = [0] * batch
+        self._step: list[int] | None = None  # new tokens of the last step
+        self._filled: set[int] = set()  # layers that hold them
+
+    def open(self, function: str, new: list[int]) -> None:
+        """Opens a step of ``new`` tokens, or raises ValueError and changes nothing."""
+        self.check_step_filled(function)
+        lengths = [old + added for old, added in zip(self.seq_lens, new, strict=True)]
+        rule = f"be at most max_seq_len={self.max_seq_len}"
+        check(max(lengths) <= self.max_seq_len, function, "sequence lengths", rule, lengths)
+        self._set_lengths(function, lengths)
+        self._step, self._filled = new, set()
+
+    @contextmanager
+    def filling(self, function: str, layer_idx: int, new: list[int]) -> Iterator[None]:
+        """Lets a layer write its part of the step inside the block; undoes the step if that fails.
+
+        Opens the step unless one is open that the layer has not filled. While a CUDA graph is
+        captured, the last step is filled anew and nothing is recorded.
+        """
+        capturing = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        if capturing or (self._step is not None and layer_idx not in self._filled):
+            rule = f"bring the new tokens of the open step, {self._step} per sequence,"
+            check(new == self._step, function, f"layer {layer_idx}", rule, new)
+            yield
+        else:
+            lengths, step, filled = self.seq_lens, self._step, self._filled
+            self.open(function, new)
+            try:
+                yield
+            except BaseException:
+                self._set_lengths(function, lengths)
+                self._step, self._filled = step, filled
+                raise
+        if not capturing:
+            self._filled.add(layer_idx)
+
+    def check_step_filled(self, function: str) -> None:
+        """Raises ValueError if some layers, but not all, have filled the last step."""
+        missing = sorted(set(range(self.num_layers)) - self._filled)
+        rule = "all hold the tokens of the last step (reset() drops them)"
+        got = f"none of them in layers {missing}"
+        check(not self._filled or not missing, function, "layers", rule, got)
+
+    def resize(self, function: str, lengths: list[int]) -> None:
+        """Closes the step and cuts the sequences to these lengths."""
+        self._set_lengths(function, lengths)
+        self._step, self._filled = None, set()
+
+    def reorder(self, function: str, order: list[int]) -> tuple[list[int], list[int]]:
+        """Lets sequence b continue as the old sequence ``order[b]``.
+
+        Returns:
+            The pages to copy from and, in the same order, those to copy to.
+        """
+        self.check_step_filled(function)
+        if self._pool is None:
+            copies = [b for b, old in enumerate(order) if b != old]
+            sources = [order[b] for b in copies]
+        else:
+            sources, copies = self._pool.reorder(function, order)
+            width = self.block_table.shape[1]
+            table = [pages + [-1] * (width - len(pages)) for pages in self._pool.pages]
+            self.block_table.copy_(self.to_device(table))
+        self.seq_lens = [self.seq_lens[old] for old in order]
+        self.cache_seqlens.copy_(self.to_device(self.seq_lens))
+        self._step, self._filled = None, set()
+        return sources, copies
+
+    def counts(
+        self, function: str, argument: str, values: int | Sequence[int] | Tensor, high: int
+    ) -> list[int]:
+        """Checks one int in ``0..high`` per sequence (or one for all); returns a list."""
+        if isinstance(values, int):
+            check_int(function, argument, values, 0, high)
+            return [values] * self.batch
+        given = values.tolist() if isinstance(values, Tensor) else values
+        rule = "be ints, one for each sequence"
+        check_type(isinstance(given, Sequence), function, argument, rule, values)
+        check(
+            len(given) == self.batch,
+            function,
+            argument,
+            f"have batch={self.batch} entries",
+            len(given),
+        )
+        for value in given:
+            check_int(function, argument, value, 0, high)
+        return list(given)
+
+    def to_device(self, values: Sequence[int] | Sequence[Sequence[int]]) -> Tensor:
+        """Copies ints to the device as int32, without waiting for it."""
+        # torch keeps the pinned memory until the copy is done.
+        host = torch.tensor(values, dtype=torch.int32, pin_memory=self.device.type == "cuda")
+        return host.to(self.device, non_blocking=True)
+
+    def _set_lengths(self, function: str, lengths: list[int]) -> None:
+        if self._pool is not None:
+            for b, start, stop in self._pool.resize(function, lengths):
+                pages = self._pool.pages[b][start:stop]
+                entries = pages + [-1] * (stop - start - len(pages))
+                self.block_table[b, start:stop].copy_(self.to_device(entries))
+        self.seq_lens = lengths
+        self.cache_seqlens.copy_(self.to_device(lengths))
