@@ -1,0 +1,5 @@
+"""`python -m hata`: the command `hata`."""
+
+from hata.cli import main
+
+main()

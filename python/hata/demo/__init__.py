@@ -1,0 +1,1 @@
+"""`hata demo`: a language model answers from a long prompt, with dense attention and with hata."""
