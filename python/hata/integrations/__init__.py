@@ -1,0 +1,1 @@
+"""hata inside other people's libraries."""
