@@ -86,37 +86,75 @@ void project(const float* rows, int n, int head_dim, const void* weights, DType 
   });
 }
 
-template <int kHeads, class T>
-inline void dot_row(const float* q, int head_dim, const T* row, float* out, int out_stride) {
-  FloatVec sums[kHeads];
-  for (auto& sum : sums) sum = broadcast(0.0f);
+// The products of kHeads query heads and kRows rows, [kHeads, kRows].
+template <int kHeads, int kRows, class T>
+inline void dot_block(const float* q, int head_dim, const T* const (&rows)[kRows],
+                      float (&products)[kRows][4]) {
+  FloatVec sums[kRows][4];
+  for (auto& row : sums) {
+    for (auto& sum : row) sum = broadcast(0.0f);
+  }
   for (int d = 0; d < head_dim; d += kLanes) {
-    const FloatVec x = load_until(row, d, head_dim);
+    FloatVec columns[kRows];
+    for (int r = 0; r < kRows; ++r) columns[r] = load_until(rows[r], d, head_dim);
     for (int g = 0; g < kHeads; ++g) {
-      const float* q_row = q + static_cast<int64_t>(g) * head_dim;
-      sums[g] = multiply_add(load_until(q_row, d, head_dim), x, sums[g]);
+      const FloatVec x = load_until(q + static_cast<int64_t>(g) * head_dim, d, head_dim);
+      for (int r = 0; r < kRows; ++r) sums[r][g] = multiply_add(x, columns[r], sums[r][g]);
     }
   }
+  for (int r = 0; r < kRows; ++r) sum_lanes4(sums[r], products[r]);
+}
+
+template <int kHeads, int kRows, class T>
+inline void dot_heads(const float* q, int head_dim, const void* const* rows, float* out,
+                      int out_stride) {
+  const T* typed_rows[kRows];
+  for (int r = 0; r < kRows; ++r) typed_rows[r] = static_cast<const T*>(rows[r]);
+  float products[kRows][4];
+  dot_block<kHeads>(q, head_dim, typed_rows, products);
   for (int g = 0; g < kHeads; ++g) {
-    out[static_cast<int64_t>(g) * out_stride] = sum_lanes(sums[g]);
+    for (int r = 0; r < kRows; ++r) out[static_cast<int64_t>(g) * out_stride + r] = products[r][g];
   }
 }
 
-void dot_rows(const float* q, int group, int head_dim, const void* const* rows, int n, DType dtype,
-              float* out, int out_stride) {
-  for (int r = 0; r < n; ++r) {
-    with_type(rows[r], dtype, [&](const auto* row) {
-      int g = 0;
-      for (; g + 4 <= group; g += 4) {
-        dot_row<4>(q + static_cast<int64_t>(g) * head_dim, head_dim, row,
-                   out + static_cast<int64_t>(g) * out_stride + r, out_stride);
-      }
-      for (; g < group; ++g) {
-        dot_row<1>(q + static_cast<int64_t>(g) * head_dim, head_dim, row,
-                   out + static_cast<int64_t>(g) * out_stride + r, out_stride);
-      }
-    });
+template <int kRows, class T>
+inline void dot_group(const float* q, int group, int head_dim, const void* const* rows, float* out,
+                      int out_stride) {
+  int g = 0;
+  for (; g + 4 <= group; g += 4) {
+    dot_heads<4, kRows, T>(q + static_cast<int64_t>(g) * head_dim, head_dim, rows,
+                           out + static_cast<int64_t>(g) * out_stride, out_stride);
   }
+  for (; g < group; ++g) {
+    dot_heads<1, kRows, T>(q + static_cast<int64_t>(g) * head_dim, head_dim, rows,
+                           out + static_cast<int64_t>(g) * out_stride, out_stride);
+  }
+}
+
+inline void prefetch_row(const void* row, int64_t size) {
+  for (int64_t i = 0; i < size; i += 64) __builtin_prefetch(static_cast<const char*>(row) + i);
+}
+
+void dot_rows(const float* q, int group, int head_dim, const void* const* rows,
+              const void* const* next_rows, int n, DType dtype, float* out, int out_stride) {
+  constexpr int kAhead = 8;  // rows
+  with_type(nullptr, dtype, [&](const auto* typed) {
+    using T = std::remove_cv_t<std::remove_pointer_t<decltype(typed)>>;
+    const int64_t row_size = head_dim * static_cast<int64_t>(sizeof(T));
+    for (int r = 0; r < n && r < kAhead; ++r) prefetch_row(rows[r], row_size);
+    int r = 0;
+    for (; r + 2 <= n; r += 2) {
+      for (int i = r; i < r + 2; ++i) {
+        if (i + kAhead < n) prefetch_row(rows[i + kAhead], row_size);
+        prefetch_row(next_rows[i], row_size);
+      }
+      dot_group<2, T>(q, group, head_dim, rows + r, out + r, out_stride);
+    }
+    if (r < n) {
+      prefetch_row(next_rows[r], row_size);
+      dot_group<1, T>(q, group, head_dim, rows + r, out + r, out_stride);
+    }
+  });
 }
 
 // add_weighted_rows for kHeads heads and kVecs vectors of the rows, which end at head_dim.

@@ -97,7 +97,8 @@ class AttentionState {
  private:
   void add_rows(const void* const* k_rows, const void* const* v_rows, int n) {
     const int head_dim = p_.cache.head_dim;
-    loops_.dot_rows(q_.data(), group_, head_dim, k_rows, n, p_.cache.dtype, weights_.data(), kTile);
+    loops_.dot_rows(q_.data(), group_, head_dim, k_rows, v_rows, n, p_.cache.dtype, weights_.data(),
+                    kTile);
     for (int g = 0; g < group_; ++g) {
       float* weights = weights_.data() + static_cast<int64_t>(g) * kTile;
       float largest = largest_[g];

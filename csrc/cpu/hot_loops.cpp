@@ -32,7 +32,8 @@ const HotLoops& choose() {
            __builtin_cpu_supports("f16c")},
       {"avx512", &kAvx512Loops,
        __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vpopcntdq")},
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vpopcntdq") &&
+           __builtin_cpu_supports("avx512vnni")},
 #endif
   };
   const char* wanted = std::getenv("HATA_CPU_ISA");

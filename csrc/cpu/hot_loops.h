@@ -37,9 +37,9 @@ struct HotLoops {
                   int num_bits, float* out);
 
   // out[g, r] = q[g] . rows[r], with q [group, head_dim] float32, n rows of dtype at the given
-  // addresses and out [group, out_stride].
-  void (*dot_rows)(const float* q, int group, int head_dim, const void* const* rows, int n,
-                   DType dtype, float* out, int out_stride);
+  // addresses and out [group, out_stride]. Fetches next_rows into the cache meanwhile.
+  void (*dot_rows)(const float* q, int group, int head_dim, const void* const* rows,
+                   const void* const* next_rows, int n, DType dtype, float* out, int out_stride);
 
   // acc[g] += sum_r weights[g, r] rows[r], with weights [group, weight_stride] and acc
   // [group, head_dim].

@@ -9,23 +9,153 @@ namespace hata {
 namespace {
 
 // sum_p w_p popcount(code ^ planes[p]) of one code.
-inline int weighted_distance(const ScanPlanes& planes, const uint32_t* code) {
-  int distance = 0;
+template <int kWords>
+inline uint32_t weighted_distance(const ScanPlanes& planes, const uint32_t* code) {
+  uint32_t distance = 0;
   for (int p = 0; p < planes.num_planes; ++p) {
-    int differing = 0;
-    for (int w = 0; w < planes.num_words; ++w) {
-      differing += __builtin_popcount(code[w] ^ planes.planes[p][w]);
+    uint32_t differing = 0;
+    for (int w = 0; w < kWords; ++w) {
+      differing += static_cast<uint32_t>(__builtin_popcount(code[w] ^ planes.planes[p][w]));
     }
-    distance += planes.weights[p] * differing;
+    distance += static_cast<uint32_t>(planes.weights[p]) * differing;
   }
   return distance;
 }
 
-void count_matches(const ScanPlanes& planes, const uint32_t* codes, int n, uint16_t* matches) {
-  for (int t = 0; t < n; ++t) {
-    matches[t] = static_cast<uint16_t>(planes.max_matches -
-                                       weighted_distance(planes, codes + t * planes.num_words));
+#if defined(__AVX2__)
+
+#if defined(__AVX512F__)
+
+using WordVec = __m512i;
+
+inline WordVec load_words(const uint32_t* data) {
+  return _mm512_loadu_si512(data);
+}
+inline void store_words(uint32_t* data, WordVec value) {
+  _mm512_storeu_si512(data, value);
+}
+
+// The weight of a plane, as Distances::add wants it.
+inline WordVec spread_weight(int weight) {
+  return _mm512_set1_epi32(weight);
+}
+
+// Weighted distances of the 32-bit words of a vector.
+class Distances {
+ public:
+  explicit Distances(WordVec words) : words_(words), sums_(_mm512_setzero_si512()) {}
+
+  void add(WordVec plane, WordVec weight) {
+    const WordVec counts = _mm512_popcnt_epi32(_mm512_xor_si512(words_, plane));
+    sums_ = _mm512_dpwssd_epi32(sums_, counts, weight);  // counts fit 16 bits
   }
+
+  WordVec sums() const { return sums_; }  // a 32-bit sum for each word
+
+ private:
+  WordVec words_, sums_;
+};
+
+#else
+
+using WordVec = __m256i;
+
+inline WordVec load_words(const uint32_t* data) {
+  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(data));
+}
+inline void store_words(uint32_t* data, WordVec value) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(data), value);
+}
+
+inline WordVec spread_weight(int weight) {
+  return _mm256_set1_epi8(static_cast<char>(weight));
+}
+
+class Distances {
+ public:
+  explicit Distances(WordVec words) : words_(words), sums_(_mm256_setzero_si256()) {}
+
+  void add(WordVec plane, WordVec weight) {
+    // Popcounts of bytes from a table of those of 4 bits.
+    const WordVec table = _mm256_setr_epi8(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4,  //
+                                           0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4);
+    const WordVec low_bits = _mm256_set1_epi8(0x0f);
+    const WordVec differing = _mm256_xor_si256(words_, plane);
+    const WordVec high = _mm256_and_si256(_mm256_srli_epi32(differing, 4), low_bits);
+    const WordVec counts =
+        _mm256_add_epi8(_mm256_shuffle_epi8(table, _mm256_and_si256(differing, low_bits)),
+                        _mm256_shuffle_epi8(table, high));
+    // Weights are unsigned bytes; 16 bits hold the sum over all planes, at most 255 * 16.
+    sums_ = _mm256_add_epi16(sums_, _mm256_maddubs_epi16(weight, counts));
+  }
+
+  WordVec sums() const { return _mm256_madd_epi16(sums_, _mm256_set1_epi16(1)); }
+
+ private:
+  WordVec words_, sums_;
+};
+
+#endif
+
+// Codes are read as vectors of words, whatever token a word belongs to: kWords vectors hold as many
+// tokens as one vector holds words. Planes are laid out to fit, and the distances of a token's
+// words are summed at the end.
+template <int kWords>
+void count_matches_of(const ScanPlanes& planes, const uint32_t* codes, int n, uint16_t* matches) {
+  constexpr int kPatterns = kLanes % kWords == 0 ? 1 : kWords;
+  constexpr int kTokens = 4 * kLanes;  // tokens of a step
+  constexpr int kVecs = 4 * kWords;
+  WordVec patterns[kMaxPlanes][kPatterns];
+  WordVec weights[kMaxPlanes];
+  for (int p = 0; p < planes.num_planes; ++p) {
+    uint32_t pattern[kPatterns * kLanes];
+    for (int i = 0; i < kPatterns * kLanes; ++i) pattern[i] = planes.planes[p][i % kWords];
+    for (int i = 0; i < kPatterns; ++i) patterns[p][i] = load_words(pattern + i * kLanes);
+    weights[p] = spread_weight(planes.weights[p]);
+  }
+
+  const uint32_t max_matches = static_cast<uint32_t>(planes.max_matches);
+  int t = 0;
+  for (; t + kTokens <= n; t += kTokens) {
+    uint32_t sums[kTokens * kWords];
+    for (int v = 0; v < kVecs; ++v) {
+      Distances distances(load_words(codes + static_cast<int64_t>(t) * kWords + v * kLanes));
+      for (int p = 0; p < planes.num_planes; ++p) {
+        distances.add(patterns[p][v % kPatterns], weights[p]);
+      }
+      store_words(sums + v * kLanes, distances.sums());
+    }
+    for (int i = 0; i < kTokens; ++i) {
+      uint32_t distance = 0;
+      for (int w = 0; w < kWords; ++w) distance += sums[i * kWords + w];
+      matches[t + i] = static_cast<uint16_t>(max_matches - distance);
+    }
+  }
+  for (; t < n; ++t) {
+    matches[t] = static_cast<uint16_t>(
+        max_matches - weighted_distance<kWords>(planes, codes + static_cast<int64_t>(t) * kWords));
+  }
+}
+
+#else
+
+template <int kWords>
+void count_matches_of(const ScanPlanes& planes, const uint32_t* codes, int n, uint16_t* matches) {
+  const uint32_t max_matches = static_cast<uint32_t>(planes.max_matches);
+  for (int t = 0; t < n; ++t) {
+    matches[t] = static_cast<uint16_t>(
+        max_matches - weighted_distance<kWords>(planes, codes + static_cast<int64_t>(t) * kWords));
+  }
+}
+
+#endif
+
+void count_matches(const ScanPlanes& planes, const uint32_t* codes, int n, uint16_t* matches) {
+  using CountMatches = void (*)(const ScanPlanes&, const uint32_t*, int, uint16_t*);
+  static constexpr CountMatches kByWords[kMaxWords] = {
+      count_matches_of<1>, count_matches_of<2>, count_matches_of<3>, count_matches_of<4>,
+      count_matches_of<5>, count_matches_of<6>, count_matches_of<7>, count_matches_of<8>};
+  kByWords[planes.num_words - 1](planes, codes, n, matches);
 }
 
 void apply_norms(const ScanPlanes& planes, const uint16_t* matches, const uint16_t* norms, int n,

@@ -170,5 +170,27 @@ inline float sum_lanes(FloatVec value) {
   return lanes[0];
 }
 
+// sums[i] = sum_lanes(values[i]), all four at once.
+inline void sum_lanes4(const FloatVec* values, float* sums) {
+#if defined(__AVX2__)
+  __m128 quarters[4];
+  for (int i = 0; i < 4; ++i) {
+#if defined(__AVX512F__)
+    const __m256 half = _mm256_add_ps(
+        _mm512_castps512_ps256(values[i]),
+        _mm256_castsi256_ps(_mm512_extracti64x4_epi64(_mm512_castps_si512(values[i]), 1)));
+#else
+    const __m256 half = values[i];
+#endif
+    quarters[i] = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+  }
+  _MM_TRANSPOSE4_PS(quarters[0], quarters[1], quarters[2], quarters[3]);
+  _mm_storeu_ps(
+      sums, _mm_add_ps(_mm_add_ps(quarters[0], quarters[2]), _mm_add_ps(quarters[1], quarters[3])));
+#else
+  for (int i = 0; i < 4; ++i) sums[i] = sum_lanes(values[i]);
+#endif
+}
+
 }  // namespace
 }  // namespace hata
