@@ -1,11 +1,8 @@
 #include "hamming_score.h"
 
-#include <cuda_fp16.h>
-
 #include "cuda/check.h"
+#include "cuda/code_scan.cuh"
 #include "dispatch.h"
-#include "query_planes.h"
-#include "selection.h"
 
 namespace hata {
 namespace {
@@ -22,69 +19,20 @@ constexpr int tokens_per_block(int num_words) {
 
 constexpr int kMaxTokens = 8;  // query tokens whose planes are in shared memory at a time
 
-template <int kNumWords>
-struct Code {
-  uint32_t words[kNumWords];
-};
-
-template <int kNumWords>
-__device__ Code<kNumWords> load_code(const uint32_t* from) {
-  Code<kNumWords> code;
-  if constexpr (kNumWords % 4 == 0) {
-#pragma unroll
-    for (int w = 0; w < kNumWords; w += 4) {
-      const uint4 piece = __ldg(reinterpret_cast<const uint4*>(from + w));
-      code.words[w] = piece.x, code.words[w + 1] = piece.y;
-      code.words[w + 2] = piece.z, code.words[w + 3] = piece.w;
-    }
-  } else if constexpr (kNumWords % 2 == 0) {
-#pragma unroll
-    for (int w = 0; w < kNumWords; w += 2) {
-      const uint2 piece = __ldg(reinterpret_cast<const uint2*>(from + w));
-      code.words[w] = piece.x, code.words[w + 1] = piece.y;
-    }
-  } else {
-#pragma unroll
-    for (int w = 0; w < kNumWords; ++w) code.words[w] = __ldg(from + w);
-  }
-  return code;
-}
-
-// sum_p w_p (num_bits - popcount(code ^ plane_p))
-template <int kNumWords>
-__device__ int count_matches(const Code<kNumWords>& code, const uint32_t* planes, int planes_num,
-                             int weight_sum) {
-  int differing = 0;
-  for (int p = 0; p < planes_num; ++p) {
-    int count = 0;
-#pragma unroll
-    for (int w = 0; w < kNumWords; ++w) {
-      count += __popc(code.words[w] ^ planes[p * kNumWords + w]);
-    }
-    differing += plane_weight(p, weight_sum) * count;
-  }
-  return weight_sum * kNumWords * kWordBits - differing;
-}
-
-__device__ uint16_t float16_score(int score, int num_bits, uint16_t norm) {
-  const float scaled = __fdiv_rn(static_cast<float>(score), static_cast<float>(num_bits));
-  return __half_as_ushort(__float2half_rn(__fmul_rn(scaled, __half2float(__ushort_as_half(norm)))));
-}
-
 __device__ void store(const HammingScoreParams& p, int64_t i, int matches, uint16_t norm) {
   const int num_bits = p.code_cache.num_words * kWordBits;
-  const int score = 2 * matches - p.weight_sum * num_bits;
   switch (p.kind) {
     case ScoreKind::kInt32:
-      static_cast<int32_t*>(p.scores)[i] = score;
+      static_cast<int32_t*>(p.scores)[i] = 2 * matches - p.weight_sum * num_bits;
       break;
     case ScoreKind::kFloat16:
-      static_cast<uint16_t*>(p.scores)[i] = float16_score(score, num_bits, norm);
+      static_cast<uint16_t*>(p.scores)[i] = float16_score(matches, p.weight_sum, num_bits, norm);
       break;
     case ScoreKind::kKey16:
       static_cast<uint16_t*>(p.scores)[i] =
-          p.code_cache.norms == nullptr ? static_cast<uint16_t>(matches)
-                                        : ordered_key_float16(float16_score(score, num_bits, norm));
+          p.code_cache.norms == nullptr
+              ? static_cast<uint16_t>(matches)
+              : ordered_key_float16(float16_score(matches, p.weight_sum, num_bits, norm));
       break;
   }
 }
@@ -141,14 +89,14 @@ __global__ void __launch_bounds__(kThreads)
       const int j = first + t;
       const int visible = min(visible_len(seq_len_of(p.table, batch_idx), p.q_len, j), seq_len);
       const int64_t row = (int64_t{batch_idx} * p.q_len + j) * p.num_kv_heads + kv_head_idx;
+      int matches[kTokensPerThread];
+      count_matches(codes, planes + t * token_words, num_planes, p.weight_sum, matches);
 #pragma unroll
       for (int i = 0; i < kTokensPerThread; ++i) {
         const int position = first_position + i * kThreads + threadIdx.x;
         if (position >= p.max_seq_len) continue;
         if (position < visible) {
-          const int matches = count_matches<kNumWords>(codes[i], planes + t * token_words,
-                                                       num_planes, p.weight_sum);
-          store(p, row * p.max_seq_len + position, matches, norms[i]);
+          store(p, row * p.max_seq_len + position, matches[i], norms[i]);
         } else {
           store_invisible(p, row * p.max_seq_len + position);
         }
