@@ -69,9 +69,9 @@ def bundled_model() -> Path:
 def _convert(gguf: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
-    AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
-    dequantized = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+    name, file = str(gguf.parent), gguf.name
+    AutoTokenizer.from_pretrained(name, gguf_file=file).save_pretrained(folder)
+    dequantized = AutoModelForCausalLM.from_pretrained(name, gguf_file=file, dtype=torch.float32)
     # A model that remembers its quantization cannot be saved: give the weights to a fresh one.
     config = dequantized.config
     del config.quantization_config
@@ -92,7 +92,9 @@ def check_model_folder(folder: Path, context: int) -> None:
     try:
         config: dict[str, Any] = json.loads(config_file.read_text())
     except ValueError as error:
-        raise ValueError(f"hata.demo: --model must hold a config.json in JSON, got {error}") from error
+        raise ValueError(
+            f"hata.demo: --model must hold a config.json in JSON, got {error}"
+        ) from error
     limit = config.get("max_position_embeddings")
     if isinstance(limit, int):
         rule = f"be at most the model's max_position_embeddings={limit}"
@@ -117,7 +119,9 @@ def load_model(folder: Path, device: torch.device, dtype: torch.dtype) -> tuple[
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, local_files_only=True
+        )
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
         rule = "name a folder that transformers loads"

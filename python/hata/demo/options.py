@@ -49,13 +49,21 @@ class DemoOptions:
         """Checks every rule."""
         check(0.0 <= self.depth <= 1.0, WHERE, "--depth", "be in 0..1", self.depth)
         check(self.seed >= 0, WHERE, "--seed", "be at least 0", self.seed)
-        check(self.max_new_tokens >= 2, WHERE, "--max-new-tokens", "be at least 2", self.max_new_tokens)
+        check(
+            self.max_new_tokens >= 2,
+            WHERE,
+            "--max-new-tokens",
+            "be at least 2",
+            self.max_new_tokens,
+        )
         rule = f"be more than --max-new-tokens={self.max_new_tokens}"
         check(self.context > self.max_new_tokens, WHERE, "--context", rule, self.context)
         self.config()
         self.torch_device()
         if self.dtype is not None:
-            check(self.dtype in DTYPES, WHERE, "--dtype", f"be one of {', '.join(DTYPES)}", self.dtype)
+            check(
+                self.dtype in DTYPES, WHERE, "--dtype", f"be one of {', '.join(DTYPES)}", self.dtype
+            )
         if self.plot is not None:
             rule = "name a .png file in an existing folder"
             fits = self.plot.suffix == ".png" and self.plot.parent.is_dir()

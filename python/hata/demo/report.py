@@ -1,0 +1,91 @@
+"""What `hata demo` prints."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+
+from hata.config import HataConfig
+from hata.demo.generate import Generation
+
+
+@dataclass(frozen=True)
+class Bytes:
+    """Bytes of cache that one decoding step reads, summed over the layers.
+
+    A dense layer reads ``seq_len * num_kv_heads * 2 * head_dim * itemsize``. A sparse one reads its
+    codes, ``seq_len * num_kv_heads * num_bits / 8`` (2 more bytes for each norm), and the keys and
+    values of its selected positions, ``num_selected * num_kv_heads * 2 * head_dim * itemsize``.
+    """
+
+    dense: int
+    hata: int
+
+    @classmethod
+    def of_step(
+        cls,
+        config: HataConfig,
+        *,
+        num_layers: int,
+        num_kv_heads: int,
+        head_dim: int,
+        itemsize: int,
+        seq_len: int,
+    ) -> "Bytes":
+        """Counts the bytes of one step at ``seq_len`` positions."""
+        row = num_kv_heads * 2 * head_dim * itemsize
+        code = num_kv_heads * (config.num_bits // 8 + 2 * config.key_norms)
+        dense_layers = min(config.num_dense_layers, num_layers)
+        sparse_layer = seq_len * code + min(config.top_k, seq_len) * row
+        return cls(
+            dense=num_layers * seq_len * row,
+            hata=dense_layers * seq_len * row + (num_layers - dense_layers) * sparse_layer,
+        )
+
+
+def agreement(dense: list[int], hata: list[int]) -> str:
+    """Says whether two answers agree, token for token."""
+    if dense == hata:
+        return f"yes, in all {len(dense)} tokens"
+    same = next(
+        (i for i, (a, b) in enumerate(zip(dense, hata, strict=False)) if a != b),
+        min(len(dense), len(hata)),
+    )
+    return f"no, in the first {same} of {max(len(dense), len(hata))} tokens"
+
+
+def print_answers(
+    console: Console,
+    answers: Mapping[str, str],
+    number: str,
+    generations: Mapping[str, Generation],
+    read: Bytes,
+) -> None:
+    """Prints both generations side by side."""
+    table = Table("", *answers, title="One prompt, two generations")
+    table.add_row("answer", *(text.strip() for text in answers.values()))
+    table.add_row("number found", *("yes" if number in text else "no" for text in answers.values()))
+    runs = generations.values()
+    table.add_row("prompt, once", *(f"{run.prefill_seconds:.2f} s" for run in runs))
+    table.add_row("per generated token", *(f"{run.milliseconds_per_token:.1f} ms" for run in runs))
+    share = f"{read.hata / 1e6:.2f} MB, {read.hata / read.dense:.0%}"
+    table.add_row("cache read per step", f"{read.dense / 1e6:.2f} MB", share)
+    console.print(table)
+
+
+def print_mass(console: Console, mass: Mapping[int, float], num_layers: int) -> None:
+    """Prints the selected share of the dense attention mass, layer by layer."""
+    table = Table("layer", "share", "", title="Dense attention mass at the selected positions")
+    for layer in range(num_layers):
+        share = mass.get(layer)
+        if share is None:
+            table.add_row(str(layer), "dense", "")
+        else:
+            bar = ProgressBar(total=1.0, completed=share, width=40)
+            table.add_row(str(layer), f"{share:.1%}", bar)
+    console.print(table)
+    if mass:
+        mean = sum(mass.values()) / len(mass)
+        console.print(f"mean over the {len(mass)} sparse layers: {mean:.1%}")
