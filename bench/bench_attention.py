@@ -1,0 +1,52 @@
+"""gather_attention against PyTorch over copied rows, and merge_attention_states."""
+
+import functools
+
+import torch
+
+from hata import reference
+
+from .baselines import gather_then_sdpa
+from .buffers import CodePool
+from .checks import check_gathered, require_close
+from .report import Row
+from .run import Run
+
+
+def gather_attention(run: Run, pool: CodePool) -> Row:
+    pool.gather_attention(0)
+    check_gathered(pool, pool.out, "gather_attention")
+    shape = pool.kv.shape
+    num_bytes = shape.row_bytes(run.dtype) + pool.indices[0].nbytes + 2 * pool.out.nbytes
+    timing = run.timer(pool.calls("gather_attention"))
+    baseline = None
+    if pool.page_size == shape.seq_len:
+        attend = gather_then_sdpa(pool.kv, pool.indices)
+        check_gathered(pool, attend(0), "SDPA over copied rows")
+        calls = [functools.partial(attend, i) for i in range(pool.num_sets)]
+        baseline = ("rows copied, SDPA", run.timer(calls))
+    return run.op_row(
+        "gather_attention", shape, None, pool.page_size, timing, num_bytes, baseline=baseline
+    )
+
+
+def merge_attention_states(run: Run, pool: CodePool) -> Row:
+    shape, out = pool.kv.shape, torch.empty_like(pool.out)
+    state_bytes = pool.out.nbytes + pool.lse.nbytes
+    num_sets = run.timer.num_sets(3 * state_bytes)
+    outs = [pool.out.new_empty(num_sets, *pool.out.shape).normal_() for _ in range(2)]
+    lses = [pool.lse.new_empty(num_sets, *pool.lse.shape).normal_() for _ in range(2)]
+    lse = torch.empty_like(pool.lse)
+
+    def merge(i: int) -> None:
+        torch.ops.hata.merge_attention_states.out(
+            outs[0][i], lses[0][i], outs[1][i], lses[1][i], out=out, lse=lse
+        )
+
+    merge(0)
+    states = (outs[0][0].float(), lses[0][0], outs[1][0].float(), lses[1][0])
+    expected, expected_lse = reference.merge_attention_states(*states)
+    require_close(out, expected.float(), "merge_attention_states equals the reference")
+    require_close(lse, expected_lse.float(), "merge_attention_states equals the reference's lse")
+    timing = run.timer([functools.partial(merge, i) for i in range(num_sets)])
+    return run.op_row("merge_attention_states", shape, None, None, timing, 3 * state_bytes)

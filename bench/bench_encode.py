@@ -1,0 +1,145 @@
+"""hash_encode, encode_query and cache_append: projections that are packed to bits."""
+
+import functools
+from collections.abc import Callable
+
+import torch
+
+from hata import reference
+
+from .buffers import CodePool
+from .cases import CodeConfig
+from .checks import check_encode, require, require_same_bits
+from .report import Row
+from .run import Run
+from .timing import Call
+
+CHECKED_TOKENS = 256  # of a prompt, at its beginning and at its end
+
+
+def encode_query(run: Run, pool: CodePool) -> Row:
+    check_encode(pool)
+    shape, config = pool.kv.shape, pool.config
+    num_bytes = pool.kv.qs[0].nbytes + config.weight_bytes(shape, run.dtype) + pool.planes[0].nbytes
+    timing = run.timer(pool.calls("encode_query"))
+    return run.op_row("encode_query", shape, config, pool.page_size, timing, num_bytes)
+
+
+def cache_append(run: Run, pool: CodePool) -> Row:
+    check_encode(pool)
+    shape, config = pool.kv.shape, pool.config
+    num_bytes = (
+        2 * (pool.kv.ks[0].nbytes + pool.kv.vs[0].nbytes)  # read, and written
+        + config.weight_bytes(shape, run.dtype)
+        + config.code_bytes(shape) // shape.seq_len
+    )
+    timing = run.timer(pool.calls("cache_append"))
+    return run.op_row("cache_append", shape, config, pool.page_size, timing, num_bytes)
+
+
+class Prompt:
+    """A whole prompt's keys and values, and an empty cache for them, in enough cold sets."""
+
+    def __init__(self, run: Run, config: CodeConfig) -> None:
+        shape = run.plan.prompt
+        like = torch.empty(0, dtype=run.dtype, device=run.timer.device)
+        tokens = (shape.batch, shape.seq_len, shape.num_kv_heads, shape.head_dim)
+        self.shape, self.config = shape, config
+        self.num_sets = run.timer.num_sets(shape.kv_bytes(run.dtype) // 2)
+        self.keys = like.new_empty(self.num_sets, *tokens).normal_()
+        self.values = like.new_empty(self.num_sets, *tokens).normal_()
+        self.k_caches = torch.zeros_like(self.keys)
+        self.v_caches = torch.zeros_like(self.values)
+        self.weights = like.new_empty(shape.num_kv_heads, shape.head_dim, config.num_bits).normal_()
+        heads = (self.num_sets, shape.batch, shape.num_kv_heads, shape.seq_len)
+        self.codes = torch.zeros(*heads, config.num_words, dtype=torch.int32, device=like.device)
+        self.norms = (
+            torch.zeros(heads, dtype=torch.float16, device=like.device)
+            if config.key_norms
+            else None
+        )
+        self.block_table = torch.arange(shape.batch, dtype=torch.int32, device=like.device)[:, None]
+        self.cache_seqlens = torch.full_like(self.block_table[:, 0], shape.seq_len)
+
+    def hash_encode(self, i: int) -> None:
+        torch.ops.hata.hash_encode.out(
+            self.keys[i], self.weights, codes=self.codes[i], norms=self._norms(i)
+        )
+
+    def cache_append(self, i: int) -> None:
+        torch.ops.hata.cache_append(
+            self.keys[i],
+            self.values[i],
+            self.weights,
+            self.k_caches[i],
+            self.v_caches[i],
+            self.codes[i],
+            self._norms(i),
+            self.block_table,
+            self.cache_seqlens,
+            None,
+        )
+
+    def project(self, i: int) -> torch.Tensor:
+        return torch.matmul(self.keys[i].transpose(1, 2), self.weights)
+
+    def calls(self, part: Callable[[int], object]) -> list[Call]:
+        return [functools.partial(part, i) for i in range(self.num_sets)]
+
+    def _norms(self, i: int) -> torch.Tensor | None:
+        return None if self.norms is None else self.norms[i]
+
+    def check_codes(self, op: str) -> None:
+        """Requires that set 0's codes are the reference's, then clears them."""
+        for tokens in (slice(CHECKED_TOKENS), slice(-CHECKED_TOKENS, None)):
+            expected = reference.hash_encode(self.keys[0][:, tokens], self.weights)
+            actual = self.codes[0][:, :, tokens]
+            require_same_bits(actual, expected, f"{op} equals the reference")
+        self.codes[0].zero_()
+
+
+def hash_encode_prompt(run: Run, prompt: Prompt) -> Row:
+    """Against the projection alone: PyTorch has nothing that packs bits."""
+    prompt.hash_encode(0)
+    prompt.check_codes("hash_encode")
+    shape, config = prompt.shape, prompt.config
+    num_bytes = prompt.keys[0].nbytes + config.code_bytes(shape) + prompt.weights.nbytes
+    timing = run.timer(prompt.calls(prompt.hash_encode))
+    baseline = run.timer(prompt.calls(prompt.project))
+    return run.op_row(
+        "hash_encode",
+        shape,
+        config,
+        None,
+        timing,
+        num_bytes,
+        q_len=shape.seq_len,
+        baseline=("torch.matmul, not packed", baseline),
+    )
+
+
+def cache_append_prompt(run: Run, prompt: Prompt) -> Row:
+    """Against copying the keys and values: the least that any append does."""
+    prompt.cache_append(0)
+    prompt.check_codes("cache_append")
+    require(torch.equal(prompt.k_caches[0], prompt.keys[0]), "cache_append wrote k")
+    require(torch.equal(prompt.v_caches[0], prompt.values[0]), "cache_append wrote v")
+    shape, config = prompt.shape, prompt.config
+    num_bytes = 2 * shape.kv_bytes(run.dtype) + config.code_bytes(shape) + prompt.weights.nbytes
+    timing = run.timer(prompt.calls(prompt.cache_append))
+
+    def copy(i: int) -> None:
+        prompt.k_caches[i].copy_(prompt.keys[i])
+        prompt.v_caches[i].copy_(prompt.values[i])
+
+    baseline = run.timer(prompt.calls(copy))
+    return run.op_row(
+        "cache_append",
+        shape,
+        config,
+        shape.seq_len,
+        timing,
+        num_bytes,
+        q_len=shape.seq_len,
+        baseline=("copy of k and v", baseline),
+    )

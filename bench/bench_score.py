@@ -1,0 +1,126 @@
+"""hamming_score, select_topk and score_select, against torch.topk on the same scores."""
+
+import functools
+
+import torch
+from torch import Tensor
+
+from hata import reference
+
+from .buffers import CodePool
+from .checks import check_selection, require, sampled_pairs
+from .report import Row
+from .run import Run
+
+
+def empty_scores(pool: CodePool, num_sets: int) -> Tensor:
+    """Returns ``[num_sets, batch, 1, num_kv_heads, seq_len]``, float16 with norms, else int32."""
+    shape = pool.kv.shape
+    dtype = torch.float16 if pool.config.key_norms else torch.int32
+    size = (num_sets, shape.batch, 1, shape.num_kv_heads, shape.seq_len)
+    return torch.empty(size, dtype=dtype, device=pool.codes.device)
+
+
+def score(pool: CodePool, i: int, scores: Tensor) -> None:
+    torch.ops.hata.hamming_score.out(
+        pool.planes[i],
+        pool.codes[i],
+        pool.norm_cache(i),
+        pool.block_table,
+        pool.kv.cache_seqlens,
+        pool.weight_sum,
+        scores=scores,
+    )
+
+
+def check_scores(pool: CodePool, scores: Tensor) -> None:
+    """Requires that scores ``[batch, 1, num_kv_heads, seq_len]`` are set 0's."""
+    norms = pool.norm_cache(0)
+    for b, h in sampled_pairs(pool.kv):
+        expected = reference.hamming_score(
+            pool.planes[0][b : b + 1, :, h : h + 1],
+            pool.codes[0][:, h : h + 1],
+            pool.block_table[b : b + 1],
+            pool.kv.cache_seqlens[b : b + 1],
+            weight_sum=pool.weight_sum,
+            max_seq_len=pool.kv.shape.seq_len,
+            norm_cache=None if norms is None else norms[:, h : h + 1],
+        )
+        same = torch.equal(scores[b, :, h], expected[0, :, 0])
+        require(same, "hamming_score equals the reference")
+
+
+def hamming_score(run: Run, pool: CodePool) -> Row:
+    scores = empty_scores(pool, 1)[0]
+    score(pool, 0, scores)
+    check_scores(pool, scores)
+    shape, config = pool.kv.shape, pool.config
+    num_bytes = config.code_bytes(shape) + pool.planes[0].nbytes + scores.nbytes
+    sets = range(pool.num_sets)
+    timing = run.timer([functools.partial(score, pool, i, scores) for i in sets])
+    return run.op_row("hamming_score", shape, config, pool.page_size, timing, num_bytes)
+
+
+def score_select(run: Run, pool: CodePool) -> Row:
+    """Against scores in memory and torch.topk, which breaks ties and orders as it likes."""
+    pool.score_select(0)
+    check_selection(pool)
+    shape, config = pool.kv.shape, pool.config
+    num_bytes = config.code_bytes(shape) + pool.planes[0].nbytes + pool.indices[0].nbytes
+    timing = run.timer(pool.calls("score_select"))
+    scores = empty_scores(pool, 1)[0]
+
+    def score_topk(i: int) -> None:
+        score(pool, i, scores)
+        torch.topk(scores, shape.top_k, sorted=False)
+
+    baseline = run.timer([functools.partial(score_topk, i) for i in range(pool.num_sets)])
+    return run.op_row(
+        "score_select",
+        shape,
+        config,
+        pool.page_size,
+        timing,
+        num_bytes,
+        baseline=("hamming_score, torch.topk", baseline),
+    )
+
+
+def select_topk(run: Run, pool: CodePool) -> Row:
+    """Without sink and recent positions, so that torch.topk selects the same scores."""
+    shape, config = pool.kv.shape, pool.config
+    num_sets = run.timer.num_sets(empty_scores(pool, 1).nbytes)
+    pooled = empty_scores(pool, num_sets)
+    for i in range(num_sets):
+        score(pool, i % pool.num_sets, pooled[i])
+    indices = torch.empty_like(pool.indices[0])
+    num_selected = torch.empty_like(pool.num_selected[0])
+
+    def select(i: int) -> None:
+        torch.ops.hata.select_topk.out(
+            pooled[i],
+            pool.kv.cache_seqlens,
+            shape.top_k,
+            0,
+            0,
+            indices=indices,
+            num_selected=num_selected,
+        )
+
+    select(0)
+    selected = pooled[0].gather(-1, indices.long()).sort(-1, descending=True).values
+    best = torch.topk(pooled[0], shape.top_k).values
+    require(torch.equal(selected, best), "select_topk finds torch.topk's scores")
+    timing = run.timer([functools.partial(select, i) for i in range(num_sets)])
+    baseline = run.timer(
+        [lambda i=i: torch.topk(pooled[i], shape.top_k, sorted=False) for i in range(num_sets)]
+    )
+    return run.op_row(
+        "select_topk",
+        shape,
+        config,
+        pool.page_size,
+        timing,
+        pooled[0].nbytes + indices.nbytes,
+        baseline=("torch.topk", baseline),
+    )

@@ -1,0 +1,113 @@
+"""What a benchmark hands over: one table on the terminal and one CSV file."""
+
+import contextlib
+import csv
+import datetime
+import os
+import platform
+import re
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "results"
+FILE_WIDTH = 300  # where the output is not a terminal: no table is wider
+
+Row = dict[str, object]
+
+
+def device_name(device: torch.device) -> str:
+    """Returns the GPU's name, or the CPU's model and the threads that torch uses."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    text = cpuinfo.read_text() if cpuinfo.is_file() else ""
+    model = re.search(r"model name\s*: (.+)", text)
+    name = model.group(1) if model else platform.machine()
+    return f"{name}, {torch.get_num_threads()} threads"
+
+
+def slug(device: torch.device) -> str:
+    """Returns the device's name for a file: "h100" for an NVIDIA H100 80GB HBM3, or "cpu"."""
+    if device.type == "cpu":
+        return "cpu"
+    name = device_name(device).removeprefix("NVIDIA ")
+    name = re.split(r"[ -](?=\d+GB|SXM|PCIe|HBM|NVL)", name)[0]
+    return re.sub(r"[^a-z0-9]+", "_", name.lower())
+
+
+def commit() -> str:
+    """Returns this checkout's commit; HATA_COMMIT names it where git does not."""
+    if (ROOT / ".git").exists():
+        describe = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+        with contextlib.suppress(OSError, subprocess.CalledProcessError):
+            return subprocess.run(
+                describe, check=True, capture_output=True, text=True
+            ).stdout.strip()
+    return os.environ.get("HATA_COMMIT", "unknown")
+
+
+def origin(device: torch.device, command: str) -> Row:
+    """Returns the columns that say where a run's rows come from."""
+    return {
+        "gpu": device_name(device),
+        "torch": torch.__version__,
+        "commit": commit(),
+        "date": datetime.date.today().isoformat(),
+        "command": command,
+    }
+
+
+class Report:
+    """Collects rows, and writes the CSV anew with each, so that a run cut short leaves its rows.
+
+    Args:
+        path: The CSV file; its folder exists.
+        columns: Of the rows, in order.
+        common: The columns of ``origin``.
+    """
+
+    def __init__(self, path: Path, columns: Sequence[str], common: Row) -> None:
+        self.path = path
+        self.columns = ["gpu", "torch", "commit", "date", *columns, "command"]
+        self.common = common
+        self.rows: list[Row] = []
+
+    def add(self, row: Row) -> None:
+        """Appends one row; columns that it lacks stay empty, floats keep four digits."""
+        self.rows.append(self.common | row)
+        with self.path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, self.columns, restval="", lineterminator="\n")
+            writer.writeheader()
+            for values in self.rows:
+                writer.writerow({column: cell(values.get(column)) for column in self.columns})
+
+    def show(self, console: Console, columns: dict[str, str], title: str, caption: str) -> None:
+        """Prints the rows; ``columns`` maps a column to its heading, empty ones are left out."""
+        device = "{gpu}, torch {torch}, commit {commit}".format(**self.common)
+        table = Table(title=f"{title}: {device}", caption=caption, box=SIMPLE_HEAD)
+        filled = [name for name in columns if any(row.get(name) is not None for row in self.rows)]
+        for name in filled:
+            table.add_column(columns[name], justify="right", no_wrap=True)
+        for row in self.rows:
+            table.add_row(*(cell(row.get(name)) for name in filled))
+        if not console.is_terminal:
+            console.width = FILE_WIDTH
+        console.print(table)
+
+
+def cell(value: object) -> str:
+    """Formats one value: floats with four significant digits, None as nothing."""
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return str(int(value))
+    if isinstance(value, float):
+        return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    return str(value)
