@@ -68,10 +68,10 @@ def print_answers(
     table.add_row("answer", *(text.strip() for text in answers.values()))
     table.add_row("number found", *("yes" if number in text else "no" for text in answers.values()))
     runs = generations.values()
-    table.add_row("prompt, once", *(f"{run.prefill_seconds:.2f} s" for run in runs))
-    table.add_row("per generated token", *(f"{run.milliseconds_per_token:.1f} ms" for run in runs))
+    table.add_row("prompt and first token", *(f"{run.prefill_seconds:.2f} s" for run in runs))
+    table.add_row("each further token", *(f"{run.milliseconds_per_token:.1f} ms" for run in runs))
     share = f"{read.hata / 1e6:.2f} MB, {read.hata / read.dense:.0%}"
-    table.add_row("cache read per step", f"{read.dense / 1e6:.2f} MB", share)
+    table.add_row("cache read for a token", f"{read.dense / 1e6:.2f} MB", share)
     console.print(table)
 
 

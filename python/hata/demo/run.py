@@ -1,5 +1,8 @@
 """`hata demo` from options to printed results."""
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from rich.console import Console
@@ -18,14 +21,33 @@ from hata.integrations.transformers import enable
 from hata.weights import HashWeights
 
 
-def run_demo(options: DemoOptions) -> dict[str, list[int]]:
+@dataclass(frozen=True)
+class DemoResult:
+    """What the demo found out.
+
+    Attributes:
+        number: The right answer.
+        texts: The answers, by "dense" and "hata".
+        generations: Their tokens and times, likewise.
+        read: Bytes of cache that the last decoding step read.
+        mass: Selected share of the dense attention mass by layer, sparse layers only.
+    """
+
+    number: str
+    texts: Mapping[str, str]
+    generations: Mapping[str, Generation]
+    read: Bytes
+    mass: Mapping[int, float]
+
+
+def run_demo(options: DemoOptions) -> DemoResult:
     """Generates with dense attention and with hata, and prints the comparison.
 
     Args:
         options: What to run.
 
     Returns:
-        The tokens of the answers, by "dense" and "hata".
+        What was printed.
 
     Raises:
         ValueError: An option does not fit the model.
@@ -33,10 +55,10 @@ def run_demo(options: DemoOptions) -> dict[str, list[int]]:
     console = Console(highlight=False)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    if options.model is not None:
-        check_model_folder(options.model, options.context)
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    terminal = Console(stderr=True)
+    shown = terminal.is_terminal
+    with Progress(*columns, console=terminal, transient=True, disable=not shown) as progress:
         task = progress.add_task("the model (its first conversion takes half a minute)", total=None)
         folder = options.model or bundled_model()
         check_model_folder(folder, options.context)
@@ -64,37 +86,33 @@ def run_demo(options: DemoOptions) -> dict[str, list[int]]:
         title = f"{folder.name}, {len(prompt.token_ids)} tokens, top_k {options.top_k}"
         plot_mass(options.plot, mass, shape["num_layers"], title)
         console.print(f"plot: {options.plot}")
-    return {name: run.token_ids for name, run in generations.items()}
+    return DemoResult(prompt.number, texts, generations, read, mass)
 
 
 def _generate_both(
     progress: Progress, options: DemoOptions, model: Any, prompt: Prompt
 ) -> tuple[Generation, Generation, dict[int, float]]:
-    config = options.config()
-    weights = HashWeights.random(**_shape(model), num_bits=options.num_bits, seed=options.seed)
+    shape = _shape(model)
+    weights = HashWeights.random(**shape, num_bits=options.num_bits, seed=options.seed)
     scales = (m.scaling for m in model.modules() if isinstance(getattr(m, "scaling", None), float))
-    recorder = MassRecorder(next(scales, _shape(model)["head_dim"] ** -0.5))
-    runs = []
-    generate(model, prompt.token_ids[:16], 2, lambda: None)  # pages the weights in, off the clock
-    for name in ("dense", "hata"):
+    recorder = MassRecorder(next(scales, shape["head_dim"] ** -0.5))
+    cache = enable(model, options.config(), weights, max_seq_len=options.context, observer=recorder)
+
+    def run(attention: str, name: str, past_key_values: Any) -> Generation:
+        model.set_attn_implementation(attention)
         task = progress.add_task(f"{name}: prompt, then answer", total=options.max_new_tokens)
-        cache = None
-        if name == "dense":
-            model.set_attn_implementation("sdpa")
-        else:
-            cache = enable(model, config, weights, max_seq_len=options.context, observer=recorder)
-        runs.append(
-            generate(
-                model,
-                prompt.token_ids,
-                options.max_new_tokens,
-                lambda task=task: progress.advance(task),  # type: ignore[misc]
-                cache,
-            )
+        on_token = partial(progress.advance, task)
+        answer = generate(
+            model, prompt.token_ids, options.max_new_tokens, on_token, past_key_values
         )
         progress.remove_task(task)
-    assert cache is not None
-    return runs[0], runs[1], recorder.mass_per_layer(cache.hata_cache)
+        return answer
+
+    model.set_attn_implementation("sdpa")
+    generate(model, prompt.token_ids[:16], 2, lambda: None)  # pages the weights in, off the clock
+    dense = run("sdpa", "dense", None)
+    hata = run("hata", "hata", cache)
+    return dense, hata, recorder.mass_per_layer(cache.hata_cache)
 
 
 def _shape(model: Any) -> dict[str, int]:

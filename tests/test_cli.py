@@ -1,0 +1,111 @@
+"""The command line: one clear line for every mistake, and no trace."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import hata.cli
+import hata.demo.run
+from hata.version import VERSION
+
+
+def run(capsys: pytest.CaptureFixture[str], *args: str) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as exited:
+        hata.cli.main(list(args))
+    said = capsys.readouterr()
+    return exited.value.code, said.out, said.err
+
+
+def test_version_is_printed_by_the_module_as_by_the_command(capsys):
+    code, out, _ = run(capsys, "--version")
+    assert (code, out) == (0, f"hata {VERSION}\n")
+    command = [sys.executable, "-m", "hata", "--version"]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == out
+
+
+def test_help_lists_both_subcommands(capsys):
+    code, out, _ = run(capsys, "--help")
+    assert code == 0
+    assert "demo" in out
+    assert "bench" in out
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ("--model no/such/folder", "--model must name a local transformers folder .* got no/such"),
+        ("--context 8193", "--context must be at most the model's max_position_embeddings=8192"),
+        ("--context 90", "--context must leave room .* more tokens, got"),
+        ("--context 32", "--context must be more than --max-new-tokens=32, got 32"),
+        ("--depth 1.5", "--depth must be in 0..1, got 1.5"),
+        ("--depth nan", "--depth must be in 0..1, got nan"),
+        ("--seed -1", "--seed must be at least 0, got -1"),
+        ("--max-new-tokens 1", "--max-new-tokens must be at least 2, got 1"),
+        ("--top-k 0", "top_k must be in 1..2147483647, got 0"),
+        ("--top-k 19", "num_sink \\+ num_recent must be at most top_k=19, got 20"),
+        ("--num-bits 100", "num_bits must be a multiple of 32, got 100"),
+        ("--query-bits 5", "query_bits must be in 1..4, got 5"),
+        ("--device tpu", "--device must be cpu, cuda or cuda:N, a device that torch sees, got tpu"),
+        ("--device cuda:99", "--device must be .* got cuda:99"),
+        ("--dtype int8", "--dtype must be one of float32, bfloat16, float16, got int8"),
+        ("--plot no/such/plot.png", "--plot must name a .png file in an existing folder, got no"),
+        ("--plot plot.jpeg", "--plot must name a .png file in an existing folder, got plot.jpeg"),
+        ("--context many", "[Ii]nvalid value for '--context'"),
+        ("--contxt 10", "[Nn]o such option: --contxt"),
+    ],
+)
+def test_a_wrong_option_of_the_demo_is_one_line(capsys, args, message):
+    code, out, err = run(capsys, "demo", *args.split())
+    assert code == 2
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert re.search(message, err), err
+    assert out == ""
+
+
+def test_an_unknown_command_is_one_line(capsys):
+    code, _, err = run(capsys, "dmo")
+    assert (code, err.count("\n")) == (2, 1)
+    assert err.startswith("error: No such command 'dmo'")
+
+
+def test_a_folder_that_transformers_cannot_load_is_one_line(capsys, tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "no such model"}')
+    code, _, err = run(capsys, "demo", "--model", str(tmp_path))
+    assert (code, err.count("\n")) == (2, 1)
+    assert f"--model must name a folder that transformers loads, got {tmp_path}" in err
+
+
+def test_a_config_that_is_no_json_is_one_line(capsys, tmp_path):
+    (tmp_path / "config.json").write_text("no json")
+    code, _, err = run(capsys, "demo", "--model", str(tmp_path))
+    assert (code, err.count("\n")) == (2, 1)
+    assert "--model must hold a config.json in JSON" in err
+
+
+def test_bench_outside_a_checkout_is_one_line(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(hata.cli, "__file__", str(tmp_path / "python" / "hata" / "cli.py"))
+    code, _, err = run(capsys, "bench")
+    assert code == 2
+    assert err == (
+        "error: hata bench must run in hata's checkout, installed with pip install -e, "
+        f"got {Path(tmp_path).resolve()}\n"
+    )
+
+
+def test_bench_hands_its_arguments_on(capsys):
+    code, out, _ = run(capsys, "bench", "--help")
+    assert code == 0
+    assert "hata bench" in out
+
+
+def test_a_fault_of_hatas_own_keeps_its_trace(monkeypatch):
+    def fail(options: object) -> None:
+        raise RuntimeError("something is broken")
+
+    monkeypatch.setattr(hata.demo.run, "run_demo", fail)
+    with pytest.raises(RuntimeError, match="something is broken"):
+        hata.cli.main(["demo"])
