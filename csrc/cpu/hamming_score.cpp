@@ -141,7 +141,8 @@ void hamming_score_cpu(const HammingScoreParams& p) {
       const int first = static_cast<int>((item - first_item) % blocks) * kBlock;
       const Block block{b, (item - first_item) / blocks, first,
                         std::clamp(used(b) - first, 0, kBlock)};
-      score_block(loops, p, block, used(b), std::min(kBlock, p.max_seq_len - first));
+      score_block(loops, p, block, seq_len_of(p.table, static_cast<int>(b)),
+                  std::min(kBlock, p.max_seq_len - first));
     }
   });
 }
