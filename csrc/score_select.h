@@ -6,6 +6,14 @@
 
 namespace hata {
 
+// The ways to do it, with the same result; the environment variable HATA_SCORE_SELECT forces one
+// (auto, two_kernels, cluster).
+enum class ScoreSelectAlgorithm {
+  kAuto,
+  kTwoKernels,  // any GPU: a scan that writes keys to the workspace, then a selection from them
+  kCluster,  // sm_90: one kernel, keys and histograms in the shared memory of a cluster of blocks
+};
+
 // select_topk of hamming_score, without the public score tensor.
 struct ScoreSelectParams {
   PageTable table;
@@ -17,8 +25,14 @@ struct ScoreSelectParams {
   const uint32_t* planes;  // [batch, q_len, num_kv_heads, num_planes, num_words], contiguous
   int32_t* indices;        // [batch, q_len, num_kv_heads, top_k], contiguous
   int32_t* num_selected;   // [batch, q_len, num_kv_heads], contiguous
-  uint16_t* keys;          // workspace [batch, q_len, num_kv_heads, table.capacity]
+  uint16_t* keys;          // workspace [batch, q_len, num_kv_heads, key_row_pitch]
+  ScoreSelectAlgorithm algorithm;  // on CUDA
 };
+
+// Keys are read 16 bytes at a time, so that a row of them is a multiple of that long.
+constexpr int64_t key_row_pitch(int64_t capacity) {
+  return (capacity + 7) / 8 * 8;
+}
 
 // The scan of score_select: 16-bit keys to the workspace.
 constexpr HammingScoreParams key_score_params(const ScoreSelectParams& p) {
@@ -28,19 +42,19 @@ constexpr HammingScoreParams key_score_params(const ScoreSelectParams& p) {
           .q_len = p.q_len,
           .num_kv_heads = p.num_kv_heads,
           .weight_sum = p.weight_sum,
-          .max_seq_len = p.table.capacity,
+          .max_seq_len = static_cast<int>(key_row_pitch(p.table.capacity)),
           .planes = p.planes,
           .scores = p.keys};
 }
 
 // The selection of score_select: from the keys in the workspace.
 constexpr SelectTopkParams key_select_params(const ScoreSelectParams& p) {
-  const int64_t width = p.table.capacity;
+  const int64_t width = key_row_pitch(p.table.capacity);
   return {.dtype = SelectDType::kKey16,
           .batch = p.table.batch,
           .q_len = p.q_len,
           .num_kv_heads = p.num_kv_heads,
-          .max_seq_len = p.table.capacity,
+          .max_seq_len = static_cast<int>(key_row_pitch(p.table.capacity)),
           .top_k = p.top_k,
           .num_sink = p.num_sink,
           .num_recent = p.num_recent,

@@ -47,7 +47,8 @@ PageTable page_table(const ArgumentChecks& check, const Tensor& block_table,
   check.rule(page_size > 0 && (one_page || std::has_single_bit(static_cast<uint64_t>(page_size))),
              "page_size", "be a power of two where a sequence has several pages", page_size);
   const int64_t capacity = max_pages * page_size;
-  check.rule(capacity <= kMaxInt32, "block_table", "give each sequence less than 2^31 positions",
+  check.rule(capacity <= kMaxInt32 - 7, "block_table",
+             "give each sequence at most 2^31 - 8 positions",
              std::to_string(max_pages) + " pages of " + std::to_string(page_size));
   const PageTable table{
       .batch = static_cast<int>(batch),

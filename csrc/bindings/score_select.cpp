@@ -1,5 +1,7 @@
 #include "score_select.h"
 
+#include <cstdlib>
+#include <string_view>
 #include <tuple>
 
 #include "bindings/caches.h"
@@ -9,6 +11,19 @@
 #include "workspace.h"
 
 namespace hata {
+namespace {
+
+ScoreSelectAlgorithm forced_algorithm(const ArgumentChecks& check) {
+  const char* name = std::getenv("HATA_SCORE_SELECT");
+  const std::string_view algorithm = name == nullptr ? "auto" : name;
+  if (algorithm == "two_kernels") return ScoreSelectAlgorithm::kTwoKernels;
+  if (algorithm == "cluster") return ScoreSelectAlgorithm::kCluster;
+  check.rule(algorithm == "auto", "environment variable HATA_SCORE_SELECT",
+             "be auto, two_kernels or cluster", algorithm);
+  return ScoreSelectAlgorithm::kAuto;
+}
+
+}  // namespace
 
 ScoreSelectParams score_select_params(const ArgumentChecks& check, const Tensor& code_cache_,
                                       const std::optional<Tensor>& norm_cache,
@@ -31,6 +46,7 @@ ScoreSelectParams score_select_params(const ArgumentChecks& check, const Tensor&
       .indices = nullptr,
       .num_selected = nullptr,
       .keys = nullptr,
+      .algorithm = forced_algorithm(check),
   };
 }
 

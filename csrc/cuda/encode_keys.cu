@@ -1,6 +1,7 @@
 #include "cuda/encode_keys.h"
 
-#include "cuda/check.h"
+#include "cuda/cp_async.cuh"
+#include "cuda/launch.cuh"
 #include "cuda/mma.cuh"
 #include "dispatch.h"
 
@@ -10,13 +11,13 @@ namespace {
 constexpr int kTileM = 16;             // tokens of one warp: the rows of one matrix product
 constexpr int kPitch = kWordBits + 8;  // of a row of shared weights: 80 bytes, no bank conflicts
 
-// A block of kWarpsM x kWarpsN warps encodes kWarpsM * 16 tokens of one KV head; each row of warps
-// does the same tokens and every kWarpsN-th word. Few tokens (decoding) want their words in
-// parallel, a prompt wants the weights shared by many tokens. The products of one key are added up
-// in the same order in both, so that it has the same code in both.
+// A block encodes kWarpsM * 16 tokens of one KV head: kWarpsN warps do the same tokens and every
+// kWarpsN-th word; further warps only help to load weights. Few tokens (decoding) want each word in
+// a block of its own, a prompt wants the weights shared by many tokens. The products of one key are
+// added up in the same order in both, so that it has the same code in both.
 template <int kHeadDim, int kWarpsM, int kWarpsN>
 struct Tile {
-  static constexpr int kThreads = kWarpsM * kWarpsN * kWarpSize;
+  static constexpr int kThreads = kWarpsM * kWarpsN < 4 ? 128 : kWarpsM * kWarpsN * kWarpSize;
   static constexpr int kTokens = kWarpsM * kTileM;
   static constexpr int kSharedBytes = kWarpsN * kHeadDim * kPitch * 2;
 };
@@ -116,38 +117,65 @@ __device__ void copy_row(T* to, const T* from, int head_dim, int thread, int num
   }
 }
 
-// grid: (batch * token tiles, num_kv_heads).
+// Starts the copy of the weights of kWarpsN words from first_word on.
+template <int kHeadDim, int kWarpsM, int kWarpsN, typename T>
+__device__ void load_weights(T* to, const T* head_weights, int first_word, int num_words) {
+  constexpr int kPieces = kWordBits / 8;  // 16-byte pieces of a word's row
+  for (int i = threadIdx.x; i < kWarpsN * kHeadDim * kPieces;
+       i += Tile<kHeadDim, kWarpsM, kWarpsN>::kThreads) {
+    const int piece = i % kPieces, n = i / kPieces % kWarpsN, d = i / kPieces / kWarpsN;
+    if (first_word + n >= num_words) continue;
+    cp_async_16(to + (n * kHeadDim + weight_row(d)) * kPitch + piece * 8,
+                head_weights + int64_t{d} * num_words * kWordBits + (first_word + n) * kWordBits +
+                    piece * 8,
+                true);
+  }
+  cp_async_commit();
+}
+
+// grid: (batch * token tiles, num_kv_heads, word groups).
 template <typename T, int kHeadDim, int kWarpsM, int kWarpsN>
-__global__ void __launch_bounds__(kWarpsM * kWarpsN * kWarpSize)
+__global__ void __launch_bounds__(Tile<kHeadDim, kWarpsM, kWarpsN>::kThreads)
     encode_keys_kernel(const __grid_constant__ CacheAppendParams p) {
   using Tile = Tile<kHeadDim, kWarpsM, kWarpsN>;
   extern __shared__ __align__(16) char shared[];
   T* weights = reinterpret_cast<T*>(shared);  // [kWarpsN, kHeadDim, kPitch]
+  wait_for_previous_kernel();
+  let_next_kernel_launch();
 
   const int tiles = ceil_div(p.q_len, Tile::kTokens);
   const int batch_idx = blockIdx.x / tiles;
   const int kv_head_idx = blockIdx.y;
+  const int num_words = p.code_cache.num_words;
+  int first_word = blockIdx.z * kWarpsN;
+  const T* head_weights = static_cast<const T*>(p.key_weights) +
+                          int64_t{kv_head_idx} * kHeadDim * num_words * kWordBits;
+  load_weights<kHeadDim, kWarpsM, kWarpsN>(weights, head_weights, first_word, num_words);
+
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
   const int warp_m = warp / kWarpsN, warp_n = warp % kWarpsN;
+  const bool encodes = warp_m < kWarpsM;
+  // Who copies keys and values and writes norms, of the warps that hold the same tokens.
+  const bool writes_rows = encodes && warp_n == 0 && blockIdx.z == 0;
   const int first_token = blockIdx.x % tiles * Tile::kTokens + warp_m * kTileM;
 
   const int tokens[2] = {first_token + lane / 4, first_token + lane / 4 + 8};
-  Slot slots[2];
-  Keys<kHeadDim> keys;
+  Slot slots[2] = {{0, -1}, {0, -1}};
+  Keys<kHeadDim> keys = {};
   const T* k_head =
       static_cast<const T*>(p.k) + batch_idx * p.k_batch_stride + kv_head_idx * p.k_head_stride;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    slots[i] = slot_of(p, batch_idx, tokens[i]);
+    if (!encodes || tokens[i] >= p.q_len) continue;
     const T* row = k_head + tokens[i] * p.k_token_stride + lane % 4 * 8;
 #pragma unroll
     for (int step = 0; step < Keys<kHeadDim>::kSteps; ++step) {
-      (i ? keys.high : keys.low)[step] =
-          slots[i].row < 0 ? uint4{} : *reinterpret_cast<const uint4*>(row + step * 32);
+      (i ? keys.high : keys.low)[step] = *reinterpret_cast<const uint4*>(row + step * 32);
     }
+    slots[i] = slot_of(p, batch_idx, tokens[i]);
   }
 
-  if (warp_n == 0 && p.cache.k != nullptr) {
+  if (writes_rows && p.cache.k != nullptr) {
     const T* v_head =
         static_cast<const T*>(p.v) + batch_idx * p.v_batch_stride + kv_head_idx * p.v_head_stride;
 #pragma unroll
@@ -171,7 +199,7 @@ __global__ void __launch_bounds__(kWarpsM * kWarpsN * kWarpSize)
                               sum_of_squares<kHeadDim, T>(keys.high)};
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      if (warp_n != 0 || lane % 4 != 0 || slots[i].row < 0) continue;
+      if (!writes_rows || lane % 4 != 0 || slots[i].row < 0) continue;
       const __half norm = __float2half_rn(fminf(sqrtf(squares[i]), kMaxNorm));
       p.code_cache.norms[slots[i].page * p.code_cache.norm_page_stride +
                          kv_head_idx * p.code_cache.norm_head_stride + slots[i].row] =
@@ -179,44 +207,36 @@ __global__ void __launch_bounds__(kWarpsM * kWarpsN * kWarpSize)
     }
   }
 
-  const int num_bits = p.code_cache.num_words * kWordBits;
-  const T* head_weights =
-      static_cast<const T*>(p.key_weights) + int64_t{kv_head_idx} * kHeadDim * num_bits;
-  for (int first_word = 0; first_word < p.code_cache.num_words; first_word += kWarpsN) {
-    __syncthreads();
-    constexpr int kPieces = kWordBits / 8;  // 16-byte pieces of a word's row
-    for (int i = threadIdx.x; i < kWarpsN * kHeadDim * kPieces; i += Tile::kThreads) {
-      const int piece = i % kPieces, n = i / kPieces % kWarpsN, d = i / kPieces / kWarpsN;
-      if (first_word + n >= p.code_cache.num_words) continue;
-      *reinterpret_cast<uint4*>(weights + (n * kHeadDim + weight_row(d)) * kPitch + piece * 8) =
-          *reinterpret_cast<const uint4*>(head_weights + int64_t{d} * num_bits +
-                                          (first_word + n) * kWordBits + piece * 8);
-    }
+  for (; first_word < num_words; first_word += gridDim.z * kWarpsN) {
+    cp_async_wait<0>();
     __syncthreads();
     const int word = first_word + warp_n;
-    if (word >= p.code_cache.num_words) continue;
-    const uint2 words = encode_word<kHeadDim, T>(keys, weights + warp_n * kHeadDim * kPitch);
+    if (encodes && word < num_words) {
+      const uint2 words = encode_word<kHeadDim, T>(keys, weights + warp_n * kHeadDim * kPitch);
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      if (lane % 4 != i || slots[i].row < 0) continue;
-      p.code_cache.codes[slots[i].page * p.code_cache.code_page_stride +
-                         kv_head_idx * p.code_cache.code_head_stride +
-                         int64_t{slots[i].row} * p.code_cache.num_words + word] =
-          i ? words.y : words.x;
+      for (int i = 0; i < 2; ++i) {
+        if (lane % 4 != i || slots[i].row < 0) continue;
+        p.code_cache.codes[slots[i].page * p.code_cache.code_page_stride +
+                           kv_head_idx * p.code_cache.code_head_stride +
+                           int64_t{slots[i].row} * num_words + word] = i ? words.y : words.x;
+      }
     }
+    __syncthreads();
+    load_weights<kHeadDim, kWarpsM, kWarpsN>(weights, head_weights,
+                                             first_word + gridDim.z * kWarpsN, num_words);
   }
 }
 
 template <typename T, int kHeadDim, int kWarpsM, int kWarpsN>
-void launch(const CacheAppendParams& p, const char* op, CudaStream stream) {
+void launch(const CacheAppendParams& p, const char* op, int word_groups, CudaStream stream) {
   using Tile = Tile<kHeadDim, kWarpsM, kWarpsN>;
-  const auto kernel = encode_keys_kernel<T, kHeadDim, kWarpsM, kWarpsN>;
-  cuda_check(
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Tile::kSharedBytes),
-      op);
-  const dim3 grid(p.table.batch * ceil_div(p.q_len, Tile::kTokens), p.cache.num_kv_heads);
-  kernel<<<grid, Tile::kThreads, Tile::kSharedBytes, stream>>>(p);
-  cuda_check(cudaGetLastError(), op);
+  launch_kernel(encode_keys_kernel<T, kHeadDim, kWarpsM, kWarpsN>,
+                {.grid = dim3(p.table.batch * ceil_div(p.q_len, Tile::kTokens),
+                              p.cache.num_kv_heads, word_groups),
+                 .threads = Tile::kThreads,
+                 .shared_bytes = Tile::kSharedBytes,
+                 .overlaps_previous = true},
+                stream, op, p);
 }
 
 }  // namespace
@@ -226,9 +246,9 @@ void encode_keys(const CacheAppendParams& p, const char* op, CudaStream stream) 
   dispatch_dtype(p.cache.dtype, [&]<typename T>() {
     dispatch_int<64, 96, 128, 192, 256>("head_dim", p.cache.head_dim, [&](auto head_dim) {
       if (p.q_len <= kTileM) {
-        launch<T, head_dim, 1, 4>(p, op, stream);
+        launch<T, head_dim, 1, 1>(p, op, p.code_cache.num_words, stream);
       } else {
-        launch<T, head_dim, 4, 2>(p, op, stream);
+        launch<T, head_dim, 4, 2>(p, op, 1, stream);
       }
     });
   });

@@ -1,6 +1,6 @@
 #include "encode_query.h"
 
-#include "cuda/check.h"
+#include "cuda/launch.cuh"
 #include "cuda/mma.cuh"
 #include "dispatch.h"
 #include "query_planes.h"
@@ -8,35 +8,42 @@
 namespace hata {
 namespace {
 
-constexpr int kThreads = 256;
+constexpr int kThreads = 512;
 constexpr int kMaxHeadDim = 256;
-constexpr int kMaxBits = kMaxWords * kWordBits;
-static_assert(kThreads >= kMaxBits, "one thread a bit quantizes");
+constexpr int kPiece = 8;  // bits of one 16-byte load of weights
+constexpr int kPartials = kThreads * kPiece;
+static_assert(kThreads >= kMaxWords * kWordBits, "one thread a bit quantizes");
 
-// z[v, i] = vectors[v] . weights[:, i] for kVectors vectors, in float32. A thread adds up two
-// neighbouring bits over every num_slices-th element; the slices are added in order.
+// z[v] = vectors[v] . weights[:, i] for bit i = threadIdx.x, in float32. A thread adds up eight
+// neighbouring bits over every num_slices-th element; the slices are then added in order.
 template <int kVectors, typename T>
 __device__ void project(const float (&vectors)[kVectors][kMaxHeadDim], const T* weights,
-                        int head_dim, int num_bits, float (&partial)[kVectors][2 * kThreads],
+                        int head_dim, int num_bits, float (&partial)[kVectors][kPartials],
                         float (&z)[kVectors]) {
-  const int threads_per_slice = num_bits / 2;
+  const int threads_per_slice = num_bits / kPiece;
   const int num_slices = kThreads / threads_per_slice;
-  const int slice = threadIdx.x / threads_per_slice, pair = threadIdx.x % threads_per_slice;
+  const int slice = threadIdx.x / threads_per_slice;
+  const int bit = threadIdx.x % threads_per_slice * kPiece;
   if (slice < num_slices) {
-    float2 sums[kVectors] = {};
-#pragma unroll 8
+    float sums[kVectors][kPiece] = {};
+#pragma unroll 4
     for (int d = slice; d < head_dim; d += num_slices) {
-      const float2 w = unpack(
-          *reinterpret_cast<const uint32_t*>(weights + int64_t{d} * num_bits + 2 * pair), T{});
+      const uint4 piece = *reinterpret_cast<const uint4*>(weights + int64_t{d} * num_bits + bit);
+      const uint32_t pairs[] = {piece.x, piece.y, piece.z, piece.w};
 #pragma unroll
-      for (int v = 0; v < kVectors; ++v) {
-        sums[v].x = fmaf(vectors[v][d], w.x, sums[v].x);
-        sums[v].y = fmaf(vectors[v][d], w.y, sums[v].y);
+      for (int i = 0; i < kPiece; i += 2) {
+        const float2 w = unpack(pairs[i / 2], T{});
+#pragma unroll
+        for (int v = 0; v < kVectors; ++v) {
+          sums[v][i] = fmaf(vectors[v][d], w.x, sums[v][i]);
+          sums[v][i + 1] = fmaf(vectors[v][d], w.y, sums[v][i + 1]);
+        }
       }
     }
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) {
-      *reinterpret_cast<float2*>(&partial[v][slice * num_bits + 2 * pair]) = sums[v];
+#pragma unroll
+      for (int i = 0; i < kPiece; ++i) partial[v][slice * num_bits + bit + i] = sums[v][i];
     }
   }
   __syncthreads();
@@ -67,7 +74,9 @@ template <typename T, int kVectors>
 __global__ void __launch_bounds__(kThreads)
     encode_query_kernel(const __grid_constant__ EncodeQueryParams p) {
   __shared__ float vectors[kVectors][kMaxHeadDim];
-  __shared__ __align__(8) float partial[kVectors][2 * kThreads];
+  __shared__ float partial[kVectors][kPartials];
+  wait_for_previous_kernel();
+  let_next_kernel_launch();
   const int kv_head_idx = blockIdx.x % p.num_kv_heads;
   const int64_t token = blockIdx.x / p.num_kv_heads;
   const int batch_idx = token / p.q_len, j = token % p.q_len;
@@ -124,12 +133,9 @@ void encode_query_cuda(const EncodeQueryParams& p, CudaStream stream) {
   const int blocks = p.batch * p.q_len * p.num_kv_heads;
   if (blocks == 0) return;
   dispatch_dtype(p.dtype, [&]<typename T>() {
-    if (p.query_bits == 1) {
-      encode_query_kernel<T, 4><<<blocks, kThreads, 0, stream>>>(p);
-    } else {
-      encode_query_kernel<T, 1><<<blocks, kThreads, 0, stream>>>(p);
-    }
-    cuda_check(cudaGetLastError(), "hata::encode_query");
+    launch_kernel(p.query_bits == 1 ? encode_query_kernel<T, 2> : encode_query_kernel<T, 1>,
+                  {.grid = dim3(blocks), .threads = kThreads, .overlaps_previous = true}, stream,
+                  "hata::encode_query", p);
   });
 }
 

@@ -3,8 +3,8 @@
 #include <cmath>
 
 #include "cuda/attention_state.cuh"
-#include "cuda/check.h"
 #include "cuda/cp_async.cuh"
+#include "cuda/launch.cuh"
 #include "cuda/mma.cuh"
 #include "dispatch.h"
 
@@ -138,6 +138,8 @@ __global__ void __launch_bounds__(Tile<kHeadDim>::kThreads)
   using Tile = Tile<kHeadDim>;
   constexpr int kWarps = Tile::kWarps, kThreads = Tile::kThreads;
   extern __shared__ __align__(16) char shared[];
+  wait_for_previous_kernel();
+  let_next_kernel_launch();
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
   const int split = blockIdx.x % p.num_splits;
   const int64_t pair = blockIdx.x / p.num_splits;
@@ -268,6 +270,8 @@ template <typename T>
 __global__ void combine_splits_kernel(const __grid_constant__ GatherAttentionParams p) {
   const int64_t num_rows = int64_t{p.table.batch} * p.q_len * p.num_heads;
   const int64_t row = blockIdx.x;
+  wait_for_previous_kernel();
+  let_next_kernel_launch();
   float max = -INFINITY;
   for (int s = 0; s < p.num_splits; ++s) max = fmaxf(max, p.lse_partial[s * num_rows + row]);
   float sum = 0.0f, out = 0.0f;
@@ -283,22 +287,22 @@ __global__ void combine_splits_kernel(const __grid_constant__ GatherAttentionPar
 
 template <typename T, int kHeadDim>
 void launch(const GatherAttentionParams& p, CudaStream stream) {
+  constexpr const char* kOp = "hata::gather_attention";
   const int64_t pairs = int64_t{p.table.batch} * p.q_len * p.cache.num_kv_heads;
   if (pairs == 0) return;
-  const auto kernel = gather_attention_kernel<T, kHeadDim>;
-  constexpr int kSharedBytes = Tile<kHeadDim>::kSharedBytes;
-  constexpr int kThreads = Tile<kHeadDim>::kThreads;
-  cuda_check(
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes),
-      "hata::gather_attention");
-  const dim3 grid(static_cast<unsigned>(pairs * p.num_splits),
-                  ceil_div(p.num_heads / p.cache.num_kv_heads, kTileM));
-  kernel<<<grid, kThreads, kSharedBytes, stream>>>(p);
-  cuda_check(cudaGetLastError(), "hata::gather_attention");
+  launch_kernel(gather_attention_kernel<T, kHeadDim>,
+                {.grid = dim3(static_cast<unsigned>(pairs * p.num_splits),
+                              ceil_div(p.num_heads / p.cache.num_kv_heads, kTileM)),
+                 .threads = Tile<kHeadDim>::kThreads,
+                 .shared_bytes = Tile<kHeadDim>::kSharedBytes,
+                 .overlaps_previous = true},
+                stream, kOp, p);
   if (p.num_splits == 1) return;
   const int64_t rows = int64_t{p.table.batch} * p.q_len * p.num_heads;
-  combine_splits_kernel<T><<<static_cast<unsigned>(rows), kHeadDim, 0, stream>>>(p);
-  cuda_check(cudaGetLastError(), "hata::gather_attention combine");
+  launch_kernel(
+      combine_splits_kernel<T>,
+      {.grid = dim3(static_cast<unsigned>(rows)), .threads = kHeadDim, .overlaps_previous = true},
+      stream, kOp, p);
 }
 
 }  // namespace

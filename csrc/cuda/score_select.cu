@@ -1,11 +1,17 @@
 #include "score_select.h"
 
-#include "hamming_score.h"
-#include "select_topk.h"
+#include <stdexcept>
+
+#include "cuda/score_select_cluster.h"
 
 namespace hata {
 
 void score_select_cuda(const ScoreSelectParams& p, CudaStream stream) {
+  if (p.algorithm != ScoreSelectAlgorithm::kTwoKernels && score_select_cluster(p, stream)) return;
+  if (p.algorithm == ScoreSelectAlgorithm::kCluster) {
+    throw std::runtime_error(
+        "hata::score_select: algorithm cluster needs sm_90 or newer and at most 8 query tokens");
+  }
   hamming_score_cuda(key_score_params(p), stream);
   select_topk_cuda(key_select_params(p), stream);
 }

@@ -2,8 +2,8 @@
 
 #include <type_traits>
 
+#include "cuda/block_scan.cuh"
 #include "cuda/check.h"
-#include "cuda/mma.cuh"
 #include "paged_cache.h"
 #include "selection.h"
 
@@ -11,7 +11,6 @@ namespace hata {
 namespace {
 
 constexpr int kThreads = 1024;
-constexpr int kWarps = kThreads / kWarpSize;
 constexpr int kDigitBits = 8;
 constexpr int kBins = 1 << kDigitBits;
 
@@ -37,28 +36,6 @@ struct Key {
   }
 };
 
-// The sum over the threads before this one, and in `total` over all of them.
-__device__ uint32_t block_exclusive_scan(uint32_t value, uint32_t& total) {
-  __shared__ uint32_t warp_sums[kWarps];
-  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
-  uint32_t inclusive = value;
-  for (int offset = 1; offset < kWarpSize; offset *= 2) {
-    const uint32_t other = __shfl_up_sync(kFullMask, inclusive, offset);
-    if (lane >= offset) inclusive += other;
-  }
-  __syncthreads();
-  if (lane == kWarpSize - 1) warp_sums[warp] = inclusive;
-  __syncthreads();
-  uint32_t warp_sum = warp_sums[lane];
-  for (int offset = 1; offset < kWarpSize; offset *= 2) {
-    const uint32_t other = __shfl_up_sync(kFullMask, warp_sum, offset);
-    if (lane >= offset) warp_sum += other;
-  }
-  total = __shfl_sync(kFullMask, warp_sum, kWarpSize - 1);
-  const uint32_t before = __shfl_sync(kFullMask, warp_sum, max(warp - 1, 0));
-  return (warp == 0 ? 0 : before) + inclusive - value;
-}
-
 // Finds, in a histogram of one digit, the digit of the `wanted`-th largest key; returns it with how
 // many keys lie above it.
 struct Cut {
@@ -72,7 +49,7 @@ __device__ Cut find_cut(const uint32_t* histogram, uint32_t wanted) {
   const uint32_t digit = kBins - 1 - threadIdx.x;
   const uint32_t count = threadIdx.x < kBins ? histogram[digit] : 0;
   uint32_t total;
-  const uint32_t above = block_exclusive_scan(count, total);
+  const uint32_t above = block_exclusive_scan<kThreads>(count, total);
   if (above < wanted && wanted <= above + count) cut = {digit, above};
   __syncthreads();
   return cut;
@@ -139,7 +116,7 @@ __global__ void __launch_bounds__(kThreads)
     const bool above = forced || (competes && key > prefix);
     const bool tied = competes && key == prefix;
     uint32_t total;
-    const uint32_t before = block_exclusive_scan(
+    const uint32_t before = block_exclusive_scan<kThreads>(
         static_cast<uint32_t>(tied) << 16 | static_cast<uint32_t>(above), total);
     const uint32_t ties_before = ties_seen + (before >> 16);
     if (above || (tied && ties_before >= ties_to_skip)) {

@@ -1,0 +1,74 @@
+#pragma once
+
+#include <utility>
+
+#include "cuda/check.h"
+#include "hash_code.h"
+
+namespace hata {
+
+struct LaunchShape {
+  dim3 grid;
+  int threads;
+  int shared_bytes = 0;
+  int cluster_size = 1;  // blocks of a cluster, along x
+  // The kernel calls wait_for_previous_kernel() before it touches what the kernel before it in the
+  // stream writes, so that its launch may overlap with that kernel's end.
+  bool overlaps_previous = false;
+};
+
+inline int device_attribute(cudaDeviceAttr attribute, const char* op) {
+  int device, value;
+  cuda_check(cudaGetDevice(&device), op);
+  cuda_check(cudaDeviceGetAttribute(&value, attribute, device), op);
+  return value;
+}
+
+template <typename... Params, typename... Args>
+void launch_kernel(void (*kernel)(Params...), const LaunchShape& shape, CudaStream stream,
+                   const char* op, Args&&... args) {
+  constexpr int kWithoutOptIn = 48 * 1024;
+  if (shape.shared_bytes > kWithoutOptIn) {
+    cuda_check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                    shape.shared_bytes),
+               op);
+  }
+  cudaLaunchAttribute attributes[2];
+  unsigned num_attributes = 0;
+  if (shape.cluster_size > 1) {
+    cudaLaunchAttribute& attribute = attributes[num_attributes++];
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = shape.cluster_size;
+    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  }
+  if (shape.overlaps_previous && device_attribute(cudaDevAttrComputeCapabilityMajor, op) >= 9) {
+    cudaLaunchAttribute& attribute = attributes[num_attributes++];
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+  }
+  cudaLaunchConfig_t config{};
+  config.gridDim = shape.grid;
+  config.blockDim = dim3(shape.threads);
+  config.dynamicSmemBytes = shape.shared_bytes;
+  config.stream = stream;
+  config.attrs = attributes;
+  config.numAttrs = num_attributes;
+  cuda_check(cudaLaunchKernelEx(&config, kernel, std::forward<Args>(args)...), op);
+}
+
+// Returns once the kernel before this one has finished and its writes are visible. Nothing to do
+// where launches do not overlap.
+__device__ __forceinline__ void wait_for_previous_kernel() {
+#if __CUDA_ARCH__ >= 900
+  cudaGridDependencySynchronize();
+#endif
+}
+
+// Lets the next kernel be launched while this one still runs.
+__device__ __forceinline__ void let_next_kernel_launch() {
+#if __CUDA_ARCH__ >= 900
+  cudaTriggerProgrammaticLaunchCompletion();
+#endif
+}
+
+}  // namespace hata
