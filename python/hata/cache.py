@@ -168,9 +168,9 @@ class HataCache:
     def extend(self, new: int | Sequence[int] | Tensor) -> None:
         """Opens a step: advances every sequence's length and hands out the pages it needs.
 
-        Each layer then fills the step once: by `append`, by `hata.decode_attention`, or by replaying
-        a CUDA graph that captured `hata.decode_attention`. The cache cannot see a replay: after
-        one, call `extend` before the next step too, even where that step is not replayed.
+        Each layer then fills the step once: by `append`, by `hata.decode_attention`, or by a graph
+        that captured the latter. The cache cannot see a graph's replay: after one, call `extend`
+        before the next step too, even where that step is not replayed.
 
         Args:
             new: New tokens, one number for all sequences or ``[batch]``, at least 0.
@@ -209,8 +209,7 @@ class HataCache:
     def reorder(self, batch_idx: Sequence[int] | Tensor) -> None:
         """Lets sequence b continue as the old sequence ``batch_idx[b]``, as beam search wants.
 
-        Pages move; a sequence that continues more than once is copied for each further time, so
-        that no two sequences share a page.
+        Pages move; only a sequence that continues more than once is copied. None are shared.
 
         Args:
             batch_idx: ``[batch]`` ints in ``0..batch - 1``.

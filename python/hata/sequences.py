@@ -50,6 +50,7 @@ class Sequences:
         self.seq_lens = [0] * batch
         self._step: list[int] | None = None  # new tokens of the last step
         self._filled: set[int] = set()  # layers that hold them
+        self._captured: set[int] = set()  # layers in a CUDA graph, whose replays cannot be seen
 
     def open(self, function: str, new: list[int]) -> None:
         """Opens a step of ``new`` tokens, or raises ValueError and changes nothing."""
@@ -65,11 +66,12 @@ class Sequences:
         """Lets a layer write its part of the step inside the block; undoes the step if that fails.
 
         Opens the step unless one is open that the layer has not filled. While a CUDA graph is
-        captured, the last step is filled anew and nothing is recorded.
+        captured, the last step's tokens are accepted again, and the layer is taken to fill every
+        further step by replays.
         """
         capturing = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         if capturing or (self._step is not None and layer_idx not in self._filled):
-            rule = f"bring the new tokens of the open step, {self._step} per sequence,"
+            rule = f"bring the new tokens of the open step, {self._step}"
             check(new == self._step, function, f"layer {layer_idx}", rule, new)
             yield
         else:
@@ -81,12 +83,11 @@ class Sequences:
                 self._set_lengths(function, lengths)
                 self._step, self._filled = step, filled
                 raise
-        if not capturing:
-            self._filled.add(layer_idx)
+        (self._captured if capturing else self._filled).add(layer_idx)
 
     def check_step_filled(self, function: str) -> None:
         """Raises ValueError if some layers, but not all, have filled the last step."""
-        missing = sorted(set(range(self.num_layers)) - self._filled)
+        missing = sorted(set(range(self.num_layers)) - self._filled - self._captured)
         rule = "all hold the tokens of the last step (reset() drops them)"
         got = f"none of them in layers {missing}"
         check(not self._filled or not missing, function, "layers", rule, got)

@@ -231,5 +231,5 @@ def load_weights(
     expected = (num_layers, num_kv_heads, head_dim, num_bits)
     for name, size, wanted in zip(_SHAPE, weights.shape, expected, strict=True):
         if wanted is not None:
-            check(size == wanted, where, name, f"be {wanted}, as asked for,", f"{size} in {path}")
+            check(size == wanted, where, name, f"be {wanted}, as asked for", f"{size} in {path}")
     return weights

@@ -1,0 +1,62 @@
+from dataclasses import FrozenInstanceError
+from typing import Any
+
+import pytest
+
+from hata import HataConfig
+
+
+def test_defaults_are_valid() -> None:
+    config = HataConfig()
+    assert (config.num_bits, config.query_bits, config.key_norms) == (64, 4, False)
+    assert (config.top_k, config.num_sink, config.num_recent) == (512, 4, 16)
+    assert (config.num_dense_layers, config.num_words) == (2, 2)
+
+
+def test_is_frozen() -> None:
+    with pytest.raises(FrozenInstanceError):
+        HataConfig().top_k = 7  # type: ignore[misc]
+
+
+def test_extremes_are_valid() -> None:
+    HataConfig(num_bits=32, query_bits=1, top_k=1, num_sink=0, num_recent=1, num_dense_layers=0)
+    HataConfig(num_bits=256, query_bits=4, key_norms=True, top_k=2**31 - 1, num_dense_layers=1000)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_bits": 48}, "num_bits must be a multiple of 32, got 48"),
+        ({"num_bits": 0}, "num_bits must be in 32..256, got 0"),
+        ({"num_bits": 288}, "num_bits must be in 32..256, got 288"),
+        ({"query_bits": 0}, "query_bits must be in 1..4, got 0"),
+        ({"query_bits": 5}, "query_bits must be in 1..4, got 5"),
+        ({"top_k": 0}, "top_k must be in 1..2147483647, got 0"),
+        ({"num_sink": -1}, "num_sink must be at least 0, got -1"),
+        ({"num_recent": -1}, "num_recent must be at least 0, got -1"),
+        ({"top_k": 19}, "num_sink + num_recent must be at most top_k=19, got 20"),
+        ({"num_dense_layers": -1}, "num_dense_layers must be at least 0, got -1"),
+    ],
+)
+def test_rejects_a_broken_rule(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError) as error:  # noqa: PT011 (the whole message is compared)
+        HataConfig(**settings)
+    assert str(error.value) == f"hata.HataConfig: {message}"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_bits": 64.0}, "num_bits must be an int, got float"),
+        ({"query_bits": True}, "query_bits must be an int, got bool"),
+        ({"key_norms": 1}, "key_norms must be a bool, got int"),
+        ({"top_k": "512"}, "top_k must be an int, got str"),
+        ({"num_sink": None}, "num_sink must be an int, got NoneType"),
+        ({"num_recent": 1.5}, "num_recent must be an int, got float"),
+        ({"num_dense_layers": 2.0}, "num_dense_layers must be an int, got float"),
+    ],
+)
+def test_rejects_another_type(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError) as error:
+        HataConfig(**settings)
+    assert str(error.value) == f"hata.HataConfig: {message}"

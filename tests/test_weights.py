@@ -1,0 +1,160 @@
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from closeness import assert_equal
+from hata import HashWeights, load_weights, save_weights
+
+SHAPE = {"num_layers": 2, "num_kv_heads": 3, "head_dim": 40, "num_bits": 96}
+METADATA = {"format": "hata.hash_weights", **{name: str(size) for name, size in SHAPE.items()}}
+
+
+def key_weights() -> Tensor:
+    return torch.randn(tuple(SHAPE.values()))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_saved_file_loads_unchanged(tmp_path: Path, tied: bool) -> None:
+    weights = HashWeights(key_weights(), None if tied else key_weights(), {"origin": "a test"})
+    save_weights(tmp_path / "hash.safetensors", weights)
+    loaded = load_weights(tmp_path / "hash.safetensors", **SHAPE)
+    assert_equal(loaded.key_weights, weights.key_weights)
+    assert loaded.metadata == {"origin": "a test"}
+    if weights.query_weights is None:
+        assert loaded.query_weights is None
+    else:
+        assert loaded.query_weights is not None
+        assert_equal(loaded.query_weights, weights.query_weights)
+    assert [path.name for path in tmp_path.iterdir()] == ["hash.safetensors"]
+
+
+def test_the_same_tensor_for_keys_and_queries_can_be_saved(tmp_path: Path) -> None:
+    tensor = key_weights()
+    save_weights(tmp_path / "hash.safetensors", HashWeights(tensor, tensor))
+    loaded = load_weights(tmp_path / "hash.safetensors").query_weights
+    assert loaded is not None
+    assert_equal(loaded, tensor)
+
+
+@pytest.mark.parametrize(("head_dim", "num_bits"), [(64, 32), (64, 64), (64, 256), (40, 96)])
+def test_random_columns_are_orthonormal_in_blocks(head_dim: int, num_bits: int) -> None:
+    sizes = {"num_layers": 2, "num_kv_heads": 3, "head_dim": head_dim, "num_bits": num_bits}
+    weights = HashWeights.random(**sizes).key_weights
+    assert weights.shape == tuple(sizes.values())
+    for block in weights.double().split(head_dim, dim=-1):
+        identity = torch.eye(block.shape[-1], dtype=torch.float64).expand(2, 3, -1, -1)
+        # float32 rounding of head_dim products of numbers below 1
+        assert (block.mT @ block - identity).abs().max() < head_dim * 2.0**-23
+
+
+def test_random_weights_follow_their_seed() -> None:
+    first, again, other = (HashWeights.random(**SHAPE, seed=seed) for seed in (1, 1, 2))
+    assert_equal(first.key_weights, again.key_weights)
+    assert not torch.equal(first.key_weights, other.key_weights)
+    assert first.metadata == {"origin": "random orthogonal, seed 1"}
+    layers = first.key_weights
+    assert not torch.equal(layers[0], layers[1])
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_layer_comes_in_the_keys_dtype_and_only_once(
+    device: str, dtype: torch.dtype, tied: bool
+) -> None:
+    weights = HashWeights(key_weights(), None if tied else key_weights())
+    where = torch.device(device)
+    keys, queries = weights.layer(1, dtype, where)
+    queries_before = weights.key_weights if weights.query_weights is None else weights.query_weights
+    assert_equal(keys.cpu(), weights.key_weights[1].to(dtype))
+    assert_equal(queries.cpu(), queries_before[1].to(dtype))
+    assert keys.device.type == queries.device.type == device
+    assert (keys is queries) == tied
+    assert weights.layer(1, dtype, where)[0] is keys
+
+
+@pytest.mark.parametrize("layer_idx", [-1, 2])
+def test_rejects_a_layer_that_is_not_there(layer_idx: int) -> None:
+    with pytest.raises(ValueError, match=rf"layer_idx must be in 0\.\.1, got {layer_idx}"):
+        HashWeights(key_weights()).layer(layer_idx, torch.float32, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ([None], TypeError, "key_weights must be a tensor, got NoneType"),
+        ([torch.zeros(2, 3)], ValueError, "num_bits], got [2, 3]"),
+        ([torch.zeros(1, 1, 8, 32).half()], ValueError, "must be torch.float32, got torch.float16"),
+        ([torch.full((1, 1, 8, 32), torch.nan)], ValueError, "must be finite, got infinite values"),
+        ([torch.zeros(1, 1, 8, 48)], ValueError, "num_bits must be a multiple of 32"),
+        ([torch.zeros(1, 1, 8, 32), 3], TypeError, "query_weights must be a tensor, got int"),
+        (
+            [torch.zeros(1, 1, 8, 32), torch.zeros(1, 1, 8, 64)],
+            ValueError,
+            "query_weights must have the shape of key_weights, [1, 1, 8, 32], got [1, 1, 8, 64]",
+        ),
+        ([torch.zeros(1, 1, 8, 32), None, {"a": 1}], TypeError, "must hold strings by name"),
+        ([torch.zeros(1, 1, 8, 32), None, {"num_bits": "1"}], ValueError, "must not name any of"),
+    ],
+)
+def test_rejects_what_are_no_weights(
+    arguments: list[Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=re.escape(message)):
+        HashWeights(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"num_layers": 0}, "num_layers must be at least 1, got 0"),
+        ({"num_kv_heads": 0}, "num_kv_heads must be at least 1, got 0"),
+        ({"head_dim": 0}, "head_dim must be at least 1, got 0"),
+        ({"num_bits": 16}, "num_bits must be in 32..256, got 16"),
+        ({"num_bits": 40}, "num_bits must be a multiple of 32 from 32 to 256, got 40"),
+        ({"seed": -1}, "seed must be at least 0, got -1"),
+    ],
+)
+def test_rejects_sizes_of_random_weights(sizes: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        HashWeights.random(**{**SHAPE, **sizes})
+
+
+def test_rejects_a_path_that_cannot_be_written(tmp_path: Path) -> None:
+    weights = HashWeights(key_weights())
+    with pytest.raises(ValueError, match="path must lie in an existing folder, got"):
+        save_weights(tmp_path / "missing" / "hash.safetensors", weights)
+    with pytest.raises(ValueError, match="path must name a file, got"):
+        save_weights(tmp_path, weights)
+    with pytest.raises(TypeError, match="weights must be HashWeights, got Tensor"):
+        save_weights(tmp_path / "hash.safetensors", key_weights())  # type: ignore[arg-type]
+
+
+def test_rejects_a_file_that_is_missing_or_of_another_kind(tmp_path: Path) -> None:
+    path = tmp_path / "hash.safetensors"
+    with pytest.raises(ValueError, match="path must name an existing file, got"):
+        load_weights(path)
+    path.write_text("not safetensors")
+    with pytest.raises(ValueError, match="path must be a safetensors file, got"):
+        load_weights(path)
+    save_file({"key_weights": key_weights()}, path)
+    with pytest.raises(ValueError, match=r'have "format": "hata\.hash_weights" in its metadata'):
+        load_weights(path)
+    save_file({"query_weights": key_weights()}, path, metadata=METADATA)
+    with pytest.raises(ValueError, match=r"must hold key_weights, got \['query_weights'\]"):
+        load_weights(path)
+    save_file({"key_weights": key_weights()}, path, metadata={**METADATA, "head_dim": "64"})
+    with pytest.raises(ValueError, match="head_dim must be 40 in the metadata, got 64"):
+        load_weights(path)
+
+
+@pytest.mark.parametrize("size", SHAPE)
+def test_rejects_the_weights_of_another_model(tmp_path: Path, size: str) -> None:
+    path = tmp_path / "hash.safetensors"
+    save_weights(path, HashWeights(key_weights()))
+    rule = f"{size} must be {SHAPE[size] + 1}, as asked for, got {SHAPE[size]} in"
+    with pytest.raises(ValueError, match=rule):
+        load_weights(path, **{size: SHAPE[size] + 1})
