@@ -1,0 +1,77 @@
+"""How close two results must be, and why."""
+
+import torch
+from torch import Tensor
+
+
+def assert_equal(actual: Tensor, expected: Tensor) -> None:
+    """Bit for bit, but for the payload of a NaN."""
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def assert_no_worse_than_pytorch(actual: Tensor, plain: Tensor, truth: Tensor) -> None:
+    """FlashAttention's rule: at most twice the error of plain PyTorch in the same dtype.
+
+    Both errors are against ``truth`` in float64. One rounding of the largest value comes on top,
+    since plain PyTorch may be exact by luck where nothing but the result is rounded.
+    """
+    assert truth.dtype == torch.float64
+    assert actual.dtype == plain.dtype
+    for special in (torch.isnan, torch.isposinf, torch.isneginf):
+        assert_equal(special(actual), special(truth))
+    finite = truth.isfinite()
+    if not finite.any():
+        return
+    truth = truth[finite]
+    rounding = torch.finfo(actual.dtype).eps * truth.abs().max()
+    allowed = 2 * (plain.double()[finite] - truth).abs().max() + rounding
+    error = (actual.double()[finite] - truth).abs().max()
+    assert error <= allowed, f"error {error:.3g}, allowed {allowed:.3g}"
+
+
+def projection_bound(x: Tensor, weights: Tensor) -> Tensor:
+    """How far a float32 projection of ``[..., head_dim]`` may be from the exact one.
+
+    A sum of n products in any order is off by at most n u times the sum of their magnitudes. u is
+    2^-23, not 2^-24: the adders of tensor cores cut off where others round.
+    """
+    return x.shape[-1] * 2.0**-23 * (x.double().abs() @ weights.double().abs())
+
+
+def assert_bits_within_rounding(actual: Tensor, z: Tensor, bound: Tensor) -> None:
+    """Bits are the signs of the exact projections z, but where z is within rounding of zero."""
+    wrong = (actual != (z > 0)) & (z.abs() > bound)
+    assert not wrong.any(), f"{wrong.sum()} bits differ, the first at {wrong.nonzero()[0].tolist()}"
+
+
+def plain_gather_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    cache_seqlens: Tensor,
+    indices: Tensor,
+    softmax_scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """gather_attention as one would write it in PyTorch in the dtype of q, softmax in float32."""
+    batch, q_len, num_heads, head_dim = q.shape
+    num_kv_heads, page_size = k_cache.shape[2], k_cache.shape[1]
+    scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
+    out = torch.zeros_like(q)
+    lse = torch.full(q.shape[:3], -torch.inf, device=q.device)
+    group = num_heads // num_kv_heads
+    for b in range(batch):
+        for j in range(q_len):
+            visible = int(cache_seqlens[b]) - q_len + j + 1
+            for h in range(num_kv_heads):
+                t = indices[b, j, h].long()
+                t = t[(t >= 0) & (t < visible)]
+                if len(t) == 0:
+                    continue
+                pages = block_table[b].long()[t // page_size]
+                k, v = k_cache[pages, t % page_size, h], v_cache[pages, t % page_size, h]
+                heads = slice(h * group, (h + 1) * group)
+                logits = (q[b, j, heads] @ k.T).float() * scale
+                out[b, j, heads] = logits.softmax(-1).to(q.dtype) @ v
+                lse[b, j, heads] = logits.logsumexp(-1)
+    return out, lse

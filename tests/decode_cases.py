@@ -1,0 +1,91 @@
+"""The arguments of one decoding step, for the tests that run a whole one."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cases import Caches, make_caches, random_vectors
+from hata import DecodeStepOutput, decode_step, reference
+
+
+@dataclass(frozen=True)
+class DecodeCase:
+    """New tokens, weights, caches whose codes are those of their keys, and the settings."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    key_weights: Tensor
+    query_weights: Tensor
+    caches: Caches
+    settings: dict[str, Any]
+
+    def run(self, **buffers: Any) -> DecodeStepOutput:
+        return decode_step(
+            *(self.q, self.k, self.v, self.key_weights, self.query_weights),
+            *self.caches.all,
+            norm_cache=self.caches.norm_cache,
+            **self.settings,
+            **buffers,
+        )
+
+    def clone(self) -> "DecodeCase":
+        return replace(self, caches=self.caches.clone())
+
+
+def make_decode_case(
+    seq_lens: Sequence[int],
+    *,
+    device: str,
+    dtype: torch.dtype = torch.float16,
+    q_len: int = 1,
+    group: int = 3,
+    num_kv_heads: int = 2,
+    head_dim: int = 64,
+    num_bits: int = 64,
+    page_size: int | None = 16,
+    layout: str = "nhd",
+    key_norms: bool = False,
+    query_bits: int = 4,
+    top_k: int = 16,
+    num_sink: int = 2,
+    num_recent: int = 4,
+) -> DecodeCase:
+    caches = make_caches(
+        seq_lens,
+        device=device,
+        dtype=dtype,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        num_bits=num_bits,
+        page_size=page_size,
+        layout=layout,
+        key_norms=key_norms,
+    )
+    batch = len(seq_lens)
+
+    def vectors(*shape: int) -> Tensor:
+        return random_vectors(*shape, dtype=dtype, device=device)
+
+    key_weights = vectors(num_kv_heads, head_dim, num_bits)
+    codes, norms = reference.hash_encode(caches.k_cache, key_weights, key_norms=True)
+    caches.code_cache.copy_(codes)
+    if key_norms:
+        caches.norm_cache.copy_(norms)
+    return DecodeCase(
+        vectors(batch, q_len, num_kv_heads * group, head_dim),
+        vectors(batch, q_len, num_kv_heads, head_dim),
+        vectors(batch, q_len, num_kv_heads, head_dim),
+        key_weights,
+        vectors(num_kv_heads, head_dim, num_bits),
+        caches,
+        {
+            "query_bits": query_bits,
+            "top_k": top_k,
+            "num_sink": num_sink,
+            "num_recent": num_recent,
+        },
+    )

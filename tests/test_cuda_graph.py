@@ -1,0 +1,159 @@
+"""A captured step replays with other lengths, pages and contents, as an eager call would run."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+
+import hata
+from cases import poisoned, random_vectors
+from closeness import assert_equal
+from decode_cases import DecodeCase, make_decode_case
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+
+LENGTHS = [[200, 153, 64], [1, 2, 3], [0, 200, 17], [199, 8, 0], [200, 200, 200]]
+
+
+def capture(step: Callable[[], object]) -> torch.cuda.CUDAGraph:
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()  # what a first call sets up may not be captured
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph
+
+
+def full_case(**shape) -> DecodeCase:
+    """Caches whose every page can be read: the captured buffers serve any lengths."""
+    return make_decode_case([208, 208, 208], device="cuda", **shape)
+
+
+def buffers_of(case: DecodeCase, top_k: int) -> dict[str, torch.Tensor]:
+    batch, q_len, num_heads, head_dim = case.q.shape
+    num_kv_heads = case.k.shape[2]
+    sizes = (batch, q_len, num_heads, num_kv_heads, head_dim, case.caches.capacity, top_k)
+    rows, heads = (batch, q_len, num_kv_heads), (batch, q_len, num_heads)
+    return {
+        "workspace": poisoned(hata.workspace_size(*sizes), dtype=torch.uint8, device="cuda"),
+        "indices": poisoned(*rows, top_k, dtype=torch.int32, device="cuda"),
+        "num_selected": poisoned(*rows, dtype=torch.int32, device="cuda"),
+        "out": poisoned(*heads, head_dim, dtype=case.q.dtype, device="cuda"),
+        "lse": poisoned(*heads, dtype=torch.float32, device="cuda"),
+    }
+
+
+def change(case: DecodeCase, lengths: list[int]) -> None:
+    """New lengths, new tokens, pages in another order: all in the captured buffers."""
+    case.caches.cache_seqlens.copy_(torch.tensor(lengths, dtype=torch.int32))
+    table = case.caches.block_table
+    table.copy_(table.flatten()[torch.randperm(table.numel(), device="cuda")].view_as(table))
+    for t in (case.q, case.k, case.v):
+        t.copy_(random_vectors(*t.shape, dtype=t.dtype, device="cuda"))
+
+
+@pytest.mark.parametrize("key_norms", [False, True])
+@pytest.mark.parametrize(("q_len", "top_k"), [(1, 16), (4, 16), (1, 190)])
+def test_decode_step(q_len, top_k, key_norms):
+    case = full_case(q_len=q_len, top_k=top_k, key_norms=key_norms)
+    buffers = buffers_of(case, top_k)
+    graph = capture(lambda: case.run(**buffers))
+    for lengths in LENGTHS:
+        change(case, lengths)
+        eager = case.clone()
+        expected = eager.run()
+        graph.replay()
+        for name, e in expected._asdict().items():
+            assert_equal(buffers[name], e)
+        for name in ("k_cache", "v_cache", "code_cache", "norm_cache"):
+            if getattr(case.caches, name) is not None:
+                assert_equal(getattr(case.caches, name), getattr(eager.caches, name))
+
+
+def test_replays_after_the_cache_has_grown():
+    """Fifty tokens decoded by one graph, against fifty eager steps."""
+    case = full_case()
+    case.caches.cache_seqlens.copy_(torch.tensor([1, 40, 150], dtype=torch.int32))
+    eager = case.clone()
+    buffers = buffers_of(case, 16)
+    graph = capture(lambda: case.run(**buffers))
+    for _ in range(50):
+        for t in (case.q, case.k, case.v):
+            t.normal_()
+        graph.replay()
+        for name, e in eager.run()._asdict().items():
+            assert_equal(buffers[name], e)
+        case.caches.cache_seqlens.add_(1)
+        eager.caches.cache_seqlens.add_(1)
+
+
+def test_every_out_variant_in_one_graph():
+    """The step taken apart; no operator allocates or waits, or the capture would fail."""
+    case = full_case(key_norms=True)
+    caches, weight_sum = case.caches, hata.plane_weight_sum(4, 3)
+    b = buffers_of(case, 16)
+    planes = poisoned(3, 1, 2, hata.num_planes(weight_sum), 2, dtype=torch.int32, device="cuda")
+    scores = poisoned(3, 1, 2, caches.capacity, dtype=torch.float16, device="cuda")
+    codes = poisoned(3, 2, 1, 2, dtype=torch.int32, device="cuda")
+    norms = poisoned(3, 2, 1, dtype=torch.float16, device="cuda")
+    fused = tuple(torch.empty_like(b[name]) for name in ("indices", "num_selected"))
+    merged = tuple(torch.empty_like(b[name]) for name in ("out", "lse"))
+    kept = {"num_sink": 2, "num_recent": 4}
+    scored = {"weight_sum": weight_sum, "norm_cache": caches.norm_cache}
+    selection, attended = (b["indices"], b["num_selected"]), (b["out"], b["lse"])
+
+    def step() -> None:
+        hata.hash_encode(case.k, case.key_weights, key_norms=True, out=(codes, norms))
+        hata.cache_append(
+            case.k, case.v, case.key_weights, *caches.all, norm_cache=caches.norm_cache
+        )
+        hata.encode_query(case.q, case.query_weights, 4, out=planes)
+        hata.hamming_score(planes, *caches.codes, max_seq_len=caches.capacity, out=scores, **scored)
+        hata.select_topk(scores, caches.cache_seqlens, 16, out=selection, **kept)
+        hata.score_select(
+            planes, *caches.codes, 16, workspace=b["workspace"], out=fused, **scored, **kept
+        )
+        hata.gather_attention(
+            case.q, *caches.kv, b["indices"], workspace=b["workspace"], out=attended
+        )
+        hata.merge_attention_states(*attended, *attended, out=merged)
+
+    graph = capture(step)
+    for lengths in LENGTHS:
+        change(case, lengths)
+        expected = case.clone().run()
+        graph.replay()
+        assert_equal(b["indices"], expected.indices)
+        assert_equal(b["num_selected"], expected.num_selected)
+        assert_equal(fused[0], expected.indices)
+        assert_equal(fused[1], expected.num_selected)
+        assert_equal(b["out"], expected.out)
+        assert_equal(b["lse"], expected.lse)
+        expected_merged = hata.merge_attention_states(
+            expected.out, expected.lse, expected.out, expected.lse
+        )
+        assert_equal(merged[0], expected_merged[0])
+        assert_equal(merged[1], expected_merged[1])
+        fresh = hata.hash_encode(case.k, case.key_weights, key_norms=True)
+        assert_equal(codes, fresh[0])
+        assert_equal(norms, fresh[1])
+
+
+def test_runs_on_the_current_stream():
+    """The queries arrive late, on a stream of their own: a kernel elsewhere would see zeros."""
+    case = full_case()
+    expected = case.clone().run()
+    late = replace(case, q=torch.zeros_like(case.q))
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)
+        late.q.copy_(case.q)
+        result = late.run()
+    torch.cuda.current_stream().wait_stream(stream)
+    for a, e in zip(result, expected, strict=True):
+        assert_equal(a, e)

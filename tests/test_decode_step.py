@@ -1,0 +1,208 @@
+import pytest
+import torch
+
+from cases import LAYOUTS, poisoned
+from closeness import assert_equal, assert_no_worse_than_pytorch, plain_gather_attention
+from decode_cases import DecodeCase, make_decode_case
+from hata import (
+    DecodeStepOutput,
+    cache_append,
+    decode_step,
+    encode_query,
+    plane_weight_sum,
+    reference,
+    workspace_size,
+)
+
+SEQ_LENS = [153, 8, 5, 0, 64]  # with fewer positions than query tokens, too
+
+
+def assert_steps(case: DecodeCase) -> DecodeStepOutput:
+    """The caches as cache_append leaves them, the reference's selection, and attention over it."""
+    expected, before = case.caches.clone(), case.caches
+    norms = expected.norm_cache
+    cache_append(case.k, case.v, case.key_weights, *expected.all, norm_cache=norms)
+    result = case.run()
+    for name in ("k_cache", "v_cache", "code_cache", "norm_cache"):
+        if getattr(before, name) is not None:
+            assert_equal(getattr(before, name), getattr(expected, name))
+
+    settings = dict(case.settings)
+    query_bits = settings.pop("query_bits")
+    group = case.q.shape[2] // case.k.shape[2]
+    indices, num_selected = reference.score_select(
+        encode_query(case.q, case.query_weights, query_bits),
+        *expected.codes,
+        settings.pop("top_k"),
+        weight_sum=plane_weight_sum(query_bits, group),
+        norm_cache=norms,
+        **settings,
+    )
+    assert_equal(result.indices, indices)
+    assert_equal(result.num_selected, num_selected)
+
+    truth = reference.gather_attention(case.q.double(), *expected.double().kv, indices)
+    plain = plain_gather_attention(case.q, *expected.kv, indices)
+    assert_no_worse_than_pytorch(result.out, plain[0], truth[0])
+    assert_no_worse_than_pytorch(result.lse, plain[1], truth[1])
+    return result
+
+
+@pytest.mark.parametrize("key_norms", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("page_size", [1, 16, 64, None])
+def test_matches_the_reference(device, page_size, layout, key_norms):
+    shape = {"page_size": page_size, "layout": layout, "key_norms": key_norms}
+    assert_steps(make_decode_case(SEQ_LENS, device=device, q_len=2, **shape))
+
+
+@pytest.mark.parametrize("query_bits", [1, 2, 3, 4])
+def test_any_query_bits_and_dtype(device, dtype, query_bits):
+    assert_steps(make_decode_case([90, 20], device=device, dtype=dtype, query_bits=query_bits))
+
+
+@pytest.mark.parametrize("group", [1, 3, 4, 5, 7, 8, 12, 16, 20])
+@pytest.mark.parametrize("query_bits", [1, 4])
+def test_any_group_size(device, group, query_bits):
+    shape = {"group": group, "query_bits": query_bits}
+    assert_steps(make_decode_case([90, 20], device=device, dtype=torch.bfloat16, **shape))
+
+
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 192, 256])
+@pytest.mark.parametrize("num_bits", [32, 96, 128, 160, 224, 256])
+def test_any_head_dim_and_number_of_bits(device, head_dim, num_bits):
+    assert_steps(make_decode_case([70, 33], device=device, head_dim=head_dim, num_bits=num_bits))
+
+
+@pytest.mark.parametrize("q_len", range(1, 9))
+def test_any_number_of_query_tokens(device, q_len):
+    assert_steps(make_decode_case(SEQ_LENS, device=device, q_len=q_len, key_norms=True))
+
+
+@pytest.mark.parametrize("top_k", [6, 7, 100, 500])
+def test_any_budget(device, top_k):
+    assert_steps(make_decode_case([300, 90], device=device, top_k=top_k))
+
+
+def test_equals_dense_attention_where_everything_fits_the_budget(device, dtype):
+    case = make_decode_case([120, 120], device=device, dtype=dtype, q_len=3, top_k=120)
+    result = assert_steps(case)
+    dense = torch.arange(120, dtype=torch.int32, device=device).expand(2, 3, 2, -1)
+    truth = reference.gather_attention(case.q.double(), *case.caches.double().kv, dense)
+    plain = plain_gather_attention(case.q, *case.caches.kv, dense)
+    assert_no_worse_than_pytorch(result.out, plain[0], truth[0])
+    assert_no_worse_than_pytorch(result.lse, plain[1], truth[1])
+
+
+def test_softmax_scale(device):
+    case = make_decode_case([90], device=device)
+    cold = case.run(softmax_scale=0.0)
+    counts = torch.full((1, 1, 6), 16.0, device=device).log()
+    torch.testing.assert_close(cold.lse, counts, rtol=2**-22, atol=0)  # two float32 roundings
+
+
+def test_does_not_depend_on_the_batch_or_the_launch(device, dtype):
+    case = make_decode_case([400, 90, 211], device=device, dtype=dtype, q_len=2, top_k=64)
+    first = case.run()
+    for _ in range(3):
+        for again, once in zip(case.run(), first, strict=True):
+            assert_equal(again, once)
+    tables = case.caches.all[3:]
+    for b in range(3):
+        row = slice(b, b + 1)
+        alone = decode_step(
+            *(x[row] for x in (case.q, case.k, case.v)),
+            case.key_weights,
+            case.query_weights,
+            *case.caches.all[:3],
+            *(x[row] for x in tables),
+            **case.settings,
+        )
+        assert_equal(alone.indices, first.indices[row])
+        assert_equal(alone.num_selected, first.num_selected[row])
+
+
+def test_writes_all_of_poisoned_buffers(device, dtype):
+    case = make_decode_case(SEQ_LENS, device=device, dtype=dtype, q_len=2, top_k=200)
+    expected = case.clone().run()
+    size = workspace_size(5, 2, 6, 2, 64, case.caches.capacity, 200)
+    buffers = {
+        "workspace": poisoned(size, dtype=torch.uint8, device=device),
+        "indices": poisoned(5, 2, 2, 200, dtype=torch.int32, device=device),
+        "num_selected": poisoned(5, 2, 2, dtype=torch.int32, device=device),
+        "out": poisoned(5, 2, 6, 64, dtype=dtype, device=device),
+        "lse": poisoned(5, 2, 6, dtype=torch.float32, device=device),
+    }
+    result = case.run(**buffers)
+    for name, buffer in result._asdict().items():
+        assert buffer is buffers[name]
+        assert_equal(buffer, getattr(expected, name))
+
+
+def test_accepts_an_empty_batch(device):
+    case = make_decode_case([20], device=device)
+    none = slice(0, 0)
+    result = decode_step(
+        *(x[none] for x in (case.q, case.k, case.v)),
+        case.key_weights,
+        case.query_weights,
+        *case.caches.all[:3],
+        *(x[none] for x in case.caches.all[3:]),
+        **case.settings,
+    )
+    assert result.out.shape == (0, 1, 6, 64)
+
+
+@pytest.mark.parametrize("name", ["q", "k"])
+def test_wrapper_rejects_other_ranks(device, name):
+    case = make_decode_case([20], device=device)
+    tensors = {x: getattr(case, x) for x in ("q", "k", "v", "key_weights", "query_weights")}
+    tensors[name] = tensors[name][0]
+    with pytest.raises(ValueError, match="q and k must have 4 dimensions"):
+        decode_step(*tensors.values(), *case.caches.all, **case.settings)
+
+
+def test_wrapper_rejects_an_empty_budget(device):
+    case = make_decode_case([20], device=device)
+    case.settings["top_k"] = -1
+    with pytest.raises(ValueError, match="decode_step: top_k must be at least 1, got -1"):
+        case.run()
+
+
+def test_workspace_size_grows_with_every_size():
+    sizes = {
+        "batch": 2,
+        "q_len": 1,
+        "num_heads": 8,
+        "num_kv_heads": 2,
+        "head_dim": 64,
+        "max_seq_len": 1000,
+        "top_k": 256,
+    }
+    size = workspace_size(**sizes)
+    for name in sizes:
+        assert workspace_size(**{**sizes, name: 20 * sizes[name]}) >= size
+
+
+@pytest.mark.parametrize("key_norms", [False, True])
+def test_opcheck(device, key_norms):
+    case = make_decode_case([20, 7], device=device, q_len=2, key_norms=key_norms, top_k=8)
+    caches = case.caches
+    size = workspace_size(2, 2, 6, 2, 64, caches.capacity, 8)
+    torch.library.opcheck(
+        torch.ops.hata.decode_step.default,
+        (
+            *(case.q, case.k, case.v, case.key_weights, case.query_weights),
+            *caches.all[:3],
+            caches.norm_cache,
+            *caches.all[3:],
+            *(4, 8, 2, 4, 0.125),
+        ),
+        {
+            "workspace": torch.zeros(size, dtype=torch.uint8, device=device),
+            "indices": torch.zeros(2, 2, 2, 8, dtype=torch.int32, device=device),
+            "num_selected": torch.zeros(2, 2, 2, dtype=torch.int32, device=device),
+            "out": torch.zeros_like(case.q),
+            "lse": torch.zeros(2, 2, 6, device=device),
+        },
+    )

@@ -1,0 +1,179 @@
+import pytest
+import torch
+
+from cases import LAYOUTS, make_caches, poisoned, random_planes
+from closeness import assert_equal
+from hata import hamming_score, reference, score_select, select_topk, workspace_size
+
+SEQ_LENS = [153, 1, 0, 5, 64]
+
+
+def select(planes, caches, top_k, weight_sum, *, op=score_select, **options):
+    norms = caches.norm_cache
+    return op(planes, *caches.codes, top_k, weight_sum=weight_sum, norm_cache=norms, **options)
+
+
+def assert_selects(planes, caches, top_k, weight_sum, **budget) -> None:
+    actual = select(planes, caches, top_k, weight_sum, **budget)
+    expected = select(planes, caches, top_k, weight_sum, op=reference.score_select, **budget)
+    for a, e in zip(actual, expected, strict=True):
+        assert a.dtype == torch.int32
+        assert_equal(a, e)
+
+
+@pytest.mark.parametrize("key_norms", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("page_size", [1, 16, 64, None])
+def test_matches_the_reference(device, page_size, layout, key_norms):
+    shape = {"page_size": page_size, "layout": layout, "key_norms": key_norms}
+    caches = make_caches(SEQ_LENS, device=device, **shape)
+    planes = random_planes(5, 4, 2, 15, 64, device=device)
+    assert_selects(planes, caches, 20, 15, num_sink=2, num_recent=3)
+
+
+@pytest.mark.parametrize("weight_sum", [1, 3, 4, 5, 7, 8, 12, 15, 16, 20, 255])
+@pytest.mark.parametrize("key_norms", [False, True])
+def test_any_weight_sum(device, weight_sum, key_norms):
+    caches = make_caches([137], device=device, key_norms=key_norms)
+    planes = random_planes(1, 2, 2, weight_sum, 64, device=device)
+    assert_selects(planes, caches, 24, weight_sum)
+
+
+@pytest.mark.parametrize("num_bits", range(32, 257, 32))
+@pytest.mark.parametrize("key_norms", [False, True])
+def test_any_number_of_bits(device, num_bits, key_norms):
+    caches = make_caches([129, 40], device=device, num_bits=num_bits, key_norms=key_norms)
+    planes = random_planes(2, 3, 2, 15, num_bits, device=device)
+    assert_selects(planes, caches, 24, 15, num_recent=4)
+
+
+@pytest.mark.parametrize("q_len", range(1, 9))
+@pytest.mark.parametrize("top_k", [1, 6, 60, 200])
+def test_any_budget_and_query_tokens(device, q_len, top_k):
+    caches = make_caches([60, 7, 3, 0], device=device)
+    planes = random_planes(4, q_len, 2, 7, 64, device=device)
+    assert_selects(planes, caches, top_k, 7)
+    assert_selects(planes, caches, top_k, 7, num_recent=1)
+
+
+@pytest.mark.parametrize("key_norms", [False, True])
+@pytest.mark.parametrize("seq_len", [1023, 4096, 9001])
+def test_equals_score_then_select_on_long_sequences(device, seq_len, key_norms):
+    caches = make_caches([seq_len, seq_len // 2], device=device, key_norms=key_norms)
+    planes = random_planes(2, 2, 2, 15, 64, device=device)
+    scores = hamming_score(
+        planes,
+        *caches.codes,
+        weight_sum=15,
+        max_seq_len=caches.capacity,
+        norm_cache=caches.norm_cache,
+    )
+    for top_k in (64, 1000):
+        expected = select_topk(scores, caches.cache_seqlens, top_k, num_sink=4, num_recent=16)
+        actual = select(planes, caches, top_k, 15, num_sink=4, num_recent=16)
+        for a, e in zip(actual, expected, strict=True):
+            assert_equal(a, e)
+
+
+@pytest.mark.parametrize("key_norms", [False, True])
+def test_all_scores_equal(device, key_norms):
+    caches = make_caches([2000], device=device, key_norms=key_norms)
+    caches.code_cache.fill_(0x5A5A5A5A)
+    if key_norms:
+        caches.norm_cache.fill_(2)
+    planes = random_planes(1, 1, 2, 15, 64, device=device)
+    indices, num_selected = select(planes, caches, 300, 15, num_sink=3)
+    expected = torch.tensor([0, 1, 2, *range(1703, 2000)], dtype=torch.int32, device=device)
+    assert_equal(indices, expected.expand(1, 1, 2, -1))
+    assert (num_selected == 300).all()
+
+
+@pytest.mark.parametrize("key_norms", [False, True])
+def test_does_not_depend_on_batch_paging_or_launch(device, key_norms):
+    """One sequence alone and contiguous, and at every place of paged batches of others."""
+    caches = make_caches([700] * 9, device=device, page_size=16, key_norms=key_norms)
+    planes = random_planes(9, 2, 2, 15, 64, device=device)
+    for _ in range(3):
+        many = select(planes, caches, 64, 15, num_recent=8)
+        for b in (0, 4, 8):
+            pages = caches.block_table[b].long()
+            codes = caches.code_cache[pages].transpose(0, 1).flatten(1, 2).unsqueeze(0)
+            norms = None
+            if key_norms:
+                norms = caches.norm_cache[pages].transpose(0, 1).flatten(1, 2).unsqueeze(0)
+            alone = score_select(
+                planes[b : b + 1],
+                codes,
+                torch.zeros(1, 1, dtype=torch.int32, device=device),
+                caches.cache_seqlens[b : b + 1],
+                64,
+                weight_sum=15,
+                num_recent=8,
+                norm_cache=norms,
+            )
+            for a, e in zip(alone, many, strict=True):
+                assert_equal(a, e[b : b + 1])
+
+
+@pytest.mark.parametrize("key_norms", [False, True])
+def test_writes_all_of_a_poisoned_output_with_a_poisoned_workspace(device, key_norms):
+    caches = make_caches(SEQ_LENS, device=device, key_norms=key_norms)
+    planes = random_planes(5, 3, 2, 15, 64, device=device)
+    expected = select(planes, caches, 80, 15, op=reference.score_select, num_sink=1)
+    size = workspace_size(5, 3, 8, 2, 64, caches.capacity, 80)
+    for workspace in (None, poisoned(size, dtype=torch.uint8, device=device)):
+        indices = poisoned(5, 3, 2, 80, dtype=torch.int32, device=device)
+        num_selected = poisoned(5, 3, 2, dtype=torch.int32, device=device)
+        out = (indices, num_selected)
+        returned = select(planes, caches, 80, 15, num_sink=1, workspace=workspace, out=out)
+        assert returned is out
+        assert_equal(indices, expected[0])
+        assert_equal(num_selected, expected[1])
+
+
+def test_wrapper_wants_an_output_with_the_workspace(device):
+    caches = make_caches([20], device=device)
+    planes = random_planes(1, 1, 2, 7, 64, device=device)
+    workspace = poisoned(4096, dtype=torch.uint8, device=device)
+    with pytest.raises(ValueError, match="workspace must come with out"):
+        select(planes, caches, 4, 7, workspace=workspace)
+
+
+def test_accepts_an_empty_batch(device):
+    caches = make_caches([20], device=device)
+    planes = random_planes(0, 1, 2, 7, 64, device=device)
+    tensors = (caches.code_cache, caches.block_table[:0], caches.cache_seqlens[:0])
+    indices, _ = score_select(planes, *tensors, 4, weight_sum=7)
+    assert indices.shape == (0, 1, 2, 4)
+
+
+def test_batch_past_65535(device):
+    caches = make_caches([30], device=device, num_kv_heads=1, page_size=None)
+    planes = random_planes(7, 1, 1, 15, 64, device=device)
+
+    def run(batch: int) -> torch.Tensor:
+        return score_select(
+            planes.repeat(batch // 7, 1, 1, 1, 1),
+            caches.code_cache,
+            caches.block_table.repeat(batch, 1),
+            caches.cache_seqlens.repeat(batch),
+            6,
+            weight_sum=15,
+        )[0]
+
+    assert_equal(run(70_000), run(7).repeat(10_000, 1, 1, 1))
+
+
+@pytest.mark.parametrize("key_norms", [False, True])
+def test_opcheck(device, key_norms):
+    caches = make_caches([20, 7], device=device, page_size=32, key_norms=key_norms)
+    planes = random_planes(2, 3, 2, 7, 64, device=device)
+    args = (planes, caches.code_cache, caches.norm_cache, *caches.codes[1:], 7, 8, 1, 1)
+    torch.library.opcheck(torch.ops.hata.score_select.default, args)
+    size = workspace_size(2, 3, 2, 2, 64, caches.capacity, 8)
+    outputs = {
+        "workspace": torch.zeros(size, dtype=torch.uint8, device=device),
+        "indices": torch.zeros(2, 3, 2, 8, dtype=torch.int32, device=device),
+        "num_selected": torch.zeros(2, 3, 2, dtype=torch.int32, device=device),
+    }
+    torch.library.opcheck(torch.ops.hata.score_select.out, args, outputs)
