@@ -111,10 +111,10 @@ def select_topk(run: Run, pool: CodePool) -> Row:
     selected = pooled[0].gather(-1, indices.long()).sort(-1, descending=True).values
     best = torch.topk(pooled[0], shape.top_k).values
     require(torch.equal(selected, best), "select_topk finds torch.topk's scores")
-    timing = run.timer([functools.partial(select, i) for i in range(num_sets)])
-    baseline = run.timer(
-        [lambda i=i: torch.topk(pooled[i], shape.top_k, sorted=False) for i in range(num_sets)]
-    )
+    sets = range(num_sets)
+    timing = run.timer([functools.partial(select, i) for i in sets])
+    calls = [functools.partial(torch.topk, pooled[i], shape.top_k, sorted=False) for i in sets]
+    baseline = run.timer(calls)
     return run.op_row(
         "select_topk",
         shape,
