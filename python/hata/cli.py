@@ -50,7 +50,7 @@ def demo(
     depth: Annotated[
         float, typer.Option(help="Where in the prose the fact stands, 0 (first) to 1 (last).")
     ] = 0.5,
-    top_k: Annotated[int, typer.Option(help="Positions each KV head attends to.")] = 256,
+    top_k: Annotated[int, typer.Option(help="Positions each KV head attends to.")] = 128,
     num_bits: Annotated[int, typer.Option(help="Bits of a key's code: 32, 64, ... 256.")] = 128,
     query_bits: Annotated[int, typer.Option(help="Bits of a query's projection, 1 to 4.")] = 4,
     seed: Annotated[int, typer.Option(help="Seed of the hash weights and of the fact.")] = 0,
@@ -69,7 +69,9 @@ def demo(
     """Generates an answer from a long prompt twice: with dense attention and with hata."""
     missing = [name for name in ("transformers", "matplotlib") if not _is_installed(name)]
     rule = "be installed (pip install 'hata-attention[transformers]')"
-    check(not missing, "demo", "transformers and matplotlib", rule, f"no {' and no '.join(missing)}")
+    check(
+        not missing, "demo", "transformers and matplotlib", rule, f"no {' and no '.join(missing)}"
+    )
     from hata.demo.options import DemoOptions
     from hata.demo.run import run_demo
 

@@ -36,7 +36,7 @@ class DemoOptions:
     model: Path | None = None
     context: int = 2048
     depth: float = 0.5
-    top_k: int = 256
+    top_k: int = 128
     num_bits: int = 128
     query_bits: int = 4
     seed: int = 0
