@@ -90,6 +90,12 @@ class PagePool:
         return sources, copies
 
 
+def check_page_size(function: str, page_size: int) -> None:
+    """Raises TypeError or ValueError unless ``page_size`` is a power of two."""
+    check_int(function, "page_size", page_size, 1, 2**30)
+    check(page_size.bit_count() == 1, function, "page_size", "be a power of two", page_size)
+
+
 def page_pool(
     function: str, batch: int, max_seq_len: int, page_size: int | None, num_pages: int | None
 ) -> PagePool | None:
@@ -112,8 +118,7 @@ def page_pool(
     if page_size is None:
         check(num_pages is None, function, "num_pages", "be None without page_size", num_pages)
         return None
-    check_int(function, "page_size", page_size, 1, 2**30)
-    check(page_size.bit_count() == 1, function, "page_size", "be a power of two", page_size)
+    check_page_size(function, page_size)
     if num_pages is None:
         num_pages = batch * -(-max_seq_len // page_size)
     check_int(function, "num_pages", num_pages, 1, 2**31 - 1)

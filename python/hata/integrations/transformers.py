@@ -18,6 +18,7 @@ from transformers.masking_utils import AttentionMaskInterface, causal_mask_funct
 from hata.checks import check, check_int, check_type
 from hata.config import HataConfig
 from hata.integrations.transformers_layer import DecodeObserver, HataLayer, LayerGroup
+from hata.pages import check_page_size
 from hata.weights import HashWeights
 
 _HERE = "integrations.transformers"
@@ -138,6 +139,10 @@ def enable(
     num_layers, num_kv_heads, head_dim = _model_shape(where, model)
     positions = model.config.max_position_embeddings
     check_int(where, "max_seq_len", max_seq_len, 1, positions)
+    if page_size is not None:
+        check_page_size(where, page_size)
+    callable_observer = observer is None or callable(observer)
+    check_type(callable_observer, where, "observer", "be callable", observer)
     shape = (num_layers, num_kv_heads, head_dim, config.num_bits)
     if weights is not None:
         check_type(isinstance(weights, HashWeights), where, "weights", "be HashWeights", weights)
@@ -167,6 +172,7 @@ def _model_shape(function: str, model: PreTrainedModel) -> tuple[int, int, int]:
     name = type(model).__name__
     decoder = settings.get_text_config(decoder=True) is settings and not settings.is_encoder_decoder
     check(decoder, function, "model", "be a text-only decoder", name)
+    check(model.can_generate(), function, "model", "be able to generate text", name)
     backend = getattr(model, "_supports_attention_backend", False)
     check(backend, function, "model", "take attention functions (AttentionInterface)", name)
     sliding = getattr(settings, "sliding_window", None)

@@ -1,0 +1,165 @@
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import Cache
+
+import hata
+from closeness import assert_equal, assert_no_worse_than_pytorch
+from hata import HataConfig
+from hata.integrations.transformers import HataTransformersCache, enable
+from tiny_models import (
+    EVERYTHING,
+    FEW,
+    MODELS,
+    NUM_LAYERS,
+    POSITIONS,
+    generate,
+    make_model,
+    make_weights,
+    random_prompt,
+)
+
+
+def make_cache(
+    model: PreTrainedModel, config: HataConfig = EVERYTHING, **settings: Any
+) -> HataTransformersCache:
+    return enable(model, config, make_weights(model), max_seq_len=POSITIONS, **settings)
+
+
+@torch.no_grad()
+def logits_of(model: PreTrainedModel, chunks: list[Tensor], cache: Cache) -> Tensor:
+    """The logits after each chunk of the tokens, ``[batch, chunks, vocabulary]``."""
+    steps = [model(chunk, past_key_values=cache).logits[:, -1] for chunk in chunks]
+    return torch.stack(steps, dim=1)
+
+
+# float32, in which two of the 97 logits hardly ever come closer than rounding moves them
+@pytest.mark.parametrize("page_size", [None, 16])
+@pytest.mark.parametrize("settings", [{}, {"do_sample": True}, {"num_beams": 3}], ids=str)
+@pytest.mark.parametrize("name", MODELS)
+def test_text_equals_the_dense_text_where_everything_is_selected(
+    name: str, settings: dict[str, Any], page_size: int | None
+) -> None:
+    model, prompt = make_model(name), random_prompt(2, 21)
+    torch.manual_seed(1)
+    dense = generate(model, prompt, 25, **settings)
+    cache = make_cache(model, page_size=page_size)
+    torch.manual_seed(1)
+    assert_equal(generate(model, prompt, 25, past_key_values=cache, **settings), dense)
+    assert cache.get_seq_length() == 21 + 25 - 1  # the last token is not fed back
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_are_as_good_as_sdpa_where_everything_is_selected(
+    device: str, dtype: torch.dtype, name: str
+) -> None:
+    model = make_model(name, device, dtype)
+    truth = copy.deepcopy(model).double()
+    tokens = random_prompt(2, 60, device)
+    chunks = [tokens[:, :30], tokens[:, 30:40], *tokens[:, 40:].split(1, dim=1)]
+    plain = logits_of(model, chunks, dynamic_cache(model))
+    exact = logits_of(truth, chunks, dynamic_cache(truth))
+    assert_no_worse_than_pytorch(logits_of(model, chunks, make_cache(model)), plain, exact)
+
+
+def dynamic_cache(model: PreTrainedModel) -> Cache:
+    return DynamicCache(config=model.config)
+
+
+def test_sparse_layers_report_what_they_selected(device: str) -> None:
+    model = make_model("llama-group4", device, torch.float16)
+    steps = []
+
+    def observe(
+        layer_idx: int,
+        q: Tensor,
+        cache: hata.HataCache,
+        indices: Tensor,
+        num_selected: Tensor,
+    ) -> None:
+        assert q.shape == (2, 1, 8, 64)
+        assert indices.shape == (2, 1, 2, FEW.top_k)
+        assert (num_selected == min(FEW.top_k, cache.seq_lens[0])).all()
+        mass = hata.attention_mass(q, cache, layer_idx, indices)
+        assert ((mass > 0) & (mass < 1)).all()
+        steps.append((layer_idx, cache.seq_lens[0]))
+
+    cache = make_cache(model, FEW, observer=observe)
+    generate(model, random_prompt(2, 40, device), 6, past_key_values=cache)
+    assert steps == [(layer_idx, n) for n in range(41, 46) for layer_idx in (1, 2)]
+
+
+def test_the_selection_changes_the_output() -> None:
+    model, tokens = make_model("llama-group4"), random_prompt(1, 50)
+    chunks = [tokens[:, :49], tokens[:, 49:]]
+    dense = logits_of(model, chunks, dynamic_cache(model))
+    sparse = logits_of(model, chunks, make_cache(model, FEW))
+    torch.testing.assert_close(sparse[:, 0], dense[:, 0])  # the prompt is attended to densely
+    assert (sparse[:, 1] - dense[:, 1]).abs().max() > 1e-3
+
+
+def test_dense_layers_ignore_the_budget() -> None:
+    model, prompt = make_model("qwen2-group3"), random_prompt(1, 30)
+    dense = generate(model, prompt, 20)
+    config = HataConfig(top_k=1, num_sink=0, num_recent=1, num_dense_layers=NUM_LAYERS)
+    cache = make_cache(model, config)
+    assert_equal(generate(model, prompt, 20, past_key_values=cache), dense)
+
+
+def test_a_prompt_of_one_token() -> None:
+    model, prompt = make_model("llama-group1"), random_prompt(2, 1)
+    dense = generate(model, prompt, 10)
+    assert_equal(generate(model, prompt, 10, past_key_values=make_cache(model)), dense)
+
+
+def test_a_conversation_continues_and_a_reset_cache_starts_anew() -> None:
+    model = make_model("llama-group4")
+    cache = make_cache(model)
+    first = generate(model, random_prompt(1, 20), 10, past_key_values=cache)
+    longer = torch.cat([first, random_prompt(1, 7)], dim=1)
+    second = generate(model, longer, 10, past_key_values=cache)
+    cache.reset()
+    assert cache.get_seq_length() == 0
+    other = random_prompt(3, 15)  # another batch
+    third = generate(model, other, 10, past_key_values=cache)
+    model.set_attn_implementation("sdpa")
+    assert_equal(second, generate(model, longer, 10))
+    assert_equal(third, generate(model, other, 10))
+
+
+def test_crop_forgets_the_last_tokens() -> None:
+    model, tokens = make_model("qwen3"), random_prompt(1, 40)
+    cache = make_cache(model, FEW)
+    expected = logits_of(model, [tokens[:, :30], tokens[:, 30:31]], cache)
+    cache.crop(-1)
+    assert cache.get_seq_length() == 30
+    logits_of(model, [tokens[:, 33:36]], cache)
+    cache.crop(-3)
+    cache.crop(0)
+    assert_equal(logits_of(model, [tokens[:, 30:31]], cache), expected[:, 1:])
+
+
+def test_a_copied_cache_goes_its_own_way() -> None:
+    model, tokens = make_model("llama-group1"), random_prompt(1, 40)
+    cache = make_cache(model, FEW)
+    logits_of(model, [tokens[:, :30]], cache)
+    branch = copy.deepcopy(cache)
+    expected = logits_of(model, [tokens[:, 30:31]], cache)
+    logits_of(model, [tokens[:, 35:36]], branch)
+    branch.crop(-1)
+    assert_equal(logits_of(model, [tokens[:, 30:31]], branch), expected)
+    assert (cache.get_seq_length(), branch.get_seq_length()) == (31, 31)
+
+
+def test_missing_weights_are_drawn_and_said_so() -> None:
+    model = make_model("llama-group1")
+    with pytest.warns(UserWarning, match=r"random orthogonal weights \(seed 0\)"):
+        cache = enable(model, FEW, max_seq_len=32)
+    assert cache.weights.metadata["origin"] == "random orthogonal, seed 0"
+    assert_equal(cache.weights.key_weights, make_weights(model).key_weights)
+    assert cache.hata_cache is None  # until the first forward pass
+    assert cache.get_max_length() == 32

@@ -1,0 +1,175 @@
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import (
+    BertConfig,
+    BertModel,
+    DynamicCache,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from hata import HashWeights, HataConfig
+from hata.integrations.transformers import enable
+from tiny_models import EVERYTHING, POSITIONS, generate, make_model, make_weights, random_prompt
+
+SMALL = {"num_layers": 3, "num_kv_heads": 2, "head_dim": 64, "num_bits": 64}
+
+
+def sliding_mistral() -> PreTrainedModel:
+    return make_model("mistral", sliding_window=16)
+
+
+def sliding_qwen() -> PreTrainedModel:
+    settings = {"hidden_size": 64, "num_attention_heads": 1, "num_key_value_heads": 1}
+    window = {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}
+    return Qwen2ForCausalLM(Qwen2Config(num_hidden_layers=2, vocab_size=9, **settings, **window))
+
+
+def gemma() -> PreTrainedModel:
+    settings = {"hidden_size": 64, "num_attention_heads": 1, "num_key_value_heads": 1}
+    return Gemma2ForCausalLM(Gemma2Config(num_hidden_layers=2, vocab_size=9, **settings))
+
+
+def encoder_decoder() -> PreTrainedModel:
+    return T5ForConditionalGeneration(T5Config(vocab_size=9, d_model=8, d_kv=8, num_layers=1))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: nn.Linear(1, 1), "model must be a PreTrainedModel, got Linear"),
+        (sliding_mistral, "attend to the whole context in every layer, got sliding_window=16"),
+        (sliding_qwen, "got layer_types ['full_attention', 'sliding_attention']"),
+        (gemma, "got layer_types ['full_attention', 'sliding_attention']"),
+        (encoder_decoder, "model must be a text-only decoder, got T5ForConditionalGeneration"),
+        (
+            lambda: BertModel(BertConfig(hidden_size=12, num_hidden_layers=1, vocab_size=9)),
+            "model must be able to generate text, got BertModel",
+        ),
+    ],
+)
+def test_rejects_a_model(make: Callable[[], Any], message: str) -> None:
+    model = make()
+    with pytest.raises((ValueError, TypeError), match=re.escape(message)):
+        enable(model, EVERYTHING, HashWeights.random(**SMALL), max_seq_len=16)
+    if isinstance(model, PreTrainedModel):
+        assert model.config._attn_implementation != "hata"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"config": 64}, "config must be a HataConfig, got int"),
+        ({"weights": "file"}, "weights must be HashWeights, got str"),
+        (
+            {"weights": HashWeights.random(**{**SMALL, "num_kv_heads": 1})},
+            "weights must have the shape of model and config, [3, 2, 64, 64], got [3, 1, 64, 64]",
+        ),
+        (
+            {"config": HataConfig(num_bits=128)},
+            "weights must have the shape of model and config, [3, 2, 64, 128], got [3, 2, 64, 64]",
+        ),
+        ({"max_seq_len": 161}, "max_seq_len must be in 1..160, got 161"),
+        ({"max_seq_len": 0}, "max_seq_len must be in 1..160, got 0"),
+        ({"max_seq_len": "8K"}, "max_seq_len must be an int, got str"),
+        ({"page_size": 12}, "page_size must be a power of two, got 12"),
+        ({"observer": 1}, "observer must be callable, got int"),
+    ],
+)
+def test_rejects_arguments(changes: dict[str, Any], message: str) -> None:
+    model = make_model("llama-group4")
+    arguments = {
+        "config": EVERYTHING,
+        "weights": HashWeights.random(**SMALL),
+        "max_seq_len": POSITIONS,
+        **changes,
+    }
+    with pytest.raises((ValueError, TypeError), match=re.escape(message)):
+        enable(model, **arguments)
+    assert model.config._attn_implementation != "hata"
+
+
+@pytest.fixture
+def model() -> PreTrainedModel:
+    return make_model("llama-group4")
+
+
+def test_rejects_padding(model: PreTrainedModel) -> None:
+    cache = enable(model, EVERYTHING, make_weights(model), max_seq_len=POSITIONS)
+    mask = torch.ones(2, 9, dtype=torch.long)
+    mask[1, :3] = 0
+    rule = r"attention_mask must be all ones \(equal lengths, no padding\), got 3 zeros"
+    with pytest.raises(ValueError, match=rule):
+        model(random_prompt(2, 9), attention_mask=mask, past_key_values=cache)
+    assert cache.get_seq_length() == 0
+
+
+def test_rejects_a_mask_of_four_dimensions(model: PreTrainedModel) -> None:
+    cache = enable(model, EVERYTHING, make_weights(model), max_seq_len=POSITIONS)
+    mask = torch.ones(1, 1, 9, 9, dtype=torch.bool).tril()
+    rule = r"attention_mask must be None .*, got one of shape \[1, 1, 9, 9\]"
+    with pytest.raises(ValueError, match=rule):
+        model(random_prompt(1, 9), attention_mask=mask, past_key_values=cache)
+
+
+@pytest.mark.parametrize("arguments", [{}, {"past_key_values": None}, {"use_cache": False}])
+def test_rejects_a_forward_pass_without_its_cache(
+    model: PreTrainedModel, arguments: dict[str, Any]
+) -> None:
+    enable(model, EVERYTHING, make_weights(model), max_seq_len=POSITIONS)
+    rule = "past_key_values must be the HataTransformersCache that enable"
+    with pytest.raises(ValueError, match=rule):
+        model(random_prompt(1, 9), **arguments)
+    with pytest.raises(ValueError, match=rule):
+        model(random_prompt(1, 9), past_key_values=DynamicCache(config=model.config))
+
+
+def test_rejects_a_context_that_is_too_long(model: PreTrainedModel) -> None:
+    cache = enable(model, EVERYTHING, make_weights(model), max_seq_len=20)
+    rule = "sequence lengths must be at most max_seq_len=20, got"
+    with pytest.raises(ValueError, match=rf"{rule} \[21\]"):
+        generate(model, random_prompt(1, 21), 1, past_key_values=cache)
+    assert cache.get_seq_length() == 0
+    with pytest.raises(ValueError, match=rf"{rule} \[21\]"):
+        generate(model, random_prompt(1, 18), 9, past_key_values=cache)
+    assert cache.get_seq_length() == 20
+
+
+def test_rejects_another_batch_while_it_holds_tokens(model: PreTrainedModel) -> None:
+    cache = enable(model, EVERYTHING, make_weights(model), max_seq_len=POSITIONS)
+    model(random_prompt(2, 9), past_key_values=cache)
+    with pytest.raises(ValueError, match=r"k must have shape \[batch=2, .*, got \[1, 9, 2, 64\]"):
+        model(random_prompt(1, 9), past_key_values=cache)
+    assert cache.get_seq_length() == 9
+
+
+def test_rejects_dropout() -> None:
+    model = make_model("llama-group1", attention_dropout=0.1).train()
+    cache = enable(model, EVERYTHING, make_weights(model), max_seq_len=POSITIONS)
+    with pytest.raises(ValueError, match=r"dropout must be 0 \(call model\.eval\(\)\), got 0\.1"):
+        model(random_prompt(1, 9), past_key_values=cache)
+
+
+def test_rejects_changes_of_the_batch_and_of_the_length(model: PreTrainedModel) -> None:
+    cache = enable(model, EVERYTHING, make_weights(model), max_seq_len=POSITIONS)
+    model(random_prompt(2, 9), past_key_values=cache)
+    for tokens, rule in ((1, r"must be in -9\.\.0, got 1"), (-10, r"must be in -9\.\.0, got -10")):
+        with pytest.raises(ValueError, match=f"tokens_to_remove {rule}"):
+            cache.crop(tokens)
+    with pytest.raises(ValueError, match="the batch must stay as it is, got 2 repeats"):
+        cache.batch_repeat_interleave(2)
+    with pytest.raises(ValueError, match="the batch must stay as it is, got the selection"):
+        cache.batch_select_indices(torch.tensor([0]))
+    with pytest.raises(ValueError, match=r"batch_idx must be in 0\.\.1, got 2"):
+        cache.reorder_cache(torch.tensor([0, 2]))
+    assert cache.get_seq_length() == 9
