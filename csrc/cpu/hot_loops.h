@@ -15,6 +15,25 @@ struct ScanPlanes {
   uint32_t planes[kMaxPlanes][kMaxWords];
 };
 
+inline constexpr int kSelectBinBits = 11;
+inline constexpr int kSelectBins = 1 << kSelectBinBits;
+
+// The loops of the selection over n > 0 ordered keys (selection.h), uint16_t or uint32_t.
+template <class Key>
+struct KeyLoops {
+  // The lowest and the highest key.
+  void (*range)(const Key* keys, int n, Key* low, Key* high);
+
+  // counts[bin], kSelectBins of them: the keys in [low, low + span] with (key - low) >> shift =
+  // bin.
+  void (*count)(const Key* keys, int n, Key low, Key span, int shift, int* counts);
+
+  // Writes first + i for each key i that is above cut, and for those equal to it but the first
+  // num_skipped. Returns the end of what it wrote.
+  int32_t* (*collect)(const Key* keys, int n, Key cut, int num_skipped, int first,
+                      int32_t* positions);
+};
+
 // The loops that the operators spend their time in, compiled once for each instruction set.
 // Within one instruction set every sum has one order, whatever the batch: the same key always gives
 // the same code.
@@ -45,6 +64,9 @@ struct HotLoops {
   // [group, head_dim].
   void (*add_weighted_rows)(const float* weights, int weight_stride, int group, int head_dim,
                             const void* const* rows, int n, DType dtype, float* acc);
+
+  KeyLoops<uint16_t> keys16;
+  KeyLoops<uint32_t> keys32;
 };
 
 // The loops for this process, chosen at the first call: those of the best instruction set that the

@@ -35,19 +35,22 @@ inline void store_words(uint32_t* data, WordVec value) {
   _mm512_storeu_si512(data, value);
 }
 
-// The weight of a plane, as Distances::add wants it.
-inline WordVec spread_weight(int weight) {
-  return _mm512_set1_epi32(weight);
-}
+// One plane's words, laid out like the codes, and its weight.
+struct PlaneVec {
+  WordVec words, weight;
+  PlaneVec() = default;
+  PlaneVec(const uint32_t* pattern, int plane_weight)
+      : words(load_words(pattern)), weight(_mm512_set1_epi32(plane_weight)) {}
+};
 
 // Weighted distances of the 32-bit words of a vector.
 class Distances {
  public:
   explicit Distances(WordVec words) : words_(words), sums_(_mm512_setzero_si512()) {}
 
-  void add(WordVec plane, WordVec weight) {
-    const WordVec counts = _mm512_popcnt_epi32(_mm512_xor_si512(words_, plane));
-    sums_ = _mm512_dpwssd_epi32(sums_, counts, weight);  // counts fit 16 bits
+  void add(const PlaneVec& plane) {
+    const WordVec counts = _mm512_popcnt_epi32(_mm512_xor_si512(words_, plane.words));
+    sums_ = _mm512_dpwssd_epi32(sums_, counts, plane.weight);  // counts fit 16 bits
   }
 
   WordVec sums() const { return sums_; }  // a 32-bit sum for each word
@@ -67,32 +70,42 @@ inline void store_words(uint32_t* data, WordVec value) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(data), value);
 }
 
-inline WordVec spread_weight(int weight) {
-  return _mm256_set1_epi8(static_cast<char>(weight));
+inline WordVec low_nibbles(WordVec words) {
+  return _mm256_and_si256(words, _mm256_set1_epi8(0x0f));
 }
+inline WordVec high_nibbles(WordVec words) {
+  return low_nibbles(_mm256_srli_epi32(words, 4));
+}
+
+struct PlaneVec {
+  WordVec low, high, weight;
+  PlaneVec() = default;
+  PlaneVec(const uint32_t* pattern, int plane_weight)
+      : low(low_nibbles(load_words(pattern))),
+        high(high_nibbles(load_words(pattern))),
+        weight(_mm256_set1_epi8(static_cast<char>(plane_weight))) {}
+};
 
 class Distances {
  public:
-  explicit Distances(WordVec words) : words_(words), sums_(_mm256_setzero_si256()) {}
+  explicit Distances(WordVec words)
+      : low_(low_nibbles(words)), high_(high_nibbles(words)), sums_(_mm256_setzero_si256()) {}
 
-  void add(WordVec plane, WordVec weight) {
-    // Popcounts of bytes from a table of those of 4 bits.
+  void add(const PlaneVec& plane) {
+    // Popcounts of 4 bits each from a table.
     const WordVec table = _mm256_setr_epi8(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4,  //
                                            0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4);
-    const WordVec low_bits = _mm256_set1_epi8(0x0f);
-    const WordVec differing = _mm256_xor_si256(words_, plane);
-    const WordVec high = _mm256_and_si256(_mm256_srli_epi32(differing, 4), low_bits);
     const WordVec counts =
-        _mm256_add_epi8(_mm256_shuffle_epi8(table, _mm256_and_si256(differing, low_bits)),
-                        _mm256_shuffle_epi8(table, high));
+        _mm256_add_epi8(_mm256_shuffle_epi8(table, _mm256_xor_si256(low_, plane.low)),
+                        _mm256_shuffle_epi8(table, _mm256_xor_si256(high_, plane.high)));
     // Weights are unsigned bytes; 16 bits hold the sum over all planes, at most 255 * 16.
-    sums_ = _mm256_add_epi16(sums_, _mm256_maddubs_epi16(weight, counts));
+    sums_ = _mm256_add_epi16(sums_, _mm256_maddubs_epi16(plane.weight, counts));
   }
 
   WordVec sums() const { return _mm256_madd_epi16(sums_, _mm256_set1_epi16(1)); }
 
  private:
-  WordVec words_, sums_;
+  WordVec low_, high_, sums_;
 };
 
 #endif
@@ -105,13 +118,13 @@ void count_matches_of(const ScanPlanes& planes, const uint32_t* codes, int n, ui
   constexpr int kPatterns = kLanes % kWords == 0 ? 1 : kWords;
   constexpr int kTokens = 4 * kLanes;  // tokens of a step
   constexpr int kVecs = 4 * kWords;
-  WordVec patterns[kMaxPlanes][kPatterns];
-  WordVec weights[kMaxPlanes];
+  PlaneVec plane_vecs[kMaxPlanes][kPatterns];
   for (int p = 0; p < planes.num_planes; ++p) {
     uint32_t pattern[kPatterns * kLanes];
     for (int i = 0; i < kPatterns * kLanes; ++i) pattern[i] = planes.planes[p][i % kWords];
-    for (int i = 0; i < kPatterns; ++i) patterns[p][i] = load_words(pattern + i * kLanes);
-    weights[p] = spread_weight(planes.weights[p]);
+    for (int i = 0; i < kPatterns; ++i) {
+      plane_vecs[p][i] = PlaneVec(pattern + i * kLanes, planes.weights[p]);
+    }
   }
 
   const uint32_t max_matches = static_cast<uint32_t>(planes.max_matches);
@@ -121,7 +134,7 @@ void count_matches_of(const ScanPlanes& planes, const uint32_t* codes, int n, ui
     for (int v = 0; v < kVecs; ++v) {
       Distances distances(load_words(codes + static_cast<int64_t>(t) * kWords + v * kLanes));
       for (int p = 0; p < planes.num_planes; ++p) {
-        distances.add(patterns[p][v % kPatterns], weights[p]);
+        distances.add(plane_vecs[p][v % kPatterns]);
       }
       store_words(sums + v * kLanes, distances.sums());
     }

@@ -14,36 +14,38 @@ namespace {
 
 // Selects from scores that order_key maps to keys.
 template <class Key, class Score, class OrderKey>
-int select_scores(const SelectTopkParams& p, const Score* scores, int visible, int32_t* indices,
-                  const OrderKey& order_key) {
+int select_scores(const SelectTopkParams& p, const KeyLoops<Key>& loops, const Score* scores,
+                  int visible, int32_t* indices, const OrderKey& order_key) {
   thread_local std::vector<Key> keys;
   keys.resize(static_cast<size_t>(visible));
   for (int t = 0; t < visible; ++t) keys[t] = order_key(scores[t]);
-  return select_row(keys.data(), visible, p.top_k, p.num_sink, p.num_recent, indices);
+  return select_row(loops, keys.data(), visible, p.top_k, p.num_sink, p.num_recent, indices);
 }
 
-int select_one(const SelectTopkParams& p, int64_t offset, int visible, int32_t* indices) {
+int select_one(const SelectTopkParams& p, const HotLoops& loops, int64_t offset, int visible,
+               int32_t* indices) {
   switch (p.dtype) {
     case SelectDType::kInt32:
-      return select_scores<uint32_t>(p, static_cast<const int32_t*>(p.scores) + offset, visible,
-                                     indices, ordered_key_int32);
+      return select_scores(p, loops.keys32, static_cast<const int32_t*>(p.scores) + offset, visible,
+                           indices, ordered_key_int32);
     case SelectDType::kFloat32:
-      return select_scores<uint32_t>(
-          p, static_cast<const float*>(p.scores) + offset, visible, indices,
+      return select_scores(
+          p, loops.keys32, static_cast<const float*>(p.scores) + offset, visible, indices,
           [](float score) { return ordered_key_float32(std::bit_cast<uint32_t>(score)); });
     case SelectDType::kFloat16:
-      return select_scores<uint16_t>(p, static_cast<const uint16_t*>(p.scores) + offset, visible,
-                                     indices, ordered_key_float16);
+      return select_scores(p, loops.keys16, static_cast<const uint16_t*>(p.scores) + offset,
+                           visible, indices, ordered_key_float16);
     case SelectDType::kKey16:
       break;
   }
-  return select_row(static_cast<const uint16_t*>(p.scores) + offset, visible, p.top_k, p.num_sink,
-                    p.num_recent, indices);
+  return select_row(loops.keys16, static_cast<const uint16_t*>(p.scores) + offset, visible, p.top_k,
+                    p.num_sink, p.num_recent, indices);
 }
 
 }  // namespace
 
 void select_topk_cpu(const SelectTopkParams& p) {
+  const HotLoops& loops = hot_loops();
   const int64_t rows = static_cast<int64_t>(p.batch) * p.q_len * p.num_kv_heads;
   parallel_for(rows, 1, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
@@ -54,7 +56,7 @@ void select_topk_cpu(const SelectTopkParams& p) {
       const int visible = visible_len(seq_len, p.q_len, static_cast<int>(j));
       const int64_t offset =
           b * p.score_batch_stride + j * p.score_token_stride + h * p.score_head_stride;
-      p.num_selected[row] = select_one(p, offset, visible, p.indices + row * p.top_k);
+      p.num_selected[row] = select_one(p, loops, offset, visible, p.indices + row * p.top_k);
     }
   });
 }

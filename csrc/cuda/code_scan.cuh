@@ -62,11 +62,14 @@ __device__ __forceinline__ void count_matches(const Code<kNumWords> (&codes)[kCo
   }
 }
 
-// The float16 score of a key with this norm, as bits.
-__device__ __forceinline__ uint16_t float16_score(int matches, int weight_sum, int num_bits,
-                                                  uint16_t norm) {
-  const float score = static_cast<float>(2 * matches - weight_sum * num_bits);
-  const float scaled = __fdiv_rn(score, static_cast<float>(num_bits));
+// The float16 score of a key with this norm, as bits. The division is exact where kNumBits is a
+// power of two, and then a product with its reciprocal is the same.
+template <int kNumBits>
+__device__ __forceinline__ uint16_t float16_score(int matches, int weight_sum, uint16_t norm) {
+  const float score = static_cast<float>(2 * matches - weight_sum * kNumBits);
+  const float scaled = (kNumBits & (kNumBits - 1)) == 0
+                           ? __fmul_rn(score, 1.0f / kNumBits)
+                           : __fdiv_rn(score, static_cast<float>(kNumBits));
   return __half_as_ushort(__float2half_rn(__fmul_rn(scaled, __half2float(__ushort_as_half(norm)))));
 }
 

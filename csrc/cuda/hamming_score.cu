@@ -19,20 +19,21 @@ constexpr int tokens_per_block(int num_words) {
 
 constexpr int kMaxTokens = 8;  // query tokens whose planes are in shared memory at a time
 
+template <int kNumWords>
 __device__ void store(const HammingScoreParams& p, int64_t i, int matches, uint16_t norm) {
-  const int num_bits = p.code_cache.num_words * kWordBits;
+  constexpr int kNumBits = kNumWords * kWordBits;
   switch (p.kind) {
     case ScoreKind::kInt32:
-      static_cast<int32_t*>(p.scores)[i] = 2 * matches - p.weight_sum * num_bits;
+      static_cast<int32_t*>(p.scores)[i] = 2 * matches - p.weight_sum * kNumBits;
       break;
     case ScoreKind::kFloat16:
-      static_cast<uint16_t*>(p.scores)[i] = float16_score(matches, p.weight_sum, num_bits, norm);
+      static_cast<uint16_t*>(p.scores)[i] = float16_score<kNumBits>(matches, p.weight_sum, norm);
       break;
     case ScoreKind::kKey16:
       static_cast<uint16_t*>(p.scores)[i] =
           p.code_cache.norms == nullptr
               ? static_cast<uint16_t>(matches)
-              : ordered_key_float16(float16_score(matches, p.weight_sum, num_bits, norm));
+              : ordered_key_float16(float16_score<kNumBits>(matches, p.weight_sum, norm));
       break;
   }
 }
@@ -96,7 +97,7 @@ __global__ void __launch_bounds__(kThreads)
         const int position = first_position + i * kThreads + threadIdx.x;
         if (position >= p.max_seq_len) continue;
         if (position < visible) {
-          store(p, row * p.max_seq_len + position, matches[i], norms[i]);
+          store<kNumWords>(p, row * p.max_seq_len + position, matches[i], norms[i]);
         } else {
           store_invisible(p, row * p.max_seq_len + position);
         }

@@ -24,15 +24,18 @@ inline int device_attribute(cudaDeviceAttr attribute, const char* op) {
   return value;
 }
 
+// More dynamic shared memory than kernels have without asking.
+template <typename Kernel>
+void allow_shared_memory(Kernel kernel, int bytes, const char* op) {
+  constexpr int kWithoutAsking = 48 * 1024;
+  if (bytes <= kWithoutAsking) return;
+  cuda_check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), op);
+}
+
 template <typename... Params, typename... Args>
 void launch_kernel(void (*kernel)(Params...), const LaunchShape& shape, CudaStream stream,
                    const char* op, Args&&... args) {
-  constexpr int kWithoutOptIn = 48 * 1024;
-  if (shape.shared_bytes > kWithoutOptIn) {
-    cuda_check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                    shape.shared_bytes),
-               op);
-  }
+  allow_shared_memory(kernel, shape.shared_bytes, op);
   cudaLaunchAttribute attributes[2];
   unsigned num_attributes = 0;
   if (shape.cluster_size > 1) {
