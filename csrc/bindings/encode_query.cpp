@@ -21,7 +21,7 @@ EncodeQueryParams encode_query_params(const ArgumentChecks& check, const Tensor&
   check.rule(num_kv_heads > 0 && num_heads % num_kv_heads == 0, "num_heads",
              "be a multiple of num_kv_heads=" + std::to_string(num_kv_heads), num_heads);
   const int64_t group_size = num_heads / num_kv_heads;
-  check.rule(group_size < 1 << kMaxPlanes, "num_heads / num_kv_heads", "be in 1..255", group_size);
+  check.in_range(group_size, "num_heads / num_kv_heads", 1, (1 << kMaxPlanes) - 1);
   return EncodeQueryParams{
       .dtype = dtype,
       .batch = static_cast<int>(q.size(0)),
