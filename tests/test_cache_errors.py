@@ -137,7 +137,11 @@ def test_reorder_without_pages_for_the_copies_changes_nothing(device: str) -> No
         ({"page_size": 0}, "page_size must be in 1..1073741824, got 0"),
         ({"num_pages": 4}, "num_pages must be None without page_size, got 4"),
         ({"page_size": 16, "num_pages": 0}, "num_pages must be in 1..2147483647, got 0"),
-        ({"dtype": torch.float64}, "dtype must be float16, bfloat16 or float32, got torch.float64"),
+        ({"dtype": torch.float64}, "dtype must be one of (torch.float16, torch.bfloat16"),
+        (
+            {"dtype": torch.float32, "device": "meta"},
+            "dtype must be one of (torch.float16, torch.bfloat16) on meta, got torch.float32",
+        ),
     ],
 )
 def test_rejects_arguments(device: str, changes: dict[str, Any], message: str) -> None:

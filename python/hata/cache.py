@@ -72,7 +72,8 @@ class HataCache:
         check_int(where, "head_dim", head_dim, 1, 256)
         check_int(where, "batch", batch, 1)
         check_int(where, "max_seq_len", max_seq_len, 1, 2**30)
-        check(dtype in _FLOATS, where, "dtype", "be float16, bfloat16 or float32", dtype)
+        floats = _FLOATS if torch.device(device).type == "cpu" else _FLOATS[:2]
+        check(dtype in floats, where, "dtype", f"be one of {floats} on {device}", dtype)
         pool = page_pool(where, batch, max_seq_len, page_size, num_pages)
         num_pages, page_size = (pool.num_pages, pool.page_size) if pool else (batch, max_seq_len)
 
@@ -129,8 +130,8 @@ class HataCache:
     ) -> None:
         """Appends new tokens to one layer: keys, values, codes and (if kept) norms.
 
-        The first layer that appends opens a step and advances the lengths of the whole cache; the
-        others must follow with as many tokens. On failure lengths, pages and contents stay.
+        The first layer to append opens a step, which advances the lengths; the others must follow
+        with as many tokens. On failure lengths, pages and contents stay.
 
         Args:
             layer_idx: The layer.
@@ -168,9 +169,8 @@ class HataCache:
     def extend(self, new: int | Sequence[int] | Tensor) -> None:
         """Opens a step: advances every sequence's length and hands out the pages it needs.
 
-        Each layer then fills the step once: by `append`, by `hata.decode_attention`, or by a graph
-        that captured the latter. The cache cannot see a graph's replay: after one, call `extend`
-        before the next step too, even where that step is not replayed.
+        Each layer then fills it once: by `append`, by `hata.decode_attention`, or by replaying a
+        graph of the latter, which cannot be seen: after a replay, `extend` the next step too.
 
         Args:
             new: New tokens, one number for all sequences or ``[batch]``, at least 0.
