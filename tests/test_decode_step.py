@@ -162,10 +162,11 @@ def test_wrapper_rejects_other_ranks(device, name):
         decode_step(*tensors.values(), *case.caches.all, **case.settings)
 
 
-def test_wrapper_rejects_an_empty_budget(device):
+@pytest.mark.parametrize("top_k", [-1, 0, 2**31, 2**40])
+def test_wrapper_rejects_an_impossible_budget(device, top_k):
     case = make_decode_case([20], device=device)
-    case.settings["top_k"] = -1
-    with pytest.raises(ValueError, match="decode_step: top_k must be at least 1, got -1"):
+    case.settings["top_k"] = top_k
+    with pytest.raises(ValueError, match=f"top_k must be in 1..2147483647, got {top_k}"):
         case.run()
 
 

@@ -123,6 +123,15 @@ std::tuple<Tensor, Tensor> score_select(const Tensor& planes, const Tensor& code
 
 int64_t workspace_size(int64_t batch, int64_t q_len, int64_t num_heads, int64_t num_kv_heads,
                        int64_t head_dim, int64_t max_seq_len, int64_t top_k) {
+  const std::pair<const char*, int64_t> sizes[] = {
+      {"batch", batch},         {"q_len", q_len},
+      {"num_heads", num_heads}, {"num_kv_heads", num_kv_heads},
+      {"head_dim", head_dim},   {"max_seq_len", max_seq_len},
+      {"top_k", top_k}};
+  for (const auto& [name, size] : sizes) {
+    STD_TORCH_CHECK(size >= 0 && size <= kMaxInt32, "hata::workspace_size: ", name,
+                    " must be in 0..", kMaxInt32, ", got ", size);
+  }
   return workspace_layout(batch, q_len, num_heads, num_kv_heads, head_dim, max_seq_len, top_k).size;
 }
 

@@ -89,14 +89,15 @@ def decode_step(
     Raises:
         RuntimeError: A shape, dtype, stride, device or size is not as above; on CPU also a length
             or page out of range. Nothing has been written then.
-        ValueError: ``q`` or ``k`` does not have 4 dimensions, or ``top_k`` is below 1.
+        ValueError: ``q`` or ``k`` does not have 4 dimensions, or ``top_k`` is not in
+            1..2**31 - 1.
     """
     if q.dim() != 4 or k.dim() != 4:
         raise ValueError(
             f"hata.decode_step: q and k must have 4 dimensions, got {q.dim()} and {k.dim()}"
         )
-    if top_k < 1:
-        raise ValueError(f"hata.decode_step: top_k must be at least 1, got {top_k}")
+    if not 1 <= top_k < 2**31:
+        raise ValueError(f"hata.decode_step: top_k must be in 1..{2**31 - 1}, got {top_k}")
     batch, q_len, num_heads, head_dim = q.shape
     num_kv_heads = k.shape[2]
     if softmax_scale is None:

@@ -1,0 +1,218 @@
+"""Each error message of scoring, selection, attention and the whole step once."""
+
+import pytest
+import torch
+from error_cases import Rejects
+
+import hata
+
+MAX = 2**31 - 1
+
+
+@pytest.mark.parametrize("op", ["hamming_score", "score_select"])
+def test_planes(device, op):
+    r = Rejects(op, device)
+    for weight_sum in (-1, 0, 256):
+        r(f"weight_sum must be in 1..255, got {weight_sum}", weight_sum=weight_sum)
+    r("planes must be Int, got Long", planes=torch.int64)
+    r(
+        "planes must have shape [batch=2, q_len, num_kv_heads=2, num_planes=3, num_words=2], "
+        "got [2, 1, 2, 4, 2]",
+        weight_sum=7,
+    )
+    r("planes must be contiguous, got other strides", planes=r.int32(2, 1, 2, 4, 4)[..., ::2])
+    r(
+        "num_words must be in 1..8, got 9",
+        planes=r.int32(2, 1, 2, 4, 9),
+        code_cache=r.int32(8, 2, 16, 9),
+    )
+    r(
+        "code_cache must have shape [num_pages, num_kv_heads, page_size, num_words], "
+        "got [8, 2, 16, 2, 1]",
+        code_cache=r.int32(8, 2, 16, 2, 1),
+    )
+
+
+def test_hamming_score(device):
+    r = Rejects("hamming_score", device)
+    for max_seq_len in (-1, 2**31):
+        r(f"max_seq_len must be in 0..{MAX}, got {max_seq_len}", max_seq_len=max_seq_len)
+    r("scores must be Half, got Int", out=r.int32(2, 1, 2, 48))
+    r("scores must be Int, got Half", norm_cache=None, out=r.half(2, 1, 2, 48))
+    r(
+        "scores must have shape [batch=2, q_len=1, num_kv_heads=2, max_seq_len], got [2, 1, 3, 48]",
+        out=r.half(2, 1, 3, 48),
+    )
+    r("scores must be contiguous, got other strides", out=r.half(2, 1, 2, 96)[..., ::2])
+
+
+@pytest.mark.parametrize("op", ["select_topk", "score_select"])
+def test_top_k(device, op):
+    r = Rejects(op, device)
+    for top_k in (-5, 0, 2**31, 2**40):
+        r(f"top_k must be in 1..{MAX}, got {top_k}", top_k=top_k)
+
+
+@pytest.mark.parametrize("op", ["select_topk", "score_select", "decode_step"])
+def test_sink_and_recent(device, op):
+    r = Rejects(op, device)
+    for name in ("num_sink", "num_recent"):
+        for value in (-1, 2**31):
+            r(f"{name} must be in 0..{MAX}, got {value}", **{name: value})
+    r("num_sink + num_recent must be at most top_k=8, got 9", num_sink=5, num_recent=4)
+
+
+def test_select_topk(device):
+    r = Rejects("select_topk", device)
+    r("scores must be Int, Half or Float, got Long", scores=torch.int64)
+    r(
+        "scores must have shape [batch, q_len, num_kv_heads, max_seq_len], got [1, 2, 48]",
+        scores=r.int32(1, 2, 48),
+    )
+    r(
+        "scores must be contiguous in its last dimension, got stride 2 in dimension 3",
+        scores=r.strided("scores"),
+    )
+    r("cache_seqlens must be Int, got Long", cache_seqlens=torch.int64)
+    r("cache_seqlens must have shape [batch=2], got [3]", cache_seqlens=r.int32(3))
+    r("cache_seqlens must be contiguous, got other strides", cache_seqlens=r.int32(4)[::2])
+    if device == "cpu":
+        for value in (-1, 49):
+            r(
+                f"cache_seqlens must be in 0..48 (the width of scores), got {value} for sequence 1",
+                cache_seqlens=torch.tensor([40, value], dtype=torch.int32),
+            )
+
+
+@pytest.mark.parametrize("op", ["select_topk", "score_select"])
+def test_selection_outputs(device, op):
+    r = Rejects(op, device)
+    indices, num_selected = r.int32(2, 1, 2, 8), r.int32(2, 1, 2)
+    r("indices must be Int, got Half", out=(r.half(2, 1, 2, 8), num_selected))
+    r(
+        "indices must have shape [batch=2, q_len=1, num_kv_heads=2, top_k=8], got [2, 1, 2, 9]",
+        out=(r.int32(2, 1, 2, 9), num_selected),
+    )
+    gaps = r.int32(2, 1, 2, 16)[..., ::2]
+    r("indices must be contiguous, got other strides", out=(gaps, num_selected))
+    r("num_selected must be Int, got Half", out=(indices, r.half(2, 1, 2)))
+    r(
+        "num_selected must have shape [batch=2, q_len=1, num_kv_heads=2], got [2, 1, 3]",
+        out=(indices, r.int32(2, 1, 3)),
+    )
+    gaps = r.int32(2, 1, 4)[..., ::2]
+    r("num_selected must be contiguous, got other strides", out=(indices, gaps))
+
+
+def test_score_select(device):
+    r = Rejects("score_select", device)
+    r("planes must have 5 dimensions, got 4", planes=r.int32(2, 1, 2, 8))
+
+
+def test_gather_attention(device):
+    r = Rejects("gather_attention", device)
+    r("q must be Half, got BFloat16", q=torch.bfloat16)
+    for shape in ((3, 1, 6, 64), (2, 1, 6, 96)):
+        r(
+            "q must have shape [batch=2, q_len, num_heads, head_dim=64], "
+            f"got [{', '.join(map(str, shape))}]",
+            q=r.half(*shape),
+        )
+    r(
+        "q must be contiguous in its last dimension, got stride 2 in dimension 3",
+        q=r.strided("q"),
+    )
+    for num_heads in (0, 5):
+        message = f"num_heads must be a multiple of num_kv_heads=2, got {num_heads}"
+        r(message, q=r.half(2, 1, num_heads, 64))
+    for value in (float("inf"), float("nan")):
+        r(f"softmax_scale must be finite, got {value}", softmax_scale=value)
+    r("indices must have 4 dimensions, got 3", indices=r.int32(2, 1, 8))
+    r("indices must be Int, got Long", indices=torch.int64)
+    r(
+        "indices must have shape [batch=2, q_len=1, num_kv_heads=2, top_k], got [2, 1, 6, 8]",
+        indices=r.int32(2, 1, 6, 8),
+    )
+    r("indices must be contiguous, got other strides", indices=r.strided("indices"))
+    out, lse = r.half(2, 1, 6, 64), r.float32(2, 1, 6)
+    r("out must be Half, got Float", out=(out.float(), lse))
+    r(
+        "out must have shape [batch=2, q_len=1, num_heads=6, head_dim=64], got [2, 1, 5, 64]",
+        out=(r.half(2, 1, 5, 64), lse),
+    )
+    r("out must be contiguous, got other strides", out=(r.half(2, 1, 6, 128)[..., ::2], lse))
+    r("lse must be Float, got Half", out=(out, lse.half()))
+    r(
+        "lse must have shape [batch=2, q_len=1, num_heads=6], got [2, 1, 5]",
+        out=(out, r.float32(2, 1, 5)),
+    )
+    r("lse must be contiguous, got other strides", out=(out, r.float32(2, 1, 12)[..., ::2]))
+
+
+@pytest.mark.parametrize("op", ["score_select", "gather_attention", "decode_step"])
+def test_workspace(device, op):
+    r = Rejects(op, device)
+    options = {
+        "score_select": {"out": (r.int32(2, 1, 2, 8), r.int32(2, 1, 2))},
+        "gather_attention": {"out": (r.half(2, 1, 6, 64), r.float32(2, 1, 6))},
+        "decode_step": {},
+    }[op]
+    r("workspace must be Byte, got Int", workspace=r.int32(99999), **options)
+    r(
+        "workspace must have shape [size], got [2, 99999]",
+        workspace=r.workspace(2 * 99999).view(2, 99999),
+        **options,
+    )
+    gaps = r.workspace(99999)[::2]
+    r("workspace must be contiguous, got other strides", workspace=gaps, **options)
+    r(
+        "workspace must start at a multiple of 16 bytes, got another offset",
+        workspace=r.workspace(99999)[8:],
+        **options,
+    )
+    sizes = {
+        "score_select": (2, 1, 0, 2, 0, 48, 8),
+        "gather_attention": (2, 1, 6, 2, 64, 0, 8),
+        "decode_step": (2, 1, 6, 2, 64, 48, 8),
+    }[op]
+    size = torch.ops.hata.workspace_size(*sizes)
+    for given in (0, size - 1):
+        r(
+            f"workspace must have at least {size} bytes, got {given}",
+            workspace=r.workspace(given),
+            **options,
+        )
+
+
+@pytest.mark.parametrize("value", [-1, 2**31])
+def test_workspace_size(value):
+    sizes = ("batch", "q_len", "num_heads", "num_kv_heads", "head_dim", "max_seq_len", "top_k")
+    for name in sizes:
+        message = f"hata::workspace_size: {name} must be in 0..{MAX}, got {value}"
+        with pytest.raises(RuntimeError, match=message):
+            hata.workspace_size(**{**dict.fromkeys(sizes, 1), name: value})
+
+
+def test_decode_step(device):
+    r = Rejects("decode_step", device)
+    r("q must be Half, got BFloat16", q=torch.bfloat16, query_weights=torch.bfloat16)
+    r(
+        "q must have shape [batch=2, q_len, num_heads, head_dim=64], got [3, 1, 6, 64]",
+        q=r.half(3, 1, 6, 64),
+    )
+    r(
+        "k must have shape [batch=2, q_len=2, num_kv_heads=2, head_dim=64], got [2, 1, 2, 64]",
+        q=r.half(2, 2, 6, 64),
+    )
+    r("query_bits must be in 1..4, got 5", query_bits=5)
+    r(
+        "query_weights must have as many bits as key_weights, got 96",
+        query_weights=r.half(2, 64, 96),
+    )
+    r(
+        "indices must have shape [batch=2, q_len=1, num_kv_heads=2, top_k=8], got [2, 1, 2, 9]",
+        indices=r.int32(2, 1, 2, 9),
+    )
+    r("num_selected must be Int, got Half", num_selected=r.half(2, 1, 2))
+    r("out must be Half, got Float", out=r.float32(2, 1, 6, 64))
+    r("lse must be contiguous, got other strides", lse=r.float32(2, 1, 12)[..., ::2])
