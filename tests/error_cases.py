@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 import torch
-from cases import copy_storage, make_caches, random_codes, random_indices, random_vectors
-from closeness import assert_equal
 from torch import Tensor
 
 import hata
+from cases import copy_storage, make_caches, random_codes, random_indices, random_vectors
+from closeness import assert_equal
 
 
 class Rejects:

@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from error_cases import Rejects
 
-import hata
+from error_cases import Rejects
 
 gpu_only = pytest.mark.skipif(not torch.cuda.is_available(), reason="the rule holds on CUDA alone")
 

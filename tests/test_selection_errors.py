@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from error_cases import Rejects
 
 import hata
+from error_cases import Rejects
 
 MAX = 2**31 - 1
 
