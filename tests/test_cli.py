@@ -9,6 +9,7 @@ import pytest
 
 import hata.cli
 import hata.demo.run
+from hata.demo.model import bundled_model
 from hata.version import VERSION
 
 
@@ -17,6 +18,12 @@ def run(capsys: pytest.CaptureFixture[str], *args: str) -> tuple[int, str, str]:
         hata.cli.main(list(args))
     said = capsys.readouterr()
     return exited.value.code, said.out, said.err
+
+
+@pytest.fixture(scope="module")
+def converted_model() -> Path:
+    """Returns the demo's model; converting it, once per machine, shows a progress bar on stderr."""
+    return bundled_model()
 
 
 def test_version_is_printed_by_the_module_as_by_the_command(capsys):
@@ -57,7 +64,7 @@ def test_help_lists_both_subcommands(capsys):
         ("--contxt 10", "[Nn]o such option: --contxt"),
     ],
 )
-def test_a_wrong_option_of_the_demo_is_one_line(capsys, args, message):
+def test_a_wrong_option_of_the_demo_is_one_line(converted_model, capsys, args, message):
     code, out, err = run(capsys, "demo", *args.split())
     assert code == 2
     assert err.startswith("error: ")
