@@ -1,9 +1,11 @@
-"""What hata is compared with: dense decode attention, and generic top-k and gather pipelines.
+"""What a step is compared with: dense decode attention.
 
 Every dense baseline reads the K and V caches of a ``KvPool`` in place, each of its calls is exact,
 and its output is checked against float32 attention before it is timed.
 """
 
+import contextlib
+import enum
 import functools
 import importlib.util
 import warnings
@@ -14,15 +16,16 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from .buffers import KvPool, cyclic
+from .buffers import KvPool
+from .cases import Shape
 from .checks import check_dense
-from .run import first_line
 from .timing import Timer
 
 # Input set -> out, [batch, num_heads, head_dim] once it is reshaped: that could be a copy, which is
 # nothing to time.
 Attend = Callable[[int], Tensor]
 
+MAX_CPU_PROMPT = 4 << 10
 FLASHINFER_PAGE = 16
 FLASHINFER_WORKSPACE = 128 << 20  # the size its documentation recommends
 
@@ -31,38 +34,55 @@ DENSE = ("fa2_us", "cudnn_us", "flashinfer_us", "flashinfer_tc_us")
 DENSE_MORE = ("flash_attn2_us", "flash_attn3_us", "sdpa_us")
 
 
-def measure_dense(kv: KvPool, timer: Timer, note: Callable[[str], None]) -> dict[str, float]:
-    """Times every dense baseline of the device on one shape.
+class Baselines(enum.Enum):
+    """Which of the dense kernels to measure."""
+
+    ALL = "all"
+    TORCH = "torch"  # PyTorch's own: nothing to compile
+    NONE = "none"
+
+
+def measure_dense(
+    kv: KvPool,
+    timer: Timer,
+    baselines: Baselines,
+    optional: Callable[[str], contextlib.AbstractContextManager[None]],
+) -> dict[str, float]:
+    """Times dense baselines on one shape, where every sequence is attended in full.
 
     Args:
-        kv: The caches; every sequence is attended in full.
+        kv: The caches.
         timer: Times the calls.
-        note: Told, in one line, of each baseline that could not run.
+        baselines: Which.
+        optional: Lets a baseline fail that does not support the shape, or cannot be compiled.
 
     Returns:
         Microseconds by column; of a baseline's forms (see ``sdpa_forms``) the fastest.
     """
-    num_sets = min(kv.num_sets, timer.num_sets(kv.shape.kv_bytes(kv.dtype)))
+    num_sets = min(kv.num_sets, timer.num_sets(kv.shape.kv_bytes))
     times: dict[str, float] = {}
-    for column, name, make in dense_forms(kv):
-        try:
+    for column, name, make in dense_forms(kv, baselines):
+        with optional(f"{name} for {kv.shape}"):
             attend = make()
             check_dense(kv, attend(0), name)
             timing = timer([functools.partial(attend, i) for i in range(num_sets)])
-        except Exception as error:  # a library that does not support the shape, or fails to build
-            note(f"{kv.shape}: no {name}: {first_line(error)}")
-            continue
-        times[column] = min(timing.us, times.get(column, timing.us))
+            times[column] = min(timing.us, times.get(column, timing.us))
     return times
 
 
-def dense_forms(kv: KvPool) -> Iterator[tuple[str, str, Callable[[], Attend]]]:
+def dense_forms(
+    kv: KvPool, baselines: Baselines
+) -> Iterator[tuple[str, str, Callable[[], Attend]]]:
     """Yields column, name and constructor of every baseline that this machine has."""
+    if baselines is Baselines.NONE:
+        return
     if kv.qs.device.type != "cuda":
         yield from sdpa_forms(kv, "sdpa_us", "SDPA", None)
         return
     yield from sdpa_forms(kv, "fa2_us", "SDPA flash", SDPBackend.FLASH_ATTENTION)
     yield from sdpa_forms(kv, "cudnn_us", "SDPA cuDNN", SDPBackend.CUDNN_ATTENTION)
+    if baselines is Baselines.TORCH:
+        return
     if importlib.util.find_spec("flashinfer"):
         yield "flashinfer_us", "FlashInfer", lambda: flashinfer_decode(kv, tensor_cores=False)
         yield "flashinfer_tc_us", "FlashInfer tc", lambda: flashinfer_decode(kv, tensor_cores=True)
@@ -103,12 +123,51 @@ def sdpa_decode(kv: KvPool, backend: SDPBackend | None, folded: bool) -> Attend:
     return attend
 
 
-def sdpa(q: Tensor, k: Tensor, v: Tensor, backend: SDPBackend | None, enable_gqa: bool) -> Tensor:
+def sdpa(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    backend: SDPBackend | None,
+    enable_gqa: bool,
+    is_causal: bool = False,
+) -> Tensor:
+    attend = functools.partial(
+        scaled_dot_product_attention, q, k, v, is_causal=is_causal, enable_gqa=enable_gqa
+    )
     if backend is None:
-        return scaled_dot_product_attention(q, k, v, enable_gqa=enable_gqa)
+        return attend()
     with sdpa_kernel(backend), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # why a backend is unavailable; the error says that it is
-        return scaled_dot_product_attention(q, k, v, enable_gqa=enable_gqa)
+        return attend()
+
+
+def measure_prefill(shape: Shape, k: Tensor, v: Tensor, timer: Timer) -> float | None:
+    """Times causal attention over whole prompts with the faster of PyTorch's kernels.
+
+    Args:
+        shape: The prompts, ``seq_len`` tokens each.
+        k: ``[num_sets, batch, seq_len, num_kv_heads, head_dim]``.
+        v: The same.
+        timer: Times the calls.
+
+    Returns:
+        Microseconds; None on a CPU, where a long prompt takes minutes.
+    """
+    cuda = timer.device.type == "cuda"
+    if not cuda and shape.seq_len > MAX_CPU_PROMPT:
+        return None
+    heads = (shape.batch, shape.num_heads, shape.seq_len, shape.head_dim)
+    q = k.new_empty(heads).normal_()
+    backends = [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION] if cuda else [None]
+
+    def attend(i: int, backend: SDPBackend | None) -> Tensor:
+        sets = (k[i].transpose(1, 2), v[i].transpose(1, 2))
+        return sdpa(q, *sets, backend, enable_gqa=True, is_causal=True)
+
+    return min(
+        timer([functools.partial(attend, i, backend) for i in range(len(k))]).us
+        for backend in backends
+    )
 
 
 def flashinfer_decode(kv: KvPool, tensor_cores: bool) -> Attend:
@@ -130,8 +189,8 @@ def flashinfer_decode(kv: KvPool, tensor_cores: bool) -> Attend:
         shape.num_kv_heads,
         shape.head_dim,
         FLASHINFER_PAGE,
-        q_data_type=kv.dtype,
-        kv_data_type=kv.dtype,
+        q_data_type=shape.dtype,
+        kv_data_type=shape.dtype,
     )
     pages = (num_pages, FLASHINFER_PAGE, shape.num_kv_heads, shape.head_dim)
     out = torch.empty_like(kv.qs[0, :, 0])
@@ -150,28 +209,5 @@ def flash_attn_decode(kv: KvPool, module: str) -> Attend:
 
     def attend(i: int) -> Tensor:
         return decode(kv.qs[i], kv.k_caches[i], kv.v_caches[i], cache_seqlens=lengths)
-
-    return attend
-
-
-def gather_then_sdpa(kv: KvPool, indices: Tensor) -> Attend:
-    """Attention over selected rows with PyTorch alone: copies the rows, then SDPA over the copy.
-
-    Args:
-        kv: The contiguous caches.
-        indices: ``[num_sets, batch, 1, num_kv_heads, top_k]``, all of them positions.
-    """
-    shape = kv.shape
-    rows = indices[:, :, 0].long()  # [num_sets, batch, num_kv_heads, top_k]
-    sequences = torch.arange(shape.batch, device=rows.device)[:, None, None]
-    heads = torch.arange(shape.num_kv_heads, device=rows.device)[:, None]
-
-    def attend(i: int) -> Tensor:
-        k = cyclic(kv.k_caches, i)[
-            sequences, rows[i], heads
-        ]  # [batch, num_kv_heads, top_k, head_dim]
-        v = cyclic(kv.v_caches, i)[sequences, rows[i], heads]
-        q = cyclic(kv.qs, i).view(shape.batch, shape.num_kv_heads, shape.group, shape.head_dim)
-        return sdpa(q, k, v, None, enable_gqa=False)
 
     return attend

@@ -6,10 +6,10 @@ import torch
 
 from hata import reference
 
-from .baselines import gather_then_sdpa
 from .buffers import CodePool
 from .checks import check_gathered, require_close
 from .report import Row
+from .rivals import gather_then_sdpa
 from .run import Run
 
 
@@ -17,16 +17,17 @@ def gather_attention(run: Run, pool: CodePool) -> Row:
     pool.gather_attention(0)
     check_gathered(pool, pool.out, "gather_attention")
     shape = pool.kv.shape
-    num_bytes = shape.row_bytes(run.dtype) + pool.indices[0].nbytes + 2 * pool.out.nbytes
+    num_bytes = shape.row_bytes + pool.indices[0].nbytes + 2 * pool.out.nbytes
     timing = run.timer(pool.calls("gather_attention"))
-    baseline = None
+    rivals = {}
     if pool.page_size == shape.seq_len:
-        attend = gather_then_sdpa(pool.kv, pool.indices)
+        attend = gather_then_sdpa(pool)
         check_gathered(pool, attend(0), "SDPA over copied rows")
-        calls = [functools.partial(attend, i) for i in range(pool.num_sets)]
-        baseline = ("rows copied, SDPA", run.timer(calls))
+        num_sets = run.timer.num_sets(shape.row_bytes)
+        calls = [functools.partial(attend, i) for i in range(num_sets)]
+        rivals["rows copied, SDPA"] = run.timer(calls)
     return run.op_row(
-        "gather_attention", shape, None, pool.page_size, timing, num_bytes, baseline=baseline
+        "gather_attention", shape, None, pool.page_size, timing, num_bytes, rivals=rivals
     )
 
 

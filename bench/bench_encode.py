@@ -20,7 +20,7 @@ CHECKED_TOKENS = 256  # of a prompt, at its beginning and at its end
 def encode_query(run: Run, pool: CodePool) -> Row:
     check_encode(pool)
     shape, config = pool.kv.shape, pool.config
-    num_bytes = pool.kv.qs[0].nbytes + config.weight_bytes(shape, run.dtype) + pool.planes[0].nbytes
+    num_bytes = pool.kv.qs[0].nbytes + config.weight_bytes(shape) + pool.planes[0].nbytes
     timing = run.timer(pool.calls("encode_query"))
     return run.op_row("encode_query", shape, config, pool.page_size, timing, num_bytes)
 
@@ -30,7 +30,7 @@ def cache_append(run: Run, pool: CodePool) -> Row:
     shape, config = pool.kv.shape, pool.config
     num_bytes = (
         2 * (pool.kv.ks[0].nbytes + pool.kv.vs[0].nbytes)  # read, and written
-        + config.weight_bytes(shape, run.dtype)
+        + config.weight_bytes(shape)
         + config.code_bytes(shape) // shape.seq_len
     )
     timing = run.timer(pool.calls("cache_append"))
@@ -42,10 +42,10 @@ class Prompt:
 
     def __init__(self, run: Run, config: CodeConfig) -> None:
         shape = run.plan.prompt
-        like = torch.empty(0, dtype=run.dtype, device=run.timer.device)
+        like = torch.empty(0, dtype=shape.dtype, device=run.timer.device)
         tokens = (shape.batch, shape.seq_len, shape.num_kv_heads, shape.head_dim)
         self.shape, self.config = shape, config
-        self.num_sets = run.timer.num_sets(shape.kv_bytes(run.dtype) // 2)
+        self.num_sets = run.timer.num_sets(shape.kv_bytes // 2)
         self.keys = like.new_empty(self.num_sets, *tokens).normal_()
         self.values = like.new_empty(self.num_sets, *tokens).normal_()
         self.k_caches = torch.zeros_like(self.keys)
@@ -105,7 +105,6 @@ def hash_encode_prompt(run: Run, prompt: Prompt) -> Row:
     shape, config = prompt.shape, prompt.config
     num_bytes = prompt.keys[0].nbytes + config.code_bytes(shape) + prompt.weights.nbytes
     timing = run.timer(prompt.calls(prompt.hash_encode))
-    baseline = run.timer(prompt.calls(prompt.project))
     return run.op_row(
         "hash_encode",
         shape,
@@ -114,26 +113,28 @@ def hash_encode_prompt(run: Run, prompt: Prompt) -> Row:
         timing,
         num_bytes,
         q_len=shape.seq_len,
-        baseline=("torch.matmul, not packed", baseline),
+        rivals={"torch.matmul, not packed": run.timer(prompt.calls(prompt.project))},
     )
 
 
-def cache_append_prompt(run: Run, prompt: Prompt) -> Row:
-    """Against copying the keys and values: the least that any append does."""
+def cache_append_prompt(run: Run, prompt: Prompt, prefill_us: float | None) -> Row:
+    """Against copying the keys and values, and beside the same prompt's dense attention.
+
+    Copying is the least that any append does; the attention is what prefill costs anyway.
+    """
     prompt.cache_append(0)
     prompt.check_codes("cache_append")
     require(torch.equal(prompt.k_caches[0], prompt.keys[0]), "cache_append wrote k")
     require(torch.equal(prompt.v_caches[0], prompt.values[0]), "cache_append wrote v")
     shape, config = prompt.shape, prompt.config
-    num_bytes = 2 * shape.kv_bytes(run.dtype) + config.code_bytes(shape) + prompt.weights.nbytes
+    num_bytes = 2 * shape.kv_bytes + config.code_bytes(shape) + prompt.weights.nbytes
     timing = run.timer(prompt.calls(prompt.cache_append))
 
     def copy(i: int) -> None:
         prompt.k_caches[i].copy_(prompt.keys[i])
         prompt.v_caches[i].copy_(prompt.values[i])
 
-    baseline = run.timer(prompt.calls(copy))
-    return run.op_row(
+    row = run.op_row(
         "cache_append",
         shape,
         config,
@@ -141,5 +142,8 @@ def cache_append_prompt(run: Run, prompt: Prompt) -> Row:
         timing,
         num_bytes,
         q_len=shape.seq_len,
-        baseline=("copy of k and v", baseline),
+        rivals={"copy of k and v": run.timer(prompt.calls(copy))},
     )
+    if prefill_us is not None:
+        row |= {"prefill_us": prefill_us, "percent_of_prefill": 100 * timing.us / prefill_us}
+    return row

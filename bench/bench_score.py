@@ -1,4 +1,4 @@
-"""hamming_score, select_topk and score_select, against torch.topk on the same scores."""
+"""hamming_score, select_topk and score_select, against generic top-k on the same scores."""
 
 import functools
 
@@ -7,9 +7,10 @@ from torch import Tensor
 
 from hata import reference
 
-from .buffers import CodePool
+from .buffers import CodePool, cyclic
 from .checks import check_selection, require, sampled_pairs
 from .report import Row
+from .rivals import TopK, require_best, time_topk, topk_ways
 from .run import Run
 
 
@@ -23,8 +24,8 @@ def empty_scores(pool: CodePool, num_sets: int) -> Tensor:
 
 def score(pool: CodePool, i: int, scores: Tensor) -> None:
     torch.ops.hata.hamming_score.out(
-        pool.planes[i],
-        pool.codes[i],
+        cyclic(pool.planes, i),
+        cyclic(pool.codes, i),
         pool.norm_cache(i),
         pool.block_table,
         pool.kv.cache_seqlens,
@@ -56,43 +57,42 @@ def hamming_score(run: Run, pool: CodePool) -> Row:
     check_scores(pool, scores)
     shape, config = pool.kv.shape, pool.config
     num_bytes = config.code_bytes(shape) + pool.planes[0].nbytes + scores.nbytes
-    sets = range(pool.num_sets)
+    sets = range(run.timer.num_sets(config.code_bytes(shape)))
     timing = run.timer([functools.partial(score, pool, i, scores) for i in sets])
     return run.op_row("hamming_score", shape, config, pool.page_size, timing, num_bytes)
 
 
 def score_select(run: Run, pool: CodePool) -> Row:
-    """Against scores in memory and torch.topk, which breaks ties and orders as it likes."""
+    """Against scores in memory and a generic top-k, which breaks ties and orders as it likes."""
     pool.score_select(0)
     check_selection(pool)
     shape, config = pool.kv.shape, pool.config
     num_bytes = config.code_bytes(shape) + pool.planes[0].nbytes + pool.indices[0].nbytes
     timing = run.timer(pool.calls("score_select"))
     scores = empty_scores(pool, 1)[0]
+    rivals = {}
+    for name, topk in topk_ways(scores.device).items():
 
-    def score_topk(i: int) -> None:
-        score(pool, i, scores)
-        torch.topk(scores, shape.top_k, sorted=False)
+        def score_topk(i: int, topk: TopK = topk) -> None:
+            score(pool, i, scores)
+            topk(scores.flatten(0, -2).to(torch.float16), shape.top_k)
 
-    baseline = run.timer([functools.partial(score_topk, i) for i in range(pool.num_sets)])
+        sets = range(run.timer.num_sets(config.code_bytes(shape)))
+        calls = [functools.partial(score_topk, i) for i in sets]
+        with run.optional(name):
+            rivals[f"hamming_score, {name}"] = run.timer(calls)
     return run.op_row(
-        "score_select",
-        shape,
-        config,
-        pool.page_size,
-        timing,
-        num_bytes,
-        baseline=("hamming_score, torch.topk", baseline),
+        "score_select", shape, config, pool.page_size, timing, num_bytes, rivals=rivals
     )
 
 
 def select_topk(run: Run, pool: CodePool) -> Row:
-    """Without sink and recent positions, so that torch.topk selects the same scores."""
+    """Without sink and recent positions, so that a generic top-k selects the same scores."""
     shape, config = pool.kv.shape, pool.config
     num_sets = run.timer.num_sets(empty_scores(pool, 1).nbytes)
     pooled = empty_scores(pool, num_sets)
     for i in range(num_sets):
-        score(pool, i % pool.num_sets, pooled[i])
+        score(pool, i, pooled[i])
     indices = torch.empty_like(pool.indices[0])
     num_selected = torch.empty_like(pool.num_selected[0])
 
@@ -108,19 +108,10 @@ def select_topk(run: Run, pool: CodePool) -> Row:
         )
 
     select(0)
-    selected = pooled[0].gather(-1, indices.long()).sort(-1, descending=True).values
-    best = torch.topk(pooled[0], shape.top_k).values
-    require(torch.equal(selected, best), "select_topk finds torch.topk's scores")
-    sets = range(num_sets)
-    timing = run.timer([functools.partial(select, i) for i in sets])
-    calls = [functools.partial(torch.topk, pooled[i], shape.top_k, sorted=False) for i in sets]
-    baseline = run.timer(calls)
+    require_best(pooled[0].gather(-1, indices.long()), pooled[0], "select_topk")
+    timing = run.timer([functools.partial(select, i) for i in range(num_sets)])
+    num_bytes = pooled[0].nbytes + indices.nbytes
+    rivals = time_topk(run, pooled, shape.top_k)
     return run.op_row(
-        "select_topk",
-        shape,
-        config,
-        pool.page_size,
-        timing,
-        pooled[0].nbytes + indices.nbytes,
-        baseline=("torch.topk", baseline),
+        "select_topk", shape, config, pool.page_size, timing, num_bytes, rivals=rivals
     )

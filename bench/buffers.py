@@ -1,9 +1,9 @@
 """Input sets of one decoding step, enough of them that using one after another keeps caches cold.
 
-K and V do not depend on how keys are hashed, so the configurations of one shape share a ``KvPool``;
-a ``CodePool`` adds what one configuration needs. Codes, queries and the selection they lead to are
-random, as are K and V. Each kind of tensor comes in as many sets as its own size asks for, and call
-i uses set i of each, modulo their number.
+K and V do not depend on how keys are hashed, so the cases of one shape share a ``KvPool``; a
+``CodePool`` adds what one case needs. Codes, queries and the selection they lead to are random or
+captured (``inputs.py``); values are random. Each kind of tensor comes in as many sets as its own
+size asks for, and call i uses set i of each, modulo their number.
 """
 
 import functools
@@ -13,7 +13,8 @@ from torch import Tensor
 
 import hata
 
-from .cases import CONTIGUOUS, NUM_RECENT, NUM_SINK, CodeConfig, Shape
+from .cases import NUM_RECENT, NUM_SINK, Case, Shape
+from .inputs import Captured, repeat_to
 from .timing import Call, Timer
 
 
@@ -31,87 +32,77 @@ def cyclic(pool: Tensor, i: int) -> Tensor:
 
 
 class KvPool:
-    """K and V caches, queries and new tokens of one shape; every sequence is full.
+    """K and V caches, queries and new tokens of one shape.
 
     Args:
         shape: The layer.
-        dtype: Of keys, values and queries.
         timer: Says how many sets the cache's size asks for.
         memory_limit: Bytes that the K and V caches may take together.
+        captured: Where keys and queries come from; None draws them.
     """
 
     def __init__(
-        self,
-        shape: Shape,
-        dtype: torch.dtype,
-        timer: Timer,
-        memory_limit: int,
+        self, shape: Shape, timer: Timer, memory_limit: int, captured: Captured | None = None
     ) -> None:
         self.shape = shape
-        self.dtype = dtype
-        affordable = memory_limit // shape.kv_bytes(dtype)
+        self.captured = captured
+        affordable = memory_limit // shape.cache_bytes
         if affordable == 0:
             raise MemoryError(
-                f"one set of K and V caches takes {shape.kv_bytes(dtype) / 1e9:.3g} GB, "
+                f"one set of K and V caches takes {shape.cache_bytes / 1e9:.3g} GB, "
                 f"--memory-limit-gb is {memory_limit / 1e9:g}"
             )
-        self.num_sets = min(timer.num_sets(shape.row_bytes(dtype)), affordable)
-        like = torch.empty(0, dtype=dtype, device=timer.device)
-        token = (shape.batch, 1, shape.num_kv_heads, shape.head_dim)
-        cache = (shape.batch, shape.seq_len, shape.num_kv_heads, shape.head_dim)
+        # Random selections differ from call to call, so that other rows of the same cache are cold;
+        # captured ones pick the same rows again.
+        touched = shape.kv_bytes if captured is None else shape.row_bytes
+        self.num_sets = min(timer.num_sets(touched), affordable)
+        like = torch.empty(0, dtype=shape.dtype, device=timer.device)
+        token = (shape.batch, shape.q_len, shape.num_kv_heads, shape.head_dim)
+        cache = (shape.batch, shape.max_seq_len, shape.num_kv_heads, shape.head_dim)
         self.k_caches = repeated_random(self.num_sets, cache, like)
         self.v_caches = repeated_random(self.num_sets, cache, like)
-        self.ks = like.new_empty(self.num_sets, *token).normal_()
-        self.vs = like.new_empty(self.num_sets, *token).normal_()
-        heads = (shape.batch, 1, shape.num_heads, shape.head_dim)
-        self.qs = like.new_empty(self.num_sets, *heads).normal_()
+        self.num_queries = timer.num_sets(shape.row_bytes)
+        self.ks = like.new_empty(self.num_queries, *token).normal_()
+        self.vs = like.new_empty(self.num_queries, *token).normal_()
+        if captured is None:
+            heads = (shape.batch, shape.q_len, shape.num_heads, shape.head_dim)
+            self.qs = like.new_empty(self.num_queries, *heads).normal_()
+        else:
+            self.qs = captured.q(shape, self.num_queries, timer.device)
+            keys = repeat_to(captured.tile(shape, timer.device), 0, shape.max_seq_len)
+            self.k_caches[:] = keys
+            self.ks[:] = keys[shape.seq_len - shape.q_len : shape.seq_len]
         self.cache_seqlens = torch.full(
             (shape.batch,), shape.seq_len, dtype=torch.int32, device=timer.device
         )
 
 
 class CodePool:
-    """Codes, hash weights, selections and outputs of one configuration on a ``KvPool``.
+    """Codes, hash weights, selections and outputs of one case on a ``KvPool``.
 
     The workspace and the outputs are one buffer each, as they are for the layers of a model.
     """
 
-    def __init__(
-        self, kv: KvPool, config: CodeConfig, timer: Timer, page_size: int = CONTIGUOUS
-    ) -> None:
-        shape, device = kv.shape, timer.device
+    def __init__(self, kv: KvPool, case: Case, timer: Timer) -> None:
+        shape, config, device = case.shape, case.config, timer.device
         self.kv = kv
+        self.case = case
         self.config = config
-        self.page_size = page_size or shape.seq_len
+        self.timer = timer
+        self.page_size = case.page_size or shape.max_seq_len
         self.softmax_scale = shape.head_dim**-0.5
         self.weight_sum = config.weight_sum(shape)
-        self.num_sets = max(kv.num_sets, timer.num_sets(config.code_bytes(shape)))
-        num_pages = shape.batch * shape.seq_len // self.page_size
-        pages = torch.randperm(num_pages) if page_size else torch.arange(num_pages)
+        self.num_sets = max(timer.num_sets(size) for size in (case.code_bytes, case.row_bytes))
+        num_pages = shape.batch * shape.max_seq_len // self.page_size
+        pages = torch.randperm(num_pages) if case.page_size else torch.arange(num_pages)
         self.block_table = pages.view(shape.batch, -1).to(device, torch.int32)
 
+        num_weights = timer.num_sets(2 * config.weight_bytes(shape))
+        self.key_weights, self.query_weights = self._weights(num_weights)
+        self.codes, self.norms = self._codes()
+
         int32 = functools.partial(torch.empty, dtype=torch.int32, device=device)
-        self.codes = torch.randint(
-            -(2**31),
-            2**31,
-            (self.num_sets, num_pages, shape.num_kv_heads, self.page_size, config.num_words),
-            dtype=torch.int32,
-            device=device,
-        )
-        self.norms = None
-        if config.key_norms:  # of normal random keys
-            self.norms = torch.empty(self.codes.shape[:-1], dtype=torch.float16, device=device)
-            self.norms.normal_(shape.head_dim**0.5, 0.7)
-
-        num_weights = timer.num_sets(config.weight_bytes(shape, kv.dtype))
-        weights = (num_weights, shape.num_kv_heads, shape.head_dim, config.num_bits)
-        self.key_weights = kv.qs.new_empty(weights).normal_()
-        # The paper's codes use one matrix for keys and queries.
-        self.query_weights = (
-            self.key_weights if config.query_bits == 1 else kv.qs.new_empty(weights).normal_()
-        )
-
-        per_head = (self.num_sets, shape.batch, 1, shape.num_kv_heads)
+        per_head = (self.num_sets, shape.batch, shape.q_len, shape.num_kv_heads)
         self.planes = int32(*per_head, config.num_planes(shape), config.num_words)
         self.indices = int32(*per_head, shape.top_k)
         self.num_selected = int32(*per_head)
@@ -119,17 +110,49 @@ class CodePool:
         self.lse = torch.empty(kv.qs.shape[1:-1], dtype=torch.float32, device=device)
         size = hata.workspace_size(
             batch=shape.batch,
-            q_len=1,
+            q_len=shape.q_len,
             num_heads=shape.num_heads,
             num_kv_heads=shape.num_kv_heads,
             head_dim=shape.head_dim,
-            max_seq_len=shape.seq_len,
+            max_seq_len=shape.max_seq_len,
             top_k=shape.top_k,
         )
         self.workspace = torch.empty(size, dtype=torch.uint8, device=device)
         for i in range(self.num_sets):
             self.encode_query(i)
             self.score_select(i)
+
+    def _weights(self, num_sets: int) -> tuple[Tensor, Tensor]:
+        """The paper's codes use one matrix for keys and queries; captured files say."""
+        shape, config, captured = self.kv.shape, self.config, self.kv.captured
+        size = (num_sets, shape.num_kv_heads, shape.head_dim, config.num_bits)
+        if captured is not None:
+            key, query = captured.weights(shape, config.num_bits, self.kv.qs.device)
+            return key.repeat(num_sets, 1, 1, 1), query.repeat(num_sets, 1, 1, 1)
+        key = self.kv.qs.new_empty(size).normal_()
+        return key, key if config.query_bits == 1 else torch.randn_like(key)
+
+    def _codes(self) -> tuple[Tensor, Tensor | None]:
+        """Returns code and norm caches, one per input set; norms as of normal random keys."""
+        shape, config, captured = self.kv.shape, self.config, self.kv.captured
+        num_pages = self.block_table.numel()
+        size = (self.num_sets, num_pages, shape.num_kv_heads, self.page_size)
+        device = self.block_table.device
+        codes = torch.empty(*size, config.num_words, dtype=torch.int32, device=device)
+        norms = torch.empty(size, dtype=torch.float16, device=device) if config.key_norms else None
+        if captured is None:
+            codes.random_(-(2**31), 2**31)
+            if norms is not None:
+                norms.normal_(shape.head_dim**0.5, 0.7)
+            return codes, norms
+        tile = captured.tile(shape, device)[None]
+        encoded = torch.ops.hata.hash_encode(tile, self.key_weights[0], config.key_norms)
+        for cache, tiles in zip((codes, norms), encoded, strict=True):
+            if cache is not None:
+                head_major = repeat_to(tiles[0], 1, shape.max_seq_len)
+                pages = head_major.unflatten(1, (-1, self.page_size)).transpose(0, 1)
+                cache[:, self.block_table.long()] = pages
+        return codes, norms
 
     def k_cache(self, i: int) -> Tensor:
         return self._paged(cyclic(self.kv.k_caches, i))
@@ -171,8 +194,8 @@ class CodePool:
 
     def score_select(self, i: int) -> None:
         torch.ops.hata.score_select.out(
-            self.planes[i],
-            self.codes[i],
+            cyclic(self.planes, i),
+            cyclic(self.codes, i),
             self.norm_cache(i),
             self.block_table,
             self.kv.cache_seqlens,
@@ -181,8 +204,8 @@ class CodePool:
             NUM_SINK,
             NUM_RECENT,
             workspace=self.workspace,
-            indices=self.indices[i],
-            num_selected=self.num_selected[i],
+            indices=cyclic(self.indices, i),
+            num_selected=cyclic(self.num_selected, i),
         )
 
     def gather_attention(self, i: int) -> None:
@@ -192,7 +215,7 @@ class CodePool:
             self.v_cache(i),
             self.block_table,
             self.kv.cache_seqlens,
-            self.indices[i],
+            cyclic(self.indices, i),
             self.softmax_scale,
             workspace=self.workspace,
             out=self.out,
@@ -208,7 +231,7 @@ class CodePool:
             cyclic(self.query_weights, i),
             self.k_cache(i),
             self.v_cache(i),
-            self.codes[i],
+            cyclic(self.codes, i),
             self.norm_cache(i),
             self.block_table,
             self.kv.cache_seqlens,
@@ -218,14 +241,27 @@ class CodePool:
             NUM_RECENT,
             self.softmax_scale,
             workspace=self.workspace,
-            indices=self.indices[i],
-            num_selected=self.num_selected[i],
+            indices=cyclic(self.indices, i),
+            num_selected=cyclic(self.num_selected, i),
             out=self.out,
             lse=self.lse,
         )
 
     def calls(self, part: str) -> list[Call]:
-        """Returns one call of the method ``part`` per set; encoding needs more sets of weights."""
-        encodes = part in ("encode_query", "cache_append", "encode_append")
-        count = max(self.num_sets, len(self.key_weights)) if encodes else self.num_sets
+        """Returns calls of the method ``part``, one per input set, enough to keep caches cold."""
+        encodes = 2 * self.config.weight_bytes(self.kv.shape)
+        touched = {
+            "encode_query": encodes // 2,
+            "cache_append": encodes // 2,
+            "encode_append": encodes,
+            "score_select": self.case.code_bytes,
+            "gather_attention": self.case.row_bytes,
+            "decode_step": encodes + self.case.num_bytes,
+        }
+        count = self.timer.num_sets(touched[part])
         return [functools.partial(getattr(self, part), i) for i in range(count)]
+
+    def slots(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the pages ``[batch, ...]`` and rows of ``positions`` of every sequence."""
+        pages = self.block_table[:, positions // self.page_size]
+        return pages.long(), positions % self.page_size

@@ -8,18 +8,31 @@ import hata
 
 NUM_SINK = 4
 NUM_RECENT = 16
+MIN_TOP_K = 32  # room for the sink and recent positions in short sequences
 CONTIGUOUS = 0  # page_size of a case whose sequences are one page each
+PAPER_BUDGET = 1 / 64  # 1.56 % of the sequence, the budget of HATA's efficiency runs
 
 
 @dataclass(frozen=True)
 class Shape:
-    """One layer of a model while it decodes one token per sequence."""
+    """One layer of a model while it decodes ``q_len`` tokens of each sequence.
+
+    Attributes:
+        seq_len: Tokens of each sequence, the new ones included.
+        capacity: Tokens that the cache and the CUDA graph are made for; 0: ``seq_len``.
+        budget: Share of a sequence that is selected.
+        dtype: Of queries, keys and values.
+    """
 
     batch: int
     num_heads: int
     num_kv_heads: int
     seq_len: int
     head_dim: int = 128
+    q_len: int = 1
+    capacity: int = 0
+    budget: float = PAPER_BUDGET
+    dtype: torch.dtype = torch.bfloat16
 
     @property
     def group(self) -> int:
@@ -27,22 +40,54 @@ class Shape:
 
     @property
     def top_k(self) -> int:
-        """1.56 % of the sequence, the budget of HATA's efficiency runs."""
-        return self.seq_len // 64
+        return max(MIN_TOP_K, round(self.seq_len * self.budget))
 
-    def kv_bytes(self, dtype: torch.dtype) -> int:
-        """Size of the K and V caches: what dense attention reads."""
-        rows = self.batch * self.num_kv_heads * self.seq_len
-        return 2 * rows * self.head_dim * dtype.itemsize
+    @property
+    def max_seq_len(self) -> int:
+        return self.capacity or self.seq_len
 
-    def row_bytes(self, dtype: torch.dtype) -> int:
+    @property
+    def token_bytes(self) -> int:
+        """Size of one position's keys and values in all KV heads."""
+        return 2 * self.num_kv_heads * self.head_dim * self.dtype.itemsize
+
+    @property
+    def kv_bytes(self) -> int:
+        """Size of the live keys and values: what dense attention reads."""
+        return self.batch * self.seq_len * self.token_bytes
+
+    @property
+    def cache_bytes(self) -> int:
+        """Size of the K and V caches."""
+        return self.batch * self.max_seq_len * self.token_bytes
+
+    @property
+    def row_bytes(self) -> int:
         """Size of the selected K and V rows: what attention over the selection reads."""
-        rows = self.batch * self.num_kv_heads * self.top_k
-        return 2 * rows * self.head_dim * dtype.itemsize
+        return self.batch * self.q_len * self.top_k * self.token_bytes
 
     def __str__(self) -> str:
-        """Returns batch, heads and length: "8 x 32/8 x 128K"."""
-        return f"{self.batch} x {self.num_heads}/{self.num_kv_heads} x {self.seq_len >> 10}K"
+        """Returns batch, heads and length, "8 x 32/8 x 128K", and what is unusual."""
+        heads = f"{self.num_heads}/{self.num_kv_heads}"
+        parts = [f"{self.batch} x {heads} x {tokens(self.seq_len)}"]
+        if self.capacity:
+            parts.append(f"capacity {tokens(self.capacity)}")
+        if self.head_dim != 128:
+            parts.append(f"head_dim {self.head_dim}")
+        if self.q_len != 1:
+            parts.append(f"q_len {self.q_len}")
+        if self.budget != PAPER_BUDGET:
+            parts.append(f"top_k {self.top_k}")
+        if self.dtype == torch.float16:
+            parts.append("float16")
+        return ", ".join(parts)
+
+
+def tokens(count: int) -> str:
+    """Returns 512, 128K or 1M for numbers of tokens."""
+    if count % (1 << 20) == 0:
+        return f"{count >> 20}M"
+    return f"{count >> 10}K" if count % (1 << 10) == 0 else str(count)
 
 
 @dataclass(frozen=True)
@@ -65,13 +110,13 @@ class CodeConfig:
         return hata.num_planes(self.weight_sum(shape))
 
     def code_bytes(self, shape: Shape) -> int:
-        """Size of the codes and norms: what one scan reads."""
-        tokens = shape.batch * shape.num_kv_heads * shape.seq_len
-        return tokens * (4 * self.num_words + 2 * self.key_norms)
+        """Size of the live codes and norms: what one scan reads."""
+        heads = shape.batch * shape.num_kv_heads * shape.seq_len
+        return heads * (4 * self.num_words + 2 * self.key_norms)
 
-    def weight_bytes(self, shape: Shape, dtype: torch.dtype) -> int:
+    def weight_bytes(self, shape: Shape) -> int:
         """Size of the key weights; the query weights are as large."""
-        return shape.num_kv_heads * shape.head_dim * self.num_bits * dtype.itemsize
+        return shape.num_kv_heads * shape.head_dim * self.num_bits * shape.dtype.itemsize
 
     def __str__(self) -> str:
         norms = ", norms" if self.key_norms else ""
@@ -83,40 +128,30 @@ CONFIGS = (
     CodeConfig("B", num_bits=64, query_bits=4, key_norms=False),
     CodeConfig("C", num_bits=32, query_bits=4, key_norms=False),
 )
-
-CUDA_SHAPES = (
-    Shape(1, 32, 8, 2 << 10),
-    Shape(1, 32, 8, 32 << 10),
-    Shape(1, 32, 8, 128 << 10),
-    Shape(8, 32, 8, 32 << 10),
-    Shape(8, 32, 8, 128 << 10),
-    Shape(1, 32, 32, 32 << 10),
-    Shape(8, 32, 32, 32 << 10),
-    Shape(1, 32, 32, 256 << 10),
-    Shape(8, 28, 4, 128 << 10),
-)
-CPU_SHAPES = (Shape(1, 32, 8, 2 << 10), Shape(1, 32, 8, 8 << 10), Shape(1, 32, 8, 32 << 10))
+WIDE = CodeConfig("A, wide", num_bits=256, query_bits=1, key_norms=True)
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What one run measures."""
+class Case:
+    """One decoding step to measure."""
 
-    shapes: tuple[Shape, ...]
-    configs: tuple[CodeConfig, ...]
-    paged: tuple[Shape, ...]  # also measured with pages of 16 tokens, in the second configuration
-    prompt: Shape  # whose sequence is appended in one call
+    shape: Shape
+    config: CodeConfig
+    page_size: int = CONTIGUOUS
 
+    @property
+    def code_bytes(self) -> int:
+        return self.config.code_bytes(self.shape)
 
-def plan_for(device: torch.device, quick: bool) -> Plan:
-    """Returns the shapes of the device; ``quick`` is for continuous integration."""
-    if device.type == "cuda":
-        if quick:
-            shape = Shape(1, 32, 8, 8 << 10)
-            return Plan((shape,), CONFIGS[:2], (), shape)
-        paged = (CUDA_SHAPES[1], CUDA_SHAPES[4])
-        return Plan(CUDA_SHAPES, CONFIGS, paged, CUDA_SHAPES[1])
-    if quick:
-        shape = Shape(1, 8, 2, 2 << 10)
-        return Plan((shape,), CONFIGS[:2], (), shape)
-    return Plan(CPU_SHAPES, CONFIGS, (CPU_SHAPES[-1],), CPU_SHAPES[-1])
+    @property
+    def row_bytes(self) -> int:
+        return self.shape.row_bytes
+
+    @property
+    def num_bytes(self) -> int:
+        """What no step can avoid reading: every code and norm, and the selected rows."""
+        return self.code_bytes + self.row_bytes
+
+    def __str__(self) -> str:
+        pages = f", pages of {self.page_size}" if self.page_size else ""
+        return f"{self.shape}, {self.config}{pages}"

@@ -4,6 +4,8 @@ Checked are the first KV head of the first sequence and the last of the last, so
 plain PyTorch fits in memory at every shape.
 """
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -50,7 +52,7 @@ def float32_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def check_dense(kv: KvPool, out: Tensor, name: str) -> None:
-    """Requires that out, reshaped to its heads, is dense attention over input set 0."""
+    """Requires that out, reshaped to its heads, is one token's dense attention over input set 0."""
     group = kv.shape.group
     out = out.reshape(kv.shape.batch, kv.shape.num_heads, kv.shape.head_dim)
     for b, h in sampled_pairs(kv):
@@ -77,13 +79,14 @@ def check_encode(pool: CodePool) -> None:
     pool.encode_append(0)
     planes = reference.encode_query(kv.qs[0], pool.query_weights[0], pool.config.query_bits)
     require_same_bits(pool.planes[0], planes, "encode_query equals the reference")
-    pages = pool.block_table[:, -1].long()  # of each sequence's last token, in the last row
-    for name, cache, new in (("k", pool.k_cache(0), kv.ks), ("v", pool.v_cache(0), kv.vs)):
-        written = cache[pages, -1]
-        require(bool((written == new[0, :, 0]).all()), f"cache_append wrote {name}")
-    codes = reference.hash_encode(kv.ks[0], pool.key_weights[0])
+    shape = kv.shape
+    new = torch.arange(shape.seq_len - shape.q_len, shape.seq_len, device=kv.qs.device)
+    pages, rows = pool.slots(new)  # [batch, q_len], [q_len]
+    for name, cache, tokens in (("k", pool.k_cache(0), kv.ks), ("v", pool.v_cache(0), kv.vs)):
+        require(torch.equal(cache[pages, rows], tokens[0]), f"cache_append wrote {name}")
+    codes = reference.hash_encode(kv.ks[0], pool.key_weights[0]).transpose(1, 2)
     require_same_bits(
-        pool.codes[0][pages, :, -1], codes[:, :, 0], "cache_append wrote the reference's codes"
+        pool.codes[0][pages, :, rows], codes, "cache_append wrote the reference's codes"
     )
 
 
@@ -111,18 +114,17 @@ def check_selection(pool: CodePool) -> None:
 
 def check_gathered(pool: CodePool, out: Tensor, name: str) -> None:
     """Requires that out, reshaped to its heads, is attention over set 0's selection."""
-    kv, group = pool.kv, pool.kv.shape.group
-    out = out.reshape(kv.shape.batch, kv.shape.num_heads, kv.shape.head_dim)
+    kv, shape = pool.kv, pool.kv.shape
+    out = out.reshape(shape.batch, shape.q_len, shape.num_heads, shape.head_dim)
     k_cache, v_cache = pool.k_cache(0), pool.v_cache(0)
-    for b, h in sampled_pairs(kv):
-        positions = pool.indices[0, b, 0, h].long()
-        pages = pool.block_table[b, positions // pool.page_size].long()
-        rows = positions % pool.page_size
-        heads = slice(h * group, (h + 1) * group)
+    for (b, h), j in itertools.product(sampled_pairs(kv), range(shape.q_len)):
+        positions = pool.indices[0, b, j, h].long()
+        pages, rows = pool.slots(positions[positions >= 0])
+        heads = slice(h * shape.group, (h + 1) * shape.group)
         expected = float32_attention(
-            kv.qs[0, b, 0, heads], k_cache[pages, rows, h], v_cache[pages, rows, h]
+            kv.qs[0, b, j, heads], k_cache[pages[b], rows, h], v_cache[pages[b], rows, h]
         )
-        require_close(out[b, heads], expected, f"{name} is attention over the selected rows")
+        require_close(out[b, j, heads], expected, f"{name} is attention over the selected rows")
 
 
 def check_step(pool: CodePool) -> None:

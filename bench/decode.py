@@ -1,14 +1,16 @@
 """The whole decoding step of one layer, and its parts, against dense attention."""
 
-from rich.progress import Progress, TaskID
+from rich.progress import Progress
 
-from .baselines import DENSE, DENSE_MORE, measure_dense
+from .baselines import DENSE, DENSE_MORE
 from .buffers import KvPool
-from .cases import CodeConfig, Shape
+from .cases import Case, Shape
 from .checks import check_step
+from .grids import Sweep
 from .report import Report, Row
 from .run import Run
 
+PARTS = ("encode_append", "score_select", "gather_attention")
 COLUMNS = (
     "dtype",
     "batch",
@@ -35,6 +37,8 @@ COLUMNS = (
     "gbps",
     "percent_of_read",
     "speedup",
+    "max_seq_len",
+    "inputs",
 )
 
 SHOWN = {
@@ -61,43 +65,49 @@ SHOWN = {
 
 
 def bench_decode(run: Run, report: Report, progress: Progress) -> None:
-    """Adds one row per shape, code setting and page size."""
-    task = progress.add_task("decode", total=sum(len(run.layouts(s)) for s in run.plan.shapes))
-    for shape in run.plan.shapes:
-        with run.case(shape):
-            bench_shape(run, report, progress, task, shape)
+    """Adds one row per shape and code setting; what several grids share is measured once."""
+    total = sum(len(sweep.shapes) for sweep in run.plan.sweeps)
+    task = progress.add_task("decode", total=total)
+    speedups: dict[Case, float] = {}  # 0: no baseline, or failed
+    for sweep in run.plan.sweeps:
+        for shape in sweep.shapes:
+            progress.update(task, description=f"decode: {shape}", advance=1)
+            with run.case(shape):
+                bench_shape(run, report, sweep, shape, speedups)
+            won = all(speedups.get(Case(shape, config), 0) > 1 for config in sweep.configs)
+            if sweep.until_faster and won:
+                break
     progress.remove_task(task)
 
 
-def bench_shape(run: Run, report: Report, progress: Progress, task: TaskID, shape: Shape) -> None:
-    progress.update(task, description=f"decode: {shape}, dense")
+def bench_shape(
+    run: Run, report: Report, sweep: Sweep, shape: Shape, speedups: dict[Case, float]
+) -> None:
+    cases = [Case(shape, config) for config in sweep.configs]
+    cases = [case for case in cases if case not in speedups]
+    if not cases:
+        return
     kv = run.kv_pool(shape)
-    dense = measure_dense(kv, run.timer, run.note)
-    for config, page_size in run.layouts(shape):
-        progress.update(task, description=f"decode: {shape}, {config}")
-        with run.case(f"{shape}, {config}"):
-            report.add(step_row(run, kv, config, page_size, dense))
-        progress.advance(task)
+    dense = run.dense(kv)
+    for case in cases:
+        speedups[case] = 0.0
+        with run.case(case):
+            row = step_row(run, kv, case)
+            row |= dense
+            if dense:
+                speedups[case] = min(dense.values()) / row["hata_us"]
+                row["speedup"] = speedups[case]
+            report.add(row)
 
 
-def step_row(
-    run: Run, kv: KvPool, config: CodeConfig, page_size: int, dense: dict[str, float]
-) -> Row:
+def step_row(run: Run, kv: KvPool, case: Case) -> Row:
     """Times one step and its parts.
 
-    The floor counts what no step can avoid reading, every code and norm and the selected rows;
-    the speedup is against the fastest dense baseline.
+    The floor counts what no step can avoid reading, every code and norm and the selected rows.
     """
-    pool = run.code_pool(kv, config, page_size)
+    pool = run.code_pool(kv, case)
     check_step(pool)
     step = run.timer(pool.calls("decode_step"))
-    parts = {
-        f"{part}_us": run.timer(pool.calls(part)).us
-        for part in ("encode_append", "score_select", "gather_attention")
-    }
-    num_bytes = config.code_bytes(kv.shape) + kv.shape.row_bytes(kv.dtype)
-    row = run.row(kv.shape, config, pool.page_size) | run.measured(step, num_bytes)
-    row |= {"hata_us": step.us, **parts, **dense}
-    if dense:
-        row["speedup"] = min(dense.values()) / step.us
-    return row
+    row = run.row(case.shape, case.config, pool.page_size, case.shape.q_len)
+    row |= run.measured(step, case.num_bytes) | {"hata_us": step.us}
+    return row | {f"{part}_us": run.timer(pool.calls(part)).us for part in PARTS}

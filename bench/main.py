@@ -1,27 +1,44 @@
 """The command ``hata bench``: each operator alone, and the whole decoding step."""
 
-import os
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated
 
 import torch
 import typer
 from rich.console import Console
 from rich.progress import Progress
 
-import hata
 from hata.checks import check
 
-from . import decode, ops
-from .cases import plan_for
+from . import decode, ops, variants
+from .baselines import Baselines
+from .grids import GRIDS, plan_for
+from .inputs import Captured
+from .options import (
+    AppendOption,
+    BaselinesOption,
+    DeviceOption,
+    FileOption,
+    FolderOption,
+    GridOption,
+    InputsOption,
+    MemoryOption,
+    OpOption,
+    Options,
+    QuickOption,
+    check_output,
+    checked_device,
+    checked_memory_limit,
+    checked_names,
+)
 from .report import RESULTS, Report, origin, slug
 from .run import Run
 from .timing import Timer, measure_bandwidth
 
 app = typer.Typer(
-    help="Measures each operator and the whole decoding step against what their bytes allow."
+    help="Measures each operator and the whole decoding step against what their bytes allow.",
+    rich_markup_mode=None,
 )
 
 
@@ -40,36 +57,14 @@ BENCHES = {
     "decode": Bench(
         "Decoding step of one layer", decode.bench_decode, decode.COLUMNS, decode.SHOWN
     ),
+    "variants": Bench(
+        "Unusual settings", variants.bench_variants, variants.COLUMNS, variants.SHOWN
+    ),
 }
-DTYPES = {"cuda": torch.bfloat16, "cpu": torch.float32}
-MEMORY_LIMIT_GB = {"cuda": 40.0, "cpu": 8.0}
-BUDGET_S = {"cuda": 0.1, "cpu": 1.0}  # of one measurement
+BUDGET_S = {"cuda": 0.05, "cpu": 1.0}  # of one measurement
 QUICK_BUDGET_S = 0.01
 BANDWIDTH_BYTES = (2 << 30) - (1 << 20)  # PyTorch sums up to 2 GiB in one kernel
 QUICK_BANDWIDTH_BYTES = 128 << 20
-
-DeviceOption = Annotated[
-    str | None, typer.Option("--device", help="cpu or cuda; by default cuda where there is one.")
-]
-QuickOption = Annotated[
-    bool, typer.Option("--quick", help="One small shape with warm caches: a check, no figure.")
-]
-FileOption = Annotated[
-    Path | None,
-    typer.Option("--output", help="CSV file; by default bench/results/<command>_<device>.csv."),
-]
-FolderOption = Annotated[
-    Path | None,
-    typer.Option("--output", help="Folder of the CSV files; by default bench/results."),
-]
-MemoryOption = Annotated[
-    float | None,
-    typer.Option(
-        "--memory-limit-gb",
-        help="For the rotated K and V caches; by default 40 on a GPU, 8 on a CPU, and never more "
-        "than half of the memory.",
-    ),
-]
 
 
 @app.callback(invoke_without_command=True)
@@ -78,12 +73,14 @@ def default(
     device: DeviceOption = None,
     quick: QuickOption = False,
     output: FolderOption = None,
+    append: AppendOption = False,
     memory_limit_gb: MemoryOption = None,
 ) -> None:
-    """Measures each operator and the whole decoding step; without a subcommand, both."""
+    """Measures each operator and the whole decoding step; without a subcommand, everything."""
+    options = Options(device, quick, output, append, memory_limit_gb)
     if ctx.invoked_subcommand is None:
-        measure("all", list(BENCHES), device, quick, output, memory_limit_gb)
-    elif device or quick or output or memory_limit_gb is not None:
+        measure("all", list(BENCHES), options)
+    elif options != Options():
         rule = f"follow the subcommand {ctx.invoked_subcommand}"
         check(False, "bench", "options", rule, "some before it")
 
@@ -93,10 +90,14 @@ def measure_ops(
     device: DeviceOption = None,
     quick: QuickOption = False,
     output: FileOption = None,
+    append: AppendOption = False,
     memory_limit_gb: MemoryOption = None,
+    op: OpOption = None,
+    inputs: InputsOption = None,
 ) -> None:
-    """Measures each operator alone."""
-    measure("ops", ["ops"], device, quick, output, memory_limit_gb)
+    """Measures each operator alone, against generic ways to do the same."""
+    options = Options(device, quick, output, append, memory_limit_gb, inputs=inputs, ops=op or ())
+    measure("ops", ["ops"], options)
 
 
 @app.command("decode")
@@ -104,10 +105,27 @@ def measure_decode(
     device: DeviceOption = None,
     quick: QuickOption = False,
     output: FileOption = None,
+    append: AppendOption = False,
     memory_limit_gb: MemoryOption = None,
+    grid: GridOption = None,
+    baselines: BaselinesOption = Baselines.ALL,
+    inputs: InputsOption = None,
 ) -> None:
     """Measures the whole decoding step against dense attention."""
-    measure("decode", ["decode"], device, quick, output, memory_limit_gb)
+    options = Options(device, quick, output, append, memory_limit_gb, grid or (), baselines, inputs)
+    measure("decode", ["decode"], options)
+
+
+@app.command("variants")
+def measure_variants(
+    device: DeviceOption = None,
+    quick: QuickOption = False,
+    output: FileOption = None,
+    append: AppendOption = False,
+    memory_limit_gb: MemoryOption = None,
+) -> None:
+    """Measures unusual settings of the step against what their bytes predict."""
+    measure("variants", ["variants"], Options(device, quick, output, append, memory_limit_gb))
 
 
 @app.command("all")
@@ -115,49 +133,61 @@ def measure_all(
     device: DeviceOption = None,
     quick: QuickOption = False,
     output: FolderOption = None,
+    append: AppendOption = False,
     memory_limit_gb: MemoryOption = None,
+    grid: GridOption = None,
+    baselines: BaselinesOption = Baselines.ALL,
 ) -> None:
-    """Measures both in one run."""
-    measure("all", list(BENCHES), device, quick, output, memory_limit_gb)
+    """Measures the operators, the step and its variants in one run."""
+    options = Options(device, quick, output, append, memory_limit_gb, grid or (), baselines)
+    measure("all", list(BENCHES), options)
 
 
-def measure(
-    command: str,
-    names: list[str],
-    device_type: str | None,
-    quick: bool,
-    output: Path | None,
-    memory_limit_gb: float | None,
-) -> None:
+def measure(command: str, names: list[str], options: Options) -> None:
     """Runs the benchmarks ``names``; several write into the folder ``output``, one to the file."""
-    device = checked_device(device_type)
-    memory_limit = checked_memory_limit(memory_limit_gb, device)
+    device = checked_device(options.device)
+    grids = checked_names("--grid", options.grids, GRIDS, default=("table",))
+    chosen_ops = checked_names("--op", options.ops, ops.OPS, default=ops.OPS)
+    memory_limit = checked_memory_limit(options.memory_limit_gb, device)
+    captured = Captured.load(options.inputs) if options.inputs else None
+    quick = options.quick
     files = {name: f"{name}_{slug(device)}{'_quick' * quick}.csv" for name in names}
     if command == "all":
-        paths = {name: (output or RESULTS) / file for name, file in files.items()}
+        paths = {name: (options.output or RESULTS) / file for name, file in files.items()}
     else:
-        paths = {name: output or RESULTS / file for name, file in files.items()}
+        paths = {name: options.output or RESULTS / file for name, file in files.items()}
     for path in paths.values():
         check_output(path)
+    words = ["hata bench", command, f"--device {device.type}", *options.words()]
+    common = origin(device, " ".join(words))
+    reports = {
+        name: Report(path, BENCHES[name].columns, common, options.append)
+        for name, path in paths.items()
+    }
 
-    budget = QUICK_BUDGET_S if quick else BUDGET_S[device.type]
-    timer = Timer(device, budget, cold=not quick)
+    timer = Timer(device, QUICK_BUDGET_S if quick else BUDGET_S[device.type], cold=not quick)
     bandwidth = measure_bandwidth(timer, QUICK_BANDWIDTH_BYTES if quick else BANDWIDTH_BYTES)
-    plan = plan_for(device, quick)
-    console = Console(stderr=True)
-    run = Run(device, DTYPES[device.type], plan, timer, bandwidth, memory_limit, console)
+    run = Run(
+        plan_for(device, grids, quick),
+        timer,
+        bandwidth,
+        memory_limit,
+        Console(stderr=True),
+        options.baselines,
+        captured,
+        chosen_ops,
+    )
     run.note(
         f"read bandwidth {bandwidth.read / 1e9:.4g} GB/s (sum of int64), "
         f"copy {bandwidth.copy / 1e9:.4g} GB/s (read and written)"
     )
-    words = ["hata bench", command, f"--device {device.type}", *["--quick"] * quick]
-    common = origin(device, " ".join(words))
-    reports = {name: Report(path, BENCHES[name].columns, common) for name, path in paths.items()}
     torch.manual_seed(0)
-    with torch.no_grad(), Progress(console=console, transient=True) as progress:
+    with torch.no_grad(), Progress(console=run.console, transient=True) as progress:
         for name, report in reports.items():
+            start = time.perf_counter()
             BENCHES[name].run(run, report, progress)
-    caption = "; ".join(str(config) for config in plan.configs)
+            run.note(f"{name}: {len(report.rows)} rows, {time.perf_counter() - start:.0f} s")
+    caption = "; ".join(str(config) for config in run.plan.configs)
     for name, report in reports.items():
         if not report.rows:
             continue
@@ -166,41 +196,3 @@ def measure(
     if run.errors:
         run.note(f"{len(run.errors)} cases failed")
         raise typer.Exit(1)
-
-
-def checked_device(device_type: str | None) -> torch.device:
-    if device_type is None:
-        device_type = "cuda" if torch.cuda.is_available() else "cpu"
-    check(device_type in DTYPES, "bench", "--device", "be cpu or cuda", device_type)
-    seen = device_type == "cpu" or torch.cuda.is_available()
-    check(seen, "bench", "--device", "be one that torch sees", f"{device_type} and no GPU")
-    device = torch.device(device_type)
-    if device_type == "cuda":
-        out = torch.zeros(1, 1, 1, 64, dtype=torch.bfloat16, device=device)
-        lse = torch.zeros(1, 1, 1, device=device)
-        hata.merge_attention_states(out, lse, out, lse)  # says so if hata was built without CUDA
-    return device
-
-
-def checked_memory_limit(gigabytes: float | None, device: torch.device) -> int:
-    """Returns bytes."""
-    if device.type == "cuda":
-        memory = torch.cuda.mem_get_info()[0]
-    else:
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if gigabytes is None:
-        return int(min(MEMORY_LIMIT_GB[device.type] * 1e9, memory / 2))
-    fits = 0 < gigabytes * 1e9 <= memory
-    rule = f"be above 0 and at most the {memory / 1e9:.0f} of this machine"
-    check(fits, "bench", "--memory-limit-gb", rule, f"{gigabytes:g}")
-    return int(gigabytes * 1e9)
-
-
-def check_output(path: Path) -> None:
-    check(not path.is_dir(), "bench", "--output", "be a file", f"the folder {path}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        writable = os.access(path.parent, os.W_OK)
-    except OSError:
-        writable = False
-    check(writable, "bench", "--output", "lie in a folder that can be written", path)

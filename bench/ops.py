@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from rich.progress import Progress, TaskID
 
+from .baselines import measure_prefill
 from .bench_attention import gather_attention, merge_attention_states
 from .bench_encode import (
     Prompt,
@@ -14,7 +15,7 @@ from .bench_encode import (
 )
 from .bench_score import hamming_score, score_select, select_topk
 from .buffers import CodePool
-from .cases import CONTIGUOUS, CodeConfig, Shape
+from .cases import CONTIGUOUS, Case, Shape
 from .report import Report, Row
 from .run import Run
 
@@ -44,6 +45,11 @@ COLUMNS = (
     "speedup",
     "read_tbps",
     "copy_tbps",
+    "rivals",
+    "prefill_us",
+    "percent_of_prefill",
+    "max_seq_len",
+    "inputs",
 )
 
 SHOWN = {
@@ -60,50 +66,71 @@ SHOWN = {
     "baseline": "baseline",
     "baseline_us": "its us",
     "speedup": "speedup",
+    "percent_of_copy": "% copy",
+    "percent_of_prefill": "% prefill",
 }
 
 OpBench = Callable[[Run, CodePool], Row]
 
+STEP_OPS: dict[str, OpBench] = {
+    "encode_query": encode_query,
+    "cache_append": cache_append,
+    "hamming_score": hamming_score,
+    "select_topk": select_topk,
+    "score_select": score_select,
+    "gather_attention": gather_attention,
+    "merge_attention_states": merge_attention_states,
+}
+OPS = ("prompt", *STEP_OPS)  # "prompt": hash_encode and cache_append of a whole prompt
 
-def benches(run: Run, config: CodeConfig, page_size: int) -> list[OpBench]:
+
+def benches(run: Run, case: Case) -> list[OpBench]:
     """Returns what to measure in one layout: nothing twice that does not depend on it."""
-    chosen: list[OpBench] = [cache_append, hamming_score, score_select]
-    if page_size != CONTIGUOUS:
-        return [*chosen, gather_attention]
-    chosen.insert(0, encode_query)
-    if config in run.plan.configs[:2]:  # one with float16 scores, one with int32
-        chosen.append(select_topk)
-    if config == run.plan.configs[0]:
-        chosen += [gather_attention, merge_attention_states]
-    return chosen
+    chosen = dict(STEP_OPS)
+    paged, first = case.page_size != CONTIGUOUS, case.config == run.plan.configs[0]
+    if paged:
+        del chosen["encode_query"]
+    if paged or case.config not in run.plan.configs[:2]:  # float16 scores, and int32
+        del chosen["select_topk"]
+    if not paged and not first:
+        del chosen["gather_attention"]
+    if paged or not first:
+        del chosen["merge_attention_states"]
+    return [bench for name, bench in chosen.items() if name in run.ops]
 
 
 def bench_ops(run: Run, report: Report, progress: Progress) -> None:
     """Adds one row per operator, shape and code setting that it depends on."""
-    total = 1 + sum(len(run.layouts(shape)) for shape in run.plan.shapes)
+    total = 1 + sum(len(run.plan.layouts(shape)) for shape in run.plan.shapes)
     task = progress.add_task("operators", total=total)
-    bench_prompt(run, report)
+    if "prompt" in run.ops:
+        bench_prompt(run, report)
     progress.advance(task)
-    for shape in run.plan.shapes:
+    for shape in run.plan.shapes if set(run.ops) & STEP_OPS.keys() else ():
         with run.case(shape):
             bench_shape(run, report, progress, task, shape)
     progress.remove_task(task)
 
 
 def bench_prompt(run: Run, report: Report) -> None:
+    prefill_us = None
     for config in run.plan.configs:
         with run.case(f"prompt of {run.plan.prompt}, {config}"):
             prompt = Prompt(run, config)
+            if prefill_us is None:
+                prefill_us = measure_prefill(prompt.shape, prompt.keys, prompt.values, run.timer)
             report.add(hash_encode_prompt(run, prompt))
-            report.add(cache_append_prompt(run, prompt))
+            report.add(cache_append_prompt(run, prompt, prefill_us))
 
 
 def bench_shape(run: Run, report: Report, progress: Progress, task: TaskID, shape: Shape) -> None:
     kv = run.kv_pool(shape)
-    for config, page_size in run.layouts(shape):
-        progress.update(task, description=f"operators: {shape}, {config}")
-        pool = run.code_pool(kv, config, page_size)
-        for bench in benches(run, config, page_size):
-            with run.case(f"{bench.__name__}: {shape}, {config}"):
+    for case in run.plan.layouts(shape):
+        progress.update(task, description=f"operators: {case}", advance=1)
+        chosen = benches(run, case)
+        if not chosen:
+            continue
+        pool = run.code_pool(kv, case)
+        for bench in chosen:
+            with run.case(f"{bench.__name__}: {case}"):
                 report.add(bench(run, pool))
-        progress.advance(task)

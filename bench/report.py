@@ -9,17 +9,20 @@ import re
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from hata.checks import check
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 FILE_WIDTH = 300  # where the output is not a terminal: no table is wider
 
-Row = dict[str, object]
+Row = dict[str, Any]
 
 
 def device_name(device: torch.device) -> str:
@@ -65,28 +68,41 @@ def origin(device: torch.device, command: str) -> Row:
 
 
 class Report:
-    """Collects rows, and writes the CSV anew with each, so that a run cut short leaves its rows.
+    """Collects rows and writes each to the CSV file at once, so that a run cut short leaves them.
 
     Args:
         path: The CSV file; its folder exists.
         columns: Of the rows, in order.
         common: The columns of ``origin``.
+        append: Whether the rows that the file has stay; their columns must be these.
+
+    Raises:
+        ValueError: The file to append to has other columns.
     """
 
-    def __init__(self, path: Path, columns: Sequence[str], common: Row) -> None:
+    def __init__(
+        self, path: Path, columns: Sequence[str], common: Row, append: bool = False
+    ) -> None:
         self.path = path
         self.columns = ["gpu", "torch", "commit", "date", *columns, "command"]
         self.common = common
         self.rows: list[Row] = []
+        self._continues = append and path.is_file() and path.stat().st_size > 0
+        if self._continues:
+            with path.open(newline="") as file:
+                same = next(csv.reader(file)) == self.columns
+            check(same, "bench", "--append", "find the columns of this version", path)
 
     def add(self, row: Row) -> None:
         """Appends one row; columns that it lacks stay empty, floats keep four digits."""
         self.rows.append(self.common | row)
-        with self.path.open("w", newline="") as file:
+        with self.path.open("a" if self._continues else "w", newline="") as file:
             writer = csv.DictWriter(file, self.columns, restval="", lineterminator="\n")
-            writer.writeheader()
-            for values in self.rows:
-                writer.writerow({column: cell(values.get(column)) for column in self.columns})
+            if not self._continues:
+                writer.writeheader()
+            values = self.rows[-1]
+            writer.writerow({column: cell(values.get(column)) for column in self.columns})
+        self._continues = True
 
     def show(self, console: Console, columns: dict[str, str], title: str, caption: str) -> None:
         """Prints the rows; ``columns`` maps a column to its heading, empty ones are left out."""

@@ -2,34 +2,33 @@
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-import torch
 from rich.console import Console
 
+from .baselines import Baselines, measure_dense
 from .buffers import CodePool, KvPool
-from .cases import CONTIGUOUS, CodeConfig, Plan, Shape
+from .cases import PAPER_BUDGET, Case, CodeConfig, Shape
+from .grids import Plan
+from .inputs import Captured
 from .report import Row
-from .timing import Bandwidth, Timer, Timing
-
-
-def first_line(error: BaseException) -> str:
-    """Returns an error's message without the stack traces that some libraries put into it."""
-    return (str(error).strip() or repr(error)).splitlines()[0]
+from .timing import Bandwidth, Timer, Timing, first_line
 
 
 @dataclass
 class Run:
     """One run of ``hata bench``."""
 
-    device: torch.device
-    dtype: torch.dtype
     plan: Plan
     timer: Timer
     bandwidth: Bandwidth
     memory_limit: int
     console: Console
+    baselines: Baselines = Baselines.ALL
+    captured: Captured | None = None
+    ops: tuple[str, ...] = ()  # of the operators alone
     errors: list[str] = field(default_factory=list)
+    _dense: dict[Shape, dict[str, float]] = field(default_factory=dict)
 
     def note(self, line: str) -> None:
         """Prints one line beside the progress bar."""
@@ -44,36 +43,46 @@ class Run:
             self.errors.append(f"{name}: {first_line(error)}")
             self.note(f"failed: {self.errors[-1]}")
 
+    @contextlib.contextmanager
+    def optional(self, rival: str) -> Iterator[None]:
+        """Notes in one line that a rival cannot run here; the run does not fail for it."""
+        try:
+            yield
+        except Exception as error:  # not for this card, or its kernels do not compile
+            self.note(f"no {rival}: {first_line(error)}")
+
     def kv_pool(self, shape: Shape) -> KvPool:
-        return KvPool(shape, self.dtype, self.timer, self.memory_limit)
+        return KvPool(shape, self.timer, self.memory_limit, self.captured)
 
-    def code_pool(self, kv: KvPool, config: CodeConfig, page_size: int = CONTIGUOUS) -> CodePool:
-        return CodePool(kv, config, self.timer, page_size)
+    def code_pool(self, kv: KvPool, case: Case) -> CodePool:
+        return CodePool(kv, case, self.timer)
 
-    def layouts(self, shape: Shape) -> list[tuple[CodeConfig, int]]:
-        """Returns the code settings and page sizes to measure at one shape."""
-        layouts = [(config, CONTIGUOUS) for config in self.plan.configs]
-        if shape in self.plan.paged:
-            layouts.append((self.plan.configs[1], 16))
-        return layouts
+    def dense(self, kv: KvPool) -> dict[str, float]:
+        """Returns ``measure_dense`` of a shape, measured once in a run: it has no budget."""
+        shape = replace(kv.shape, budget=PAPER_BUDGET)
+        if shape not in self._dense:
+            self._dense[shape] = measure_dense(kv, self.timer, self.baselines, self.optional)
+        return self._dense[shape]
 
     def row(
-        self, shape: Shape, config: CodeConfig | None, page_size: int | None, q_len: int = 1
+        self, shape: Shape, config: CodeConfig | None, page_size: int | None, q_len: int
     ) -> Row:
         """Returns the columns that describe a case; without a config no code is involved."""
         return {
-            "dtype": str(self.dtype).removeprefix("torch."),
+            "dtype": str(shape.dtype).removeprefix("torch."),
             "batch": shape.batch,
             "num_heads": shape.num_heads,
             "num_kv_heads": shape.num_kv_heads,
             "head_dim": shape.head_dim,
             "seq_len": shape.seq_len,
+            "max_seq_len": shape.max_seq_len,
             "top_k": shape.top_k,
             "num_bits": config and config.num_bits,
             "query_bits": config and config.query_bits,
             "key_norms": config and config.key_norms,
             "q_len": q_len,
             "page_size": page_size,
+            "inputs": "random" if self.captured is None else "captured",
             "shape": str(shape),
             "codes": config and config.name,
         }
@@ -100,14 +109,18 @@ class Run:
         num_bytes: int,
         *,
         q_len: int = 1,
-        baseline: tuple[str, Timing] | None = None,
+        rivals: dict[str, Timing] | None = None,
     ) -> Row:
-        """Returns the row of one operator; ``num_bytes`` are what it must read and write."""
+        """Returns the row of one operator; ``num_bytes`` are what it must read and write.
+
+        Rivals do the same work without hata, by name; the fastest is the row's baseline.
+        """
         row = self.row(shape, config, page_size, q_len) | self.measured(timing, num_bytes)
         row |= {"op": op, "us": timing.us, "copy_tbps": self.bandwidth.copy / 1e12}
         row["percent_of_copy"] = 100 * num_bytes / timing.us * 1e6 / self.bandwidth.copy
-        if baseline is not None:
-            name, baseline_timing = baseline
-            row |= {"baseline": name, "baseline_us": baseline_timing.us}
-            row["speedup"] = baseline_timing.us / timing.us
+        if rivals:
+            best = min(rivals, key=lambda name: rivals[name].us)
+            row |= {"baseline": best, "baseline_us": rivals[best].us}
+            row |= {"speedup": rivals[best].us / timing.us}
+            row["rivals"] = "; ".join(f"{name} {rival.us:.4g}" for name, rival in rivals.items())
         return row

@@ -18,9 +18,15 @@ import torch
 
 Call = Callable[[], object]
 
+
+def first_line(error: BaseException) -> str:
+    """Returns an error's message without the stack traces that some libraries put into it."""
+    return (str(error).strip() or repr(error)).splitlines()[0]
+
+
 MIN_GRAPH_CALLS = 8  # the gap between two replays is shared by at least so many calls
 MIN_REPEATS = 5
-MAX_REPEATS = 50
+MAX_REPEATS = 15
 MAX_CPU_SAMPLES = 1000
 MAX_SETS = 2048  # a graph of more calls takes longer to capture than to time
 

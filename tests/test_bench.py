@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # bench belongs
 
 from bench import decode, report, timing
 from bench.buffers import CodePool, KvPool
-from bench.cases import CONFIGS, CUDA_SHAPES, Shape
+from bench.cases import CONFIGS, Case, Shape
 from bench.checks import CheckError, check_dense, check_encode, check_selection, check_step
 
 DECODE_COLUMNS = [
@@ -178,15 +178,24 @@ def test_a_cache_over_the_memory_limit_is_reported(tmp_path, capsys):
     )
 
 
-def make_pool(page_size: int = 0) -> CodePool:
+def make_pool(page_size: int = 0, **options: int) -> CodePool:
     timer = timing.Timer(torch.device("cpu"), budget_s=0, cold=False)
-    kv = KvPool(Shape(2, 4, 2, 2048, head_dim=64), torch.float32, timer, 10**9)
-    return CodePool(kv, CONFIGS[1], timer, page_size)
+    shape = Shape(2, 4, 2, 2048, dtype=torch.float32, **options)
+    return CodePool(KvPool(shape, timer, 10**9), Case(shape, CONFIGS[1], page_size), timer)
 
 
-@pytest.mark.parametrize("page_size", [0, 16])
-def test_checks_accept_right_results(page_size):
-    check_step(make_pool(page_size))
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"page_size": 16},
+        {"q_len": 4},
+        {"page_size": 16, "q_len": 3, "capacity": 4096},
+        {"capacity": 8192, "head_dim": 64},
+    ],
+)
+def test_checks_accept_right_results(options):
+    check_step(make_pool(**options))
 
 
 def test_checks_refuse_wrong_results():
@@ -224,10 +233,6 @@ def test_every_input_set_is_timed_in_turn():
     timer([lambda i=i: used.append(i) for i in range(3)])
     assert used == list(itertools.islice(itertools.cycle(range(3)), len(used)))
     assert len(used) == 2 + timing.MIN_REPEATS
-
-
-def test_top_k_is_one_64th():
-    assert [shape.top_k for shape in CUDA_SHAPES[:3]] == [32, 512, 2048]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,146 @@
+"""What the command line of ``hata bench`` takes, and its checks."""
+
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+import hata
+from hata.checks import check
+
+from . import ops
+from .baselines import Baselines
+
+MEMORY_LIMIT_GB = {"cuda": 40.0, "cpu": 8.0}
+
+DeviceOption = Annotated[
+    str | None, typer.Option("--device", help="cpu or cuda; by default cuda where there is one.")
+]
+QuickOption = Annotated[
+    bool,
+    typer.Option("--quick", help="Few small shapes with warm caches: a check, no figure."),
+]
+FileOption = Annotated[
+    Path | None,
+    typer.Option("--output", help="CSV file; by default bench/results/<command>_<device>.csv."),
+]
+FolderOption = Annotated[
+    Path | None,
+    typer.Option("--output", help="Folder of the CSV files; by default bench/results."),
+]
+AppendOption = Annotated[
+    bool, typer.Option("--append", help="Keep the rows that the CSV files have.")
+]
+MemoryOption = Annotated[
+    float | None,
+    typer.Option(
+        "--memory-limit-gb",
+        help="For the rotated K and V caches; by default 40 on a GPU, 8 on a CPU, and never more "
+        "than half of the memory.",
+    ),
+]
+GridOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--grid",
+        help="Shapes of the decoding step; may be repeated. table (the default): eight shapes. "
+        "figure5: the axes of the paper's figure 5. budget: top_k from 0.4 to 12.5 %. crossover: "
+        "from 512 tokens until hata wins. docs/benchmarks.md says how long each takes.",
+    ),
+]
+BaselinesOption = Annotated[
+    Baselines,
+    typer.Option(
+        "--baselines",
+        help="Dense kernels beside the step: all that are installed, torch's own, or none. "
+        "FlashInfer may compile for a minute at its first shape of each kind.",
+    ),
+]
+InputsOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--inputs", help="Queries and keys from a file of hata bench capture; by default random."
+    ),
+]
+OpOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--op",
+        help=f"Which: {', '.join(ops.OPS)}; may be repeated; by default all.",
+    ),
+]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line chose, the same for every benchmark of a run."""
+
+    device: str | None = None
+    quick: bool = False
+    output: Path | None = None
+    append: bool = False
+    memory_limit_gb: float | None = None
+    grids: Sequence[str] = ()
+    baselines: Baselines = Baselines.ALL
+    inputs: Path | None = None
+    ops: Sequence[str] = ()
+
+    def words(self) -> list[str]:
+        """Returns the options that decide what a row holds, as they are typed."""
+        return [
+            *["--quick"] * self.quick,
+            *(word for name in self.grids for word in ("--grid", name)),
+            *(word for name in self.ops for word in ("--op", name)),
+            *["--baselines", self.baselines.value] * (self.baselines is not Baselines.ALL),
+            *(["--inputs", self.inputs.name] if self.inputs else []),
+        ]
+
+
+def checked_names(
+    option: str, names: Sequence[str], known: Iterable[str], default: Sequence[str]
+) -> tuple[str, ...]:
+    for name in names:
+        check(name in known, "bench", option, f"be one of {', '.join(known)}", name)
+    return tuple(names or default)
+
+
+def checked_device(device_type: str | None) -> torch.device:
+    if device_type is None:
+        device_type = "cuda" if torch.cuda.is_available() else "cpu"
+    check(device_type in MEMORY_LIMIT_GB, "bench", "--device", "be cpu or cuda", device_type)
+    seen = device_type == "cpu" or torch.cuda.is_available()
+    check(seen, "bench", "--device", "be one that torch sees", f"{device_type} and no GPU")
+    device = torch.device(device_type)
+    if device_type == "cuda":
+        out = torch.zeros(1, 1, 1, 64, dtype=torch.bfloat16, device=device)
+        lse = torch.zeros(1, 1, 1, device=device)
+        hata.merge_attention_states(out, lse, out, lse)  # says so if hata was built without CUDA
+    return device
+
+
+def checked_memory_limit(gigabytes: float | None, device: torch.device) -> int:
+    """Returns bytes."""
+    if device.type == "cuda":
+        memory = torch.cuda.mem_get_info()[0]
+    else:
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if gigabytes is None:
+        return int(min(MEMORY_LIMIT_GB[device.type] * 1e9, memory / 2))
+    fits = 0 < gigabytes * 1e9 <= memory
+    rule = f"be above 0 and at most the {memory / 1e9:.0f} of this machine"
+    check(fits, "bench", "--memory-limit-gb", rule, f"{gigabytes:g}")
+    return int(gigabytes * 1e9)
+
+
+def check_output(path: Path) -> None:
+    check(not path.is_dir(), "bench", "--output", "be a file", f"the folder {path}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        writable = os.access(path.parent, os.W_OK)
+    except OSError:
+        writable = False
+    check(writable, "bench", "--output", "lie in a folder that can be written", path)

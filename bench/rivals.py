@@ -1,0 +1,69 @@
+"""The rivals' way: a generic top-k over scores in memory, and attention over copied rows."""
+
+import functools
+import importlib.util
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .baselines import Attend, sdpa
+from .buffers import CodePool, cyclic
+from .checks import require
+from .run import Run
+from .timing import Timing
+
+# Scores [rows, seq_len] and top_k -> values and indices, in any order.
+TopK = Callable[[Tensor, int], tuple[Tensor, Tensor]]
+
+
+def topk_ways(device: torch.device) -> dict[str, TopK]:
+    """Returns the generic top-k selections that this machine has, by name."""
+    ways: dict[str, TopK] = {"torch.topk": functools.partial(torch.topk, sorted=False)}
+    if device.type == "cuda" and importlib.util.find_spec("flashinfer"):
+        import flashinfer
+
+        ways["flashinfer.top_k"] = flashinfer.top_k
+    return ways
+
+
+def time_topk(run: Run, scores: Tensor, top_k: int) -> dict[str, Timing]:
+    """Times every way on float16 copies of scores ``[num_sets, batch, 1, num_kv_heads, seq_len]``.
+
+    hata's integer scores are exact in float16; FlashInfer takes no integers, and half the bytes
+    are faster for torch.topk too. The copies are made before the clock starts.
+    """
+    rows = scores.flatten(1, -2).to(torch.float16)
+    times = {}
+    for name, topk in topk_ways(scores.device).items():
+        with run.optional(name):
+            require_best(topk(rows[0], top_k)[0], rows[0], name)
+            times[name] = run.timer([functools.partial(topk, each, top_k) for each in rows])
+    return times
+
+
+def require_best(values: Tensor, rows: Tensor, name: str) -> None:
+    """Requires that the values, in any order, are the largest of their rows."""
+    best = torch.topk(rows, values.shape[-1]).values
+    same = torch.equal(values.sort(-1, descending=True).values, best)
+    require(same, f"{name} finds the largest scores")
+
+
+def gather_then_sdpa(pool: CodePool) -> Attend:
+    """Attention over the selection with PyTorch alone: copies the rows, then SDPA over the copy.
+
+    Every index of the contiguous cache's selection must be a position.
+    """
+    kv, shape = pool.kv, pool.kv.shape
+    rows = pool.indices[:, :, 0].long()  # [num_sets, batch, num_kv_heads, top_k]
+    sequences = torch.arange(shape.batch, device=rows.device)[:, None, None]
+    heads = torch.arange(shape.num_kv_heads, device=rows.device)[:, None]
+
+    def attend(i: int) -> Tensor:
+        chosen = (sequences, cyclic(rows, i), heads)
+        k = cyclic(kv.k_caches, i)[chosen]  # [batch, num_kv_heads, top_k, head_dim]
+        v = cyclic(kv.v_caches, i)[chosen]
+        q = cyclic(kv.qs, i).view(shape.batch, shape.num_kv_heads, shape.group, shape.head_dim)
+        return sdpa(q, k, v, None, enable_gqa=False)
+
+    return attend
