@@ -10,6 +10,7 @@ import functools
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 import hata
 
@@ -46,32 +47,29 @@ class KvPool:
     ) -> None:
         self.shape = shape
         self.captured = captured
-        affordable = memory_limit // shape.cache_bytes
+        affordable = memory_limit // shape.kv_bytes
         if affordable == 0:
             raise MemoryError(
-                f"one set of K and V caches takes {shape.cache_bytes / 1e9:.3g} GB, "
+                f"one set of K and V caches takes {shape.kv_bytes / 1e9:.3g} GB, "
                 f"--memory-limit-gb is {memory_limit / 1e9:g}"
             )
-        # Random selections differ from call to call, so that other rows of the same cache are cold;
-        # captured ones pick the same rows again.
-        touched = shape.kv_bytes if captured is None else shape.row_bytes
-        self.num_sets = min(timer.num_sets(touched), affordable)
+        num_sets = timer.num_sets(shape.row_bytes)
+        self.num_sets = min(num_sets, affordable)
         like = torch.empty(0, dtype=shape.dtype, device=timer.device)
         token = (shape.batch, shape.q_len, shape.num_kv_heads, shape.head_dim)
-        cache = (shape.batch, shape.max_seq_len, shape.num_kv_heads, shape.head_dim)
+        cache = (shape.batch, shape.seq_len, shape.num_kv_heads, shape.head_dim)
         self.k_caches = repeated_random(self.num_sets, cache, like)
         self.v_caches = repeated_random(self.num_sets, cache, like)
-        self.num_queries = timer.num_sets(shape.row_bytes)
-        self.ks = like.new_empty(self.num_queries, *token).normal_()
-        self.vs = like.new_empty(self.num_queries, *token).normal_()
+        self.ks = like.new_empty(num_sets, *token).normal_()
+        self.vs = like.new_empty(num_sets, *token).normal_()
         if captured is None:
             heads = (shape.batch, shape.q_len, shape.num_heads, shape.head_dim)
-            self.qs = like.new_empty(self.num_queries, *heads).normal_()
+            self.qs = like.new_empty(num_sets, *heads).normal_()
         else:
-            self.qs = captured.q(shape, self.num_queries, timer.device)
-            keys = repeat_to(captured.tile(shape, timer.device), 0, shape.max_seq_len)
+            self.qs = captured.q(shape, num_sets, timer.device)
+            keys = repeat_to(captured.tile(shape, timer.device), 0, shape.seq_len)
             self.k_caches[:] = keys
-            self.ks[:] = keys[shape.seq_len - shape.q_len : shape.seq_len]
+            self.ks[:] = keys[-shape.q_len :]
         self.cache_seqlens = torch.full(
             (shape.batch,), shape.seq_len, dtype=torch.int32, device=timer.device
         )
@@ -89,13 +87,15 @@ class CodePool:
         self.case = case
         self.config = config
         self.timer = timer
-        self.page_size = case.page_size or shape.max_seq_len
+        self.page_size = case.page_size or shape.seq_len
         self.softmax_scale = shape.head_dim**-0.5
         self.weight_sum = config.weight_sum(shape)
         self.num_sets = max(timer.num_sets(size) for size in (case.code_bytes, case.row_bytes))
-        num_pages = shape.batch * shape.max_seq_len // self.page_size
+        num_pages = shape.batch * shape.seq_len // self.page_size
         pages = torch.randperm(num_pages) if case.page_size else torch.arange(num_pages)
-        self.block_table = pages.view(shape.batch, -1).to(device, torch.int32)
+        self.live_pages = pages.view(shape.batch, -1).to(device)
+        missing = (shape.max_seq_len - shape.seq_len) // self.page_size  # not given out yet
+        self.block_table = pad(self.live_pages.int(), (0, missing))
 
         num_weights = timer.num_sets(2 * config.weight_bytes(shape))
         self.key_weights, self.query_weights = self._weights(num_weights)
@@ -135,8 +135,7 @@ class CodePool:
     def _codes(self) -> tuple[Tensor, Tensor | None]:
         """Returns code and norm caches, one per input set; norms as of normal random keys."""
         shape, config, captured = self.kv.shape, self.config, self.kv.captured
-        num_pages = self.block_table.numel()
-        size = (self.num_sets, num_pages, shape.num_kv_heads, self.page_size)
+        size = (self.num_sets, self.live_pages.numel(), shape.num_kv_heads, self.page_size)
         device = self.block_table.device
         codes = torch.empty(*size, config.num_words, dtype=torch.int32, device=device)
         norms = torch.empty(size, dtype=torch.float16, device=device) if config.key_norms else None
@@ -149,9 +148,9 @@ class CodePool:
         encoded = torch.ops.hata.hash_encode(tile, self.key_weights[0], config.key_norms)
         for cache, tiles in zip((codes, norms), encoded, strict=True):
             if cache is not None:
-                head_major = repeat_to(tiles[0], 1, shape.max_seq_len)
+                head_major = repeat_to(tiles[0], 1, shape.seq_len)
                 pages = head_major.unflatten(1, (-1, self.page_size)).transpose(0, 1)
-                cache[:, self.block_table.long()] = pages
+                cache[:, self.live_pages] = pages
         return codes, norms
 
     def k_cache(self, i: int) -> Tensor:
@@ -263,5 +262,4 @@ class CodePool:
 
     def slots(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the pages ``[batch, ...]`` and rows of ``positions`` of every sequence."""
-        pages = self.block_table[:, positions // self.page_size]
-        return pages.long(), positions % self.page_size
+        return self.live_pages[:, positions // self.page_size], positions % self.page_size

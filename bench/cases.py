@@ -19,7 +19,7 @@ class Shape:
 
     Attributes:
         seq_len: Tokens of each sequence, the new ones included.
-        capacity: Tokens that the cache and the CUDA graph are made for; 0: ``seq_len``.
+        capacity: Tokens that block table, workspace and CUDA graph are made for; 0: ``seq_len``.
         budget: Share of a sequence that is selected.
         dtype: Of queries, keys and values.
     """
@@ -55,11 +55,6 @@ class Shape:
     def kv_bytes(self) -> int:
         """Size of the live keys and values: what dense attention reads."""
         return self.batch * self.seq_len * self.token_bytes
-
-    @property
-    def cache_bytes(self) -> int:
-        """Size of the K and V caches."""
-        return self.batch * self.max_seq_len * self.token_bytes
 
     @property
     def row_bytes(self) -> int:

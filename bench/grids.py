@@ -86,8 +86,8 @@ def variants() -> list[Variant]:
     """Returns one variant per unusual setting; the reference is the largest grouped shape.
 
     Groups change the number of query heads alone, so that the bytes, and the share of what does not
-    grow with them, stay the same. The case of a large capacity is paged, because that many tokens
-    of contiguous cache in enough cold sets fit on no GPU.
+    grow with them, stay the same. The case of a large capacity is paged: pages are given out as a
+    sequence grows, so that a few tokens take little memory.
     """
     shape = Shape(8, 32, 8, 128 * K)
     changes = {
