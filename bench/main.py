@@ -3,6 +3,9 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated
 
 import torch
 import typer
@@ -13,6 +16,7 @@ from hata.checks import check
 
 from . import decode, ops, variants
 from .baselines import Baselines
+from .capture import capture
 from .grids import GRIDS, plan_for
 from .inputs import Captured
 from .options import (
@@ -27,13 +31,17 @@ from .options import (
     OpOption,
     Options,
     QuickOption,
+    ResultsDeviceOption,
+    ResultsOption,
     check_output,
+    check_rows,
     checked_device,
     checked_memory_limit,
     checked_names,
 )
-from .report import RESULTS, Report, origin, slug
+from .report import RESULTS, ROOT, Report, origin, slug
 from .run import Run
+from .tables import all_tables
 from .timing import Timer, measure_bandwidth
 
 app = typer.Typer(
@@ -141,6 +149,48 @@ def measure_all(
     """Measures the operators, the step and its variants in one run."""
     options = Options(device, quick, output, append, memory_limit_gb, grid or (), baselines)
     measure("all", list(BENCHES), options)
+
+
+@app.command("capture")
+def capture_inputs(
+    output: Annotated[Path, typer.Option("--output", help="The safetensors file to write.")],
+    model: Annotated[
+        Path | None,
+        typer.Option(help="Local transformers folder; by default SmolLM2-135M-Instruct."),
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="Length of the text.")] = 4096,
+    layer: Annotated[int, typer.Option(help="Which layer, from 0.")] = 14,
+) -> None:
+    """Writes a real layer's queries and keys to a file for --inputs; half a minute on a CPU."""
+    check_output(output)
+    capture(output, model, tokens, layer)
+    print(f"{tokens} tokens of layer {layer} in {output}")
+
+
+@app.command("plot")
+def plot_results(
+    device: ResultsDeviceOption = "h100",
+    results: ResultsOption = RESULTS,
+    output: Annotated[
+        Path, typer.Option("--output", help="Folder of the pictures; by default docs/plots.")
+    ] = ROOT / "docs" / "plots",
+    png: Annotated[bool, typer.Option("--png", help="PNG instead of SVG.")] = False,
+) -> None:
+    """Draws the results as pictures; those whose rows are missing are left out."""
+    check_rows(results, device)
+    check_output(output / "picture")
+    check(find_spec("matplotlib") is not None, "bench", "matplotlib", "be installed", "none")
+    from .plot import plot_all
+
+    for path in plot_all(results, device, output, "png" if png else "svg"):
+        print(path)
+
+
+@app.command("tables")
+def print_tables(device: ResultsDeviceOption = "h100", results: ResultsOption = RESULTS) -> None:
+    """Prints the results as Markdown tables."""
+    check_rows(results, device)
+    print(all_tables(results, device))
 
 
 def measure(command: str, names: list[str], options: Options) -> None:

@@ -73,6 +73,10 @@ OpOption = Annotated[
         help=f"Which: {', '.join(ops.OPS)}; may be repeated; by default all.",
     ),
 ]
+ResultsDeviceOption = Annotated[
+    str, typer.Option("--device", help="Whose rows: decode_<device>.csv in --results.")
+]
+ResultsOption = Annotated[Path, typer.Option("--results", help="Folder of the CSV files.")]
 
 
 @dataclass(frozen=True)
@@ -144,3 +148,8 @@ def check_output(path: Path) -> None:
     except OSError:
         writable = False
     check(writable, "bench", "--output", "lie in a folder that can be written", path)
+
+
+def check_rows(results: Path, device: str) -> None:
+    path = results / f"decode_{device}.csv"
+    check(path.is_file(), "bench", "--device", "have rows in --results", f"no {path}")

@@ -1,0 +1,138 @@
+"""The committed rows of ``bench/results``, for plots and for the tables of the documentation."""
+
+import csv
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from .baselines import DENSE, DENSE_MORE
+from .cases import CONFIGS, MIN_TOP_K, PAPER_BUDGET, tokens
+from .decode import PARTS
+from .grids import LAYOUTS, TABLE
+
+DENSE_NAMES = {
+    "fa2_us": "SDPA, FlashAttention-2",
+    "cudnn_us": "SDPA, cuDNN",
+    "flashinfer_us": "FlashInfer",
+    "flashinfer_tc_us": "FlashInfer, tensor cores",
+    "flash_attn2_us": "flash-attn 2",
+    "flash_attn3_us": "flash-attn 3",
+    "sdpa_us": "SDPA",
+}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What rows of different files have in common."""
+
+    batch: int
+    num_heads: int
+    num_kv_heads: int
+    seq_len: int
+
+    @classmethod
+    def of(cls, row: dict[str, str]) -> "Layer":
+        return cls(*(int(row[name]) for name in cls.__dataclass_fields__))
+
+    @property
+    def heads(self) -> str:
+        return f"{self.num_heads}/{self.num_kv_heads}"
+
+    def __str__(self) -> str:
+        return f"{self.batch} x {self.heads} x {tokens(self.seq_len)}"
+
+
+@dataclass(frozen=True)
+class Step:
+    """One row of ``decode_<device>.csv``, times in microseconds."""
+
+    gpu: str
+    layer: Layer
+    config: str  # A, B or C
+    top_k: int
+    captured: bool
+    us: float
+    floor_us: float
+    parts: dict[str, float]
+    dense: dict[str, float]
+
+    @property
+    def best_dense(self) -> float | None:
+        return min(self.dense.values(), default=None)
+
+    @property
+    def speedup(self) -> float | None:
+        return self.best_dense / self.us if self.dense else None
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def load_steps(path: Path) -> list[Step]:
+    """Returns the steps over contiguous caches; of rows that repeat a case, the last one."""
+    names = {(c.num_bits, c.query_bits, c.key_norms): c.name for c in CONFIGS}
+    steps: dict[tuple[object, ...], Step] = {}
+    for row in read(path):
+        codes = (int(row["num_bits"]), int(row["query_bits"]), row["key_norms"] == "1")
+        if codes not in names or row["page_size"] != row["seq_len"]:
+            continue
+        step = Step(
+            gpu=row["gpu"],
+            layer=Layer.of(row),
+            config=names[codes],
+            top_k=int(row["top_k"]),
+            captured=row.get("inputs") == "captured",
+            us=float(row["hata_us"]),
+            floor_us=float(row["floor_us"]),
+            parts={part: float(row[f"{part}_us"]) for part in PARTS},
+            dense={name: float(row[name]) for name in (*DENSE, *DENSE_MORE) if row[name]},
+        )
+        steps[step.layer, step.config, step.top_k, step.captured] = step
+    return list(steps.values())
+
+
+def usual(steps: Iterable[Step], captured: bool = False) -> list[Step]:
+    """Returns the steps with the paper's budget."""
+    return [
+        step
+        for step in steps
+        if step.captured == captured
+        and step.top_k == max(MIN_TOP_K, round(step.layer.seq_len * PAPER_BUDGET))
+    ]
+
+
+def at(
+    steps: list[Step], heads: tuple[int, int], batch: int | None = None, seq_len: int | None = None
+) -> list[Step]:
+    return [
+        step
+        for step in usual(steps)
+        if (step.layer.num_heads, step.layer.num_kv_heads) == heads
+        and batch in (None, step.layer.batch)
+        and seq_len in (None, step.layer.seq_len)
+    ]
+
+
+def by_heads(
+    steps: list[Step], batch: int | None = None, seq_len: int | None = None
+) -> list[tuple[str, list[Step]]]:
+    """Returns, per head layout, its name and those steps of one batch or length, if several."""
+    found = []
+    for heads in LAYOUTS:
+        chosen = at(steps, heads, batch, seq_len)
+        if len({step.layer for step in chosen}) > 1:
+            found.append((f"{heads[0]}/{heads[1]} heads", chosen))
+    return found
+
+
+def table_steps(steps: list[Step], captured: bool = False) -> dict[Layer, dict[str, Step]]:
+    """Returns the steps of the main table's shapes, by shape and setting."""
+    found: dict[Layer, dict[str, Step]] = {}
+    for shape in TABLE:
+        layer = Layer(shape.batch, shape.num_heads, shape.num_kv_heads, shape.seq_len)
+        chosen = {step.config: step for step in usual(steps, captured) if step.layer == layer}
+        if chosen:
+            found[layer] = chosen
+    return found
