@@ -24,6 +24,8 @@ from .timing import Timer
 # Input set -> out, [batch, num_heads, head_dim] once it is reshaped: that could be a copy, which is
 # nothing to time.
 Attend = Callable[[int], Tensor]
+# A rival's name -> a context in which it may fail.
+Optional = Callable[[str], contextlib.AbstractContextManager[None]]
 
 MAX_CPU_PROMPT = 4 << 10
 FLASHINFER_PAGE = 16
@@ -46,7 +48,7 @@ def measure_dense(
     kv: KvPool,
     timer: Timer,
     baselines: Baselines,
-    optional: Callable[[str], contextlib.AbstractContextManager[None]],
+    optional: Optional,
 ) -> dict[str, float]:
     """Times dense baselines on one shape, where every sequence is attended in full.
 
@@ -141,7 +143,9 @@ def sdpa(
         return attend()
 
 
-def measure_prefill(shape: Shape, k: Tensor, v: Tensor, timer: Timer) -> float | None:
+def measure_prefill(
+    shape: Shape, k: Tensor, v: Tensor, timer: Timer, optional: Optional
+) -> float | None:
     """Times causal attention over whole prompts with the faster of PyTorch's kernels.
 
     Args:
@@ -149,6 +153,7 @@ def measure_prefill(shape: Shape, k: Tensor, v: Tensor, timer: Timer) -> float |
         k: ``[num_sets, batch, seq_len, num_kv_heads, head_dim]``.
         v: The same.
         timer: Times the calls.
+        optional: Lets a kernel fail that does not support the shape.
 
     Returns:
         Microseconds; None on a CPU, where a long prompt takes minutes.
@@ -164,10 +169,11 @@ def measure_prefill(shape: Shape, k: Tensor, v: Tensor, timer: Timer) -> float |
         sets = (k[i].transpose(1, 2), v[i].transpose(1, 2))
         return sdpa(q, *sets, backend, enable_gqa=True, is_causal=True)
 
-    return min(
-        timer([functools.partial(attend, i, backend) for i in range(len(k))]).us
-        for backend in backends
-    )
+    times = []
+    for backend in backends:
+        with optional(f"causal SDPA, {backend}, for {shape}"):
+            times.append(timer([functools.partial(attend, i, backend) for i in range(len(k))]).us)
+    return min(times, default=None)
 
 
 def flashinfer_decode(kv: KvPool, tensor_cores: bool) -> Attend:

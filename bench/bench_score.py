@@ -71,7 +71,7 @@ def score_select(run: Run, pool: CodePool) -> Row:
     timing = run.timer(pool.calls("score_select"))
     scores = empty_scores(pool, 1)[0]
     rivals = {}
-    for name, topk in topk_ways(scores.device).items():
+    for name, topk in topk_ways(run).items():
 
         def score_topk(i: int, topk: TopK = topk) -> None:
             score(pool, i, scores)

@@ -69,7 +69,7 @@ BENCHES = {
         "Unusual settings", variants.bench_variants, variants.COLUMNS, variants.SHOWN
     ),
 }
-BUDGET_S = {"cuda": 0.05, "cpu": 1.0}  # of one measurement
+BUDGET_S = {"cuda": 0.03, "cpu": 1.0}  # of one measurement
 QUICK_BUDGET_S = 0.01
 BANDWIDTH_BYTES = (2 << 30) - (1 << 20)  # PyTorch sums up to 2 GiB in one kernel
 QUICK_BANDWIDTH_BYTES = 128 << 20
@@ -101,10 +101,13 @@ def measure_ops(
     append: AppendOption = False,
     memory_limit_gb: MemoryOption = None,
     op: OpOption = None,
+    baselines: BaselinesOption = Baselines.ALL,
     inputs: InputsOption = None,
 ) -> None:
     """Measures each operator alone, against generic ways to do the same."""
-    options = Options(device, quick, output, append, memory_limit_gb, inputs=inputs, ops=op or ())
+    options = Options(
+        device, quick, output, append, memory_limit_gb, (), baselines, inputs, op or ()
+    )
     measure("ops", ["ops"], options)
 
 

@@ -45,7 +45,8 @@ COLUMNS = (
     "speedup",
     "read_tbps",
     "copy_tbps",
-    "rivals",
+    "torch_us",
+    "flashinfer_us",
     "prefill_us",
     "percent_of_prefill",
     "max_seq_len",
@@ -118,7 +119,9 @@ def bench_prompt(run: Run, report: Report) -> None:
         with run.case(f"prompt of {run.plan.prompt}, {config}"):
             prompt = Prompt(run, config)
             if prefill_us is None:
-                prefill_us = measure_prefill(prompt.shape, prompt.keys, prompt.values, run.timer)
+                prefill_us = measure_prefill(
+                    prompt.shape, prompt.keys, prompt.values, run.timer, run.optional
+                )
             report.add(hash_encode_prompt(run, prompt))
             report.add(cache_append_prompt(run, prompt, prefill_us))
 

@@ -56,8 +56,8 @@ BaselinesOption = Annotated[
     Baselines,
     typer.Option(
         "--baselines",
-        help="Dense kernels beside the step: all that are installed, torch's own, or none. "
-        "FlashInfer may compile for a minute at its first shape of each kind.",
+        help="What is measured beside hata: all that is installed, torch's own, or no dense "
+        "attention and top-k. FlashInfer may compile for a minute when it is first called.",
     ),
 ]
 InputsOption = Annotated[

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .baselines import Attend, sdpa
+from .baselines import Attend, Baselines, sdpa
 from .buffers import CodePool, cyclic
 from .checks import require
 from .run import Run
@@ -17,10 +17,13 @@ from .timing import Timing
 TopK = Callable[[Tensor, int], tuple[Tensor, Tensor]]
 
 
-def topk_ways(device: torch.device) -> dict[str, TopK]:
+def topk_ways(run: Run) -> dict[str, TopK]:
     """Returns the generic top-k selections that this machine has, by name."""
+    if run.baselines is Baselines.NONE:
+        return {}
     ways: dict[str, TopK] = {"torch.topk": functools.partial(torch.topk, sorted=False)}
-    if device.type == "cuda" and importlib.util.find_spec("flashinfer"):
+    others = run.baselines is Baselines.ALL and run.timer.device.type == "cuda"
+    if others and importlib.util.find_spec("flashinfer"):
         import flashinfer
 
         ways["flashinfer.top_k"] = flashinfer.top_k
@@ -35,7 +38,7 @@ def time_topk(run: Run, scores: Tensor, top_k: int) -> dict[str, Timing]:
     """
     rows = scores.flatten(1, -2).to(torch.float16)
     times = {}
-    for name, topk in topk_ways(scores.device).items():
+    for name, topk in topk_ways(run).items():
         with run.optional(name):
             require_best(topk(rows[0], top_k)[0], rows[0], name)
             times[name] = run.timer([functools.partial(topk, each, top_k) for each in rows])
