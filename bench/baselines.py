@@ -4,7 +4,6 @@ Every dense baseline reads the K and V caches of a ``KvPool`` in place, each of 
 and its output is checked against float32 attention before it is timed.
 """
 
-import contextlib
 import enum
 import functools
 import importlib.util
@@ -19,13 +18,13 @@ from torch.nn.functional import scaled_dot_product_attention
 from .buffers import KvPool
 from .cases import Shape
 from .checks import check_dense
-from .timing import Timer
+from .timing import Timer, Timing
 
 # Input set -> out, [batch, num_heads, head_dim] once it is reshaped: that could be a copy, which is
 # nothing to time.
 Attend = Callable[[int], Tensor]
-# A rival's name -> a context in which it may fail.
-Optional = Callable[[str], contextlib.AbstractContextManager[None]]
+# Name, shape and measurement -> what was measured; None if it fails, as it may.
+Attempt = Callable[[str, object, Callable[[], Timing]], Timing | None]
 
 MAX_CPU_PROMPT = 4 << 10
 FLASHINFER_PAGE = 16
@@ -48,7 +47,7 @@ def measure_dense(
     kv: KvPool,
     timer: Timer,
     baselines: Baselines,
-    optional: Optional,
+    attempt: Attempt,
 ) -> dict[str, float]:
     """Times dense baselines on one shape, where every sequence is attended in full.
 
@@ -56,7 +55,7 @@ def measure_dense(
         kv: The caches.
         timer: Times the calls.
         baselines: Which.
-        optional: Lets a baseline fail that does not support the shape, or cannot be compiled.
+        attempt: Lets a baseline fail that does not support the shape, or cannot be compiled.
 
     Returns:
         Microseconds by column; of a baseline's forms (see ``sdpa_forms``) the fastest.
@@ -64,10 +63,14 @@ def measure_dense(
     num_sets = min(kv.num_sets, timer.num_sets(kv.shape.kv_bytes))
     times: dict[str, float] = {}
     for column, name, make in dense_forms(kv, baselines):
-        with optional(f"{name} for {kv.shape}"):
+
+        def measure(name: str = name, make: Callable[[], Attend] = make) -> Timing:
             attend = make()
             check_dense(kv, attend(0), name)
-            timing = timer([functools.partial(attend, i) for i in range(num_sets)])
+            return timer([functools.partial(attend, i) for i in range(num_sets)])
+
+        timing = attempt(name, kv.shape, measure)
+        if timing is not None:
             times[column] = min(timing.us, times.get(column, timing.us))
     return times
 
@@ -144,7 +147,7 @@ def sdpa(
 
 
 def measure_prefill(
-    shape: Shape, k: Tensor, v: Tensor, timer: Timer, optional: Optional
+    shape: Shape, k: Tensor, v: Tensor, timer: Timer, attempt: Attempt
 ) -> float | None:
     """Times causal attention over whole prompts with the faster of PyTorch's kernels.
 
@@ -153,7 +156,7 @@ def measure_prefill(
         k: ``[num_sets, batch, seq_len, num_kv_heads, head_dim]``.
         v: The same.
         timer: Times the calls.
-        optional: Lets a kernel fail that does not support the shape.
+        attempt: Lets a kernel fail that does not support the shape.
 
     Returns:
         Microseconds; None on a CPU, where a long prompt takes minutes.
@@ -169,11 +172,17 @@ def measure_prefill(
         sets = (k[i].transpose(1, 2), v[i].transpose(1, 2))
         return sdpa(q, *sets, backend, enable_gqa=True, is_causal=True)
 
-    times = []
-    for backend in backends:
-        with optional(f"causal SDPA, {backend}, for {shape}"):
-            times.append(timer([functools.partial(attend, i, backend) for i in range(len(k))]).us)
-    return min(times, default=None)
+    timings = [
+        attempt(
+            f"causal SDPA, {backend}",
+            shape,
+            lambda backend=backend: timer(
+                [functools.partial(attend, i, backend) for i in range(len(k))]
+            ),
+        )
+        for backend in backends
+    ]
+    return min((timing.us for timing in timings if timing), default=None)
 
 
 def flashinfer_decode(kv: KvPool, tensor_cores: bool) -> Attend:

@@ -105,7 +105,7 @@ def variants() -> list[Variant]:
     result.insert(0, Variant("num_bits 256", Case(shape, WIDE), Case(shape, CONFIGS[0])))
     live = Case(Shape(1, 32, 8, 8 * K), CONFIGS[1], page_size=16)
     roomy = replace(live, shape=replace(live.shape, capacity=K * K))
-    return [*result, Variant("capacity 1M", roomy, live)]
+    return [*result, Variant("large capacity", roomy, live)]
 
 
 @dataclass(frozen=True)

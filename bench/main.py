@@ -69,7 +69,7 @@ BENCHES = {
         "Unusual settings", variants.bench_variants, variants.COLUMNS, variants.SHOWN
     ),
 }
-BUDGET_S = {"cuda": 0.03, "cpu": 1.0}  # of one measurement
+BUDGET_S = {"cuda": 0.03, "cpu": 0.5}  # of one measurement
 QUICK_BUDGET_S = 0.01
 BANDWIDTH_BYTES = (2 << 30) - (1 << 20)  # PyTorch sums up to 2 GiB in one kernel
 QUICK_BANDWIDTH_BYTES = 128 << 20

@@ -120,7 +120,7 @@ def bench_prompt(run: Run, report: Report) -> None:
             prompt = Prompt(run, config)
             if prefill_us is None:
                 prefill_us = measure_prefill(
-                    prompt.shape, prompt.keys, prompt.values, run.timer, run.optional
+                    prompt.shape, prompt.keys, prompt.values, run.timer, run.attempt
                 )
             report.add(hash_encode_prompt(run, prompt))
             report.add(cache_append_prompt(run, prompt, prefill_us))

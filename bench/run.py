@@ -1,7 +1,8 @@
 """What the benchmarks of one run share: the device, its clock and bandwidth, and their columns."""
 
 import contextlib
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
 from rich.console import Console
@@ -13,6 +14,8 @@ from .grids import Plan
 from .inputs import Captured
 from .report import Row
 from .timing import Bandwidth, Timer, Timing, first_line
+
+MAX_FAILURE_S = 10.0
 
 
 @dataclass
@@ -29,6 +32,7 @@ class Run:
     ops: tuple[str, ...] = ()  # of the operators alone
     errors: list[str] = field(default_factory=list)
     _dense: dict[Shape, dict[str, float]] = field(default_factory=dict)
+    _given_up: set[str] = field(default_factory=set)
 
     def note(self, line: str) -> None:
         """Prints one line beside the progress bar."""
@@ -43,13 +47,22 @@ class Run:
             self.errors.append(f"{name}: {first_line(error)}")
             self.note(f"failed: {self.errors[-1]}")
 
-    @contextlib.contextmanager
-    def optional(self, rival: str) -> Iterator[None]:
-        """Notes in one line that a rival cannot run here; the run does not fail for it."""
+    def attempt(self, rival: str, where: object, measure: Callable[[], Timing]) -> Timing | None:
+        """Measures a rival that may not run here: one line says so, the run does not fail for it.
+
+        One whose failure took long, which a compilation does, is not tried again.
+        """
+        if rival in self._given_up:
+            return None
+        start = time.perf_counter()
         try:
-            yield
-        except Exception as error:  # not for this card, or its kernels do not compile
-            self.note(f"no {rival}: {first_line(error)}")
+            return measure()
+        except Exception as error:  # not for this card or shape, or its kernels do not compile
+            self.note(f"no {rival} for {where}: {first_line(error)}")
+            if time.perf_counter() - start > MAX_FAILURE_S:
+                self._given_up.add(rival)
+                self.note(f"no {rival} any more: its failure took too long")
+            return None
 
     def kv_pool(self, shape: Shape) -> KvPool:
         return KvPool(shape, self.timer, self.memory_limit, self.captured)
@@ -61,7 +74,7 @@ class Run:
         """Returns ``measure_dense`` of a shape, measured once in a run: it has no budget."""
         shape = replace(kv.shape, budget=PAPER_BUDGET)
         if shape not in self._dense:
-            self._dense[shape] = measure_dense(kv, self.timer, self.baselines, self.optional)
+            self._dense[shape] = measure_dense(kv, self.timer, self.baselines, self.attempt)
         return self._dense[shape]
 
     def row(

@@ -17,6 +17,7 @@ from bench.buffers import CodePool, KvPool
 from bench.cases import CONFIGS, Case, Shape
 from bench.checks import check_step
 from bench.inputs import Captured, repeat_to
+from bench.run import Run
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -216,3 +217,22 @@ def test_a_cpu_measures_no_grid_but_the_table():
 def test_a_tile_is_repeated_and_cut():
     assert repeat_to(torch.arange(3), 0, 7).tolist() == [0, 1, 2, 0, 1, 2, 0]
     assert repeat_to(torch.arange(3), -1, 2).tolist() == [0, 1]
+
+
+def test_a_rival_that_fails_slowly_is_not_tried_again(monkeypatch):
+    tried, notes = [], []
+    timer = timing.Timer(CPU, budget_s=0, cold=False)
+    shared = Run(None, timer, None, 0, None)
+    monkeypatch.setattr(shared, "note", notes.append)
+
+    def fail() -> timing.Timing:
+        tried.append(len(tried))
+        raise RuntimeError("does not compile\nbecause of this and that")
+
+    assert shared.attempt("FlashInfer", "a shape", fail) is None
+    monkeypatch.setattr("bench.run.MAX_FAILURE_S", -1.0)
+    assert shared.attempt("FlashInfer", "another", fail) is None
+    assert shared.attempt("FlashInfer", "a third", fail) is None
+    assert len(tried) == 2
+    assert notes[0] == "no FlashInfer for a shape: does not compile"
+    assert "any more" in notes[2]
