@@ -124,6 +124,27 @@ class Plan:
         cases = [Case(shape, config) for config in self.configs]
         return cases + [Case(shape, self.configs[1], page_size=16)] * (shape in self.paged)
 
+    def only(self, shapes: Sequence[str], codes: Sequence[str]) -> "Plan":
+        """Returns the plan without the steps and operators of other shapes and settings.
+
+        Raises:
+            ValueError: Nothing of what this plan has is named so.
+        """
+        every = [*self.shapes, *(shape for sweep in self.sweeps for shape in sweep.shapes)]
+        known = dict.fromkeys(str(shape) for shape in every)
+        for name in shapes:
+            check(name in known, "bench", "--shape", f"be one of {'; '.join(known)}", name)
+        sweeps = tuple(
+            replace(
+                sweep,
+                shapes=tuple(s for s in sweep.shapes if not shapes or str(s) in shapes),
+                configs=tuple(c for c in sweep.configs if not codes or c.name in codes),
+            )
+            for sweep in self.sweeps
+        )
+        chosen = tuple(s for s in self.shapes if not shapes or str(s) in shapes)
+        return replace(self, sweeps=sweeps, shapes=chosen)
+
 
 def plan_for(device: torch.device, grids: Sequence[str], quick: bool) -> Plan:
     """Returns the cases of ``grids`` on the device.

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
@@ -17,11 +17,13 @@ from hata.checks import check
 from . import decode, ops, variants
 from .baselines import Baselines
 from .capture import capture
+from .cases import CONFIGS
 from .grids import GRIDS, plan_for
 from .inputs import Captured
 from .options import (
     AppendOption,
     BaselinesOption,
+    CodesOption,
     DeviceOption,
     FileOption,
     FolderOption,
@@ -33,6 +35,7 @@ from .options import (
     QuickOption,
     ResultsDeviceOption,
     ResultsOption,
+    ShapeOption,
     check_output,
     check_rows,
     checked_device,
@@ -101,14 +104,14 @@ def measure_ops(
     append: AppendOption = False,
     memory_limit_gb: MemoryOption = None,
     op: OpOption = None,
+    shape: ShapeOption = None,
     baselines: BaselinesOption = Baselines.ALL,
     inputs: InputsOption = None,
 ) -> None:
     """Measures each operator alone, against generic ways to do the same."""
-    options = Options(
-        device, quick, output, append, memory_limit_gb, (), baselines, inputs, op or ()
-    )
-    measure("ops", ["ops"], options)
+    options = Options(device, quick, output, append, memory_limit_gb)
+    chosen = dict(baselines=baselines, inputs=inputs, ops=op or (), shapes=shape or ())
+    measure("ops", ["ops"], replace(options, **chosen))
 
 
 @app.command("decode")
@@ -119,12 +122,15 @@ def measure_decode(
     append: AppendOption = False,
     memory_limit_gb: MemoryOption = None,
     grid: GridOption = None,
+    shape: ShapeOption = None,
+    codes: CodesOption = None,
     baselines: BaselinesOption = Baselines.ALL,
     inputs: InputsOption = None,
 ) -> None:
     """Measures the whole decoding step against dense attention."""
-    options = Options(device, quick, output, append, memory_limit_gb, grid or (), baselines, inputs)
-    measure("decode", ["decode"], options)
+    options = Options(device, quick, output, append, memory_limit_gb)
+    chosen = dict(grids=grid or (), shapes=shape or (), codes=codes or ())
+    measure("decode", ["decode"], replace(options, **chosen, baselines=baselines, inputs=inputs))
 
 
 @app.command("variants")
@@ -201,6 +207,8 @@ def measure(command: str, names: list[str], options: Options) -> None:
     device = checked_device(options.device)
     grids = checked_names("--grid", options.grids, GRIDS, default=("table",))
     chosen_ops = checked_names("--op", options.ops, ops.OPS, default=ops.OPS)
+    codes = checked_names("--codes", options.codes, [config.name for config in CONFIGS], ())
+    plan = plan_for(device, grids, options.quick).only(options.shapes, codes)
     memory_limit = checked_memory_limit(options.memory_limit_gb, device)
     captured = Captured.load(options.inputs) if options.inputs else None
     quick = options.quick
@@ -221,7 +229,7 @@ def measure(command: str, names: list[str], options: Options) -> None:
     timer = Timer(device, QUICK_BUDGET_S if quick else BUDGET_S[device.type], cold=not quick)
     bandwidth = measure_bandwidth(timer, QUICK_BANDWIDTH_BYTES if quick else BANDWIDTH_BYTES)
     run = Run(
-        plan_for(device, grids, quick),
+        plan,
         timer,
         bandwidth,
         memory_limit,

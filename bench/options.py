@@ -52,6 +52,16 @@ GridOption = Annotated[
         "from 512 tokens until hata wins. docs/benchmarks.md says how long each takes.",
     ),
 ]
+ShapeOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--shape", help='Only this one, as it is printed: "8 x 32/8 x 128K"; may be repeated.'
+    ),
+]
+CodesOption = Annotated[
+    list[str] | None,
+    typer.Option("--codes", help="Only this setting: A, B or C; may be repeated."),
+]
 BaselinesOption = Annotated[
     Baselines,
     typer.Option(
@@ -92,16 +102,24 @@ class Options:
     baselines: Baselines = Baselines.ALL
     inputs: Path | None = None
     ops: Sequence[str] = ()
+    shapes: Sequence[str] = ()
+    codes: Sequence[str] = ()
 
     def words(self) -> list[str]:
         """Returns the options that decide what a row holds, as they are typed."""
         return [
             *["--quick"] * self.quick,
-            *(word for name in self.grids for word in ("--grid", name)),
-            *(word for name in self.ops for word in ("--op", name)),
+            *repeated("--grid", self.grids),
+            *repeated("--op", self.ops),
+            *repeated("--shape", [f"'{name}'" for name in self.shapes]),
+            *repeated("--codes", self.codes),
             *["--baselines", self.baselines.value] * (self.baselines is not Baselines.ALL),
             *(["--inputs", self.inputs.name] if self.inputs else []),
         ]
+
+
+def repeated(option: str, values: Sequence[str]) -> list[str]:
+    return [word for value in values for word in (option, value)]
 
 
 def checked_names(

@@ -85,6 +85,15 @@ def test_groups_change_the_query_heads_alone():
     assert all(v.case.num_bytes == v.reference.num_bytes for v in groups)
 
 
+def test_one_shape_and_setting_can_be_measured_alone(tmp_path):
+    path = tmp_path / "decode.csv"
+    options = ["--grid", "figure5", "--shape", "2 x 8/2 x 2K", "--codes", "B"]
+    assert run("decode", *options, "--output", str(path)) == 0
+    (row,) = rows(path)
+    assert (row["batch"], row["num_kv_heads"], row["num_bits"]) == ("2", "2", "64")
+    assert row["command"].endswith("--grid figure5 --shape '2 x 8/2 x 2K' --codes B")
+
+
 @pytest.mark.parametrize("name", sorted(grids.GRIDS))
 def test_every_grid_runs_small(name, tmp_path):
     path = tmp_path / "decode.csv"
@@ -198,6 +207,8 @@ def test_rows_say_which_inputs_they_had(captured_file, tmp_path):
     [
         (["decode", "--grid", "all"], "--grid must be one of table, figure5, budget, crossover"),
         (["ops", "--op", "attention"], "--op must be one of prompt, encode_query"),
+        (["decode", "--codes", "D"], "--codes must be one of A, B, C, got D"),
+        (["decode", "--shape", "8 x 8"], "--shape must be one of 1 x 8/2 x 2K, got 8 x 8"),
         (["decode", "--inputs", "missing"], "--inputs must be a file of hata bench capture"),
         (["decode", "--inputs", __file__], "--inputs must be safetensors"),
         (["decode", "--baselines", "some"], "--baselines"),
