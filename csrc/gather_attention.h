@@ -23,19 +23,23 @@ struct GatherAttentionParams {
   float* lse;              // [batch, q_len, num_heads], contiguous
   float* out_partial;      // workspace [num_splits, batch, q_len, num_heads, head_dim]
   float* lse_partial;      // workspace [num_splits, batch, q_len, num_heads]
+  bool may_use_clusters;   // sm_90: no workspace, and as many splits as fit in one cluster
+  // q, cache_seqlens and block_table were complete before the kernel before this one in the stream
+  // began; what it writes are indices and rows of the caches.
+  bool queries_are_ready;
 
   int64_t q_batch_stride, q_token_stride, q_head_stride;
 };
 
-// Enough blocks to fill a large GPU, each with at least kMinRowsPerSplit rows. It depends on the
-// shape alone, so that the same call gives the same result on every GPU.
-inline constexpr int kTargetBlocks = 264;  // two for each of an H100's 132 multiprocessors
+// Two blocks for each of an H100's 132 multiprocessors, with at least kMinRowsPerSplit rows each.
+// It depends on the shape alone, so that the same call gives the same result on every GPU.
+inline constexpr int kTargetBlocks = 264;
 inline constexpr int kMinRowsPerSplit = 64;
 inline constexpr int kMaxSplits = 32;
 
 constexpr int gather_num_splits(int64_t num_pairs, int top_k) {
   if (num_pairs <= 0) return 1;
-  const int64_t wanted = (kTargetBlocks + num_pairs - 1) / num_pairs;
+  const int64_t wanted = kTargetBlocks / num_pairs;
   const int64_t useful = (top_k + kMinRowsPerSplit - 1) / kMinRowsPerSplit;
   const int64_t splits = wanted < useful ? wanted : useful;
   return static_cast<int>(splits < 1 ? 1 : (splits < kMaxSplits ? splits : kMaxSplits));

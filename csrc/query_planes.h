@@ -1,5 +1,7 @@
 #pragma once
 
+#include <bit>
+
 // A query token and KV head become one integer vector c, and score[t] = sum_i c_i b_i(t). The
 // vector is held as bit planes with positive integer weights w_p: c_i = sum_p w_p s_p,i with s = +1
 // for a set bit and -1 for a clear one. So
@@ -23,9 +25,7 @@ constexpr int plane_weight_sum(int query_bits, int group_size) {
 }
 
 constexpr int num_planes(int weight_sum) {
-  int planes = 0;
-  while ((weight_sum >> planes) != 0) ++planes;
-  return planes;
+  return std::bit_width(static_cast<unsigned>(weight_sum));
 }
 
 constexpr int plane_weight(int plane, int weight_sum) {

@@ -42,6 +42,8 @@ GatherAttentionParams gather_attention_params(const ArgumentChecks& check, const
       .lse = nullptr,
       .out_partial = nullptr,
       .lse_partial = nullptr,
+      .may_use_clusters = true,
+      .queries_are_ready = false,
       .q_batch_stride = q.stride(0),
       .q_token_stride = q.stride(1),
       .q_head_stride = q.stride(2),

@@ -4,11 +4,9 @@
 
 namespace hata {
 
-// The sum over the threads before this one, and in `total` over the whole block of kThreads.
-template <int kThreads>
-__device__ uint32_t block_exclusive_scan(uint32_t value, uint32_t& total) {
-  constexpr int kWarps = kThreads / kWarpSize;
-  __shared__ uint32_t warp_sums[kWarps];
+// The sum over the threads before this one, and in `total` over the whole block.
+__device__ inline uint32_t block_exclusive_scan(uint32_t value, uint32_t& total) {
+  __shared__ uint32_t warp_sums[kWarpSize];
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
   uint32_t inclusive = value;
 #pragma unroll
@@ -19,7 +17,7 @@ __device__ uint32_t block_exclusive_scan(uint32_t value, uint32_t& total) {
   __syncthreads();  // the last scan's sums have been read
   if (lane == kWarpSize - 1) warp_sums[warp] = inclusive;
   __syncthreads();
-  uint32_t warp_sum = lane < kWarps ? warp_sums[lane] : 0;
+  uint32_t warp_sum = lane * kWarpSize < blockDim.x ? warp_sums[lane] : 0;
 #pragma unroll
   for (int offset = 1; offset < kWarpSize; offset *= 2) {
     const uint32_t other = __shfl_up_sync(kFullMask, warp_sum, offset);

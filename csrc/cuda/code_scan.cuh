@@ -2,63 +2,313 @@
 
 #include <cuda_fp16.h>
 
-#include "hamming_score.h"
+#include "cuda/mma.cuh"
+#include "cuda/mma_binary.cuh"
+#include "paged_cache.h"
 #include "query_planes.h"
-#include "selection.h"
 
 // Loading codes and counting their matches with query planes, shared by every kernel that scans.
 namespace hata {
 
+// The codes of consecutive positions that one thread loads and scores: 8 words or less, and two
+// positions or more, because a thread of a binary product owns two rows. Words are in the order of
+// the products' operands: of each pair of positions the first words, the second words, and so on.
 template <int kNumWords>
-struct Code {
-  uint32_t words[kNumWords];
+struct CodeUnit {
+  static constexpr int kTokens = kNumWords == 1 ? 4 : 2;
+  static constexpr int kWords = kTokens * kNumWords;
+  uint32_t words[kWords];  // 0 where there is no key
+
+  // The place of word w of position t.
+  static constexpr int place(int t, int w) { return t / 2 * 2 * kNumWords + 2 * w + t % 2; }
+
+  __device__ __forceinline__ void load(const uint32_t* from) {
+    constexpr int kPiece = kWords % 4 == 0 ? 4 : 2;  // words of one load
+#pragma unroll
+    for (int i = 0; i < kWords; i += kPiece) {
+      uint32_t piece[kPiece];
+      if constexpr (kPiece == 4) {
+        const uint4 loaded = __ldg(reinterpret_cast<const uint4*>(from + i));
+        piece[0] = loaded.x, piece[1] = loaded.y, piece[2] = loaded.z, piece[3] = loaded.w;
+      } else {
+        const uint2 loaded = __ldg(reinterpret_cast<const uint2*>(from + i));
+        piece[0] = loaded.x, piece[1] = loaded.y;
+      }
+#pragma unroll
+      for (int w = 0; w < kPiece; ++w) {
+        words[place((i + w) / kNumWords, (i + w) % kNumWords)] = piece[w];
+      }
+    }
+  }
 };
 
-template <int kNumWords>
-__device__ __forceinline__ Code<kNumWords> load_code(const uint32_t* from) {
-  Code<kNumWords> code;
-  if constexpr (kNumWords % 4 == 0) {
-#pragma unroll
-    for (int w = 0; w < kNumWords; w += 4) {
-      const uint4 piece = __ldg(reinterpret_cast<const uint4*>(from + w));
-      code.words[w] = piece.x, code.words[w + 1] = piece.y;
-      code.words[w + 2] = piece.z, code.words[w + 3] = piece.w;
-    }
-  } else if constexpr (kNumWords % 2 == 0) {
-#pragma unroll
-    for (int w = 0; w < kNumWords; w += 2) {
-      const uint2 piece = __ldg(reinterpret_cast<const uint2*>(from + w));
-      code.words[w] = piece.x, code.words[w + 1] = piece.y;
-    }
-  } else {
-#pragma unroll
-    for (int w = 0; w < kNumWords; ++w) code.words[w] = __ldg(from + w);
+// A warp's worth of units, contiguous in the sequence: unit i of a lane begins at position
+// first + (32 i + lane) kTokens.
+template <int kNumWords, bool kNorms, int kUnits>
+struct CodeChunk {
+  using Unit = CodeUnit<kNumWords>;
+  static constexpr int kPositions = kUnits * Unit::kTokens * kWarpSize;
+  Unit units[kUnits];
+  uint32_t norms[kNorms ? kUnits * Unit::kTokens / 2 : 1];  // pairs of float16
+
+  __device__ static int position_of(int first, int i) {
+    return first + (i * kWarpSize + static_cast<int>(threadIdx.x) % kWarpSize) * Unit::kTokens;
   }
-  return code;
+};
+
+// Reads the codes and norms of one sequence and KV head.
+template <int kNumWords>
+class CodeReader {
+ public:
+  using Unit = CodeUnit<kNumWords>;
+
+  __device__ CodeReader(const PageTable& table, const CodeCache& cache, int batch_idx,
+                        int kv_head_idx)
+      : table_(table),
+        cache_(cache),
+        codes_(cache.codes + kv_head_idx * cache.code_head_stride),
+        norms_(cache.norms + kv_head_idx * cache.norm_head_stride),
+        batch_idx_(batch_idx),
+        one_page_(table.max_pages == 1) {
+    const bool codes_aligned = reinterpret_cast<uintptr_t>(cache.codes) % 16 == 0 &&
+                               cache.code_page_stride % 4 == 0 && cache.code_head_stride % 4 == 0;
+    const bool norms_aligned = reinterpret_cast<uintptr_t>(cache.norms) % 4 == 0 &&
+                               cache.norm_page_stride % 2 == 0 && cache.norm_head_stride % 2 == 0;
+    whole_ = (table.page_mask + 1u) % Unit::kTokens == 0 && codes_aligned && norms_aligned;
+    if (one_page_) {  // a contiguous cache: its page need not be looked up again
+      const int page = page_of(table, batch_idx, 0);
+      whole_ = whole_ && page >= 0;
+      codes_ = page < 0 ? nullptr : codes_ + page * cache.code_page_stride;
+      norms_ += page * cache.norm_page_stride;
+    }
+  }
+
+  // Whether load_whole may be used: every unit of the sequence lies in one page and is aligned.
+  __device__ bool has_whole_units() const { return whole_; }
+
+  // A chunk that lies within the sequence.
+  template <bool kNorms, int kUnits>
+  __device__ __forceinline__ void load_whole(CodeChunk<kNumWords, kNorms, kUnits>& chunk,
+                                             int first) const {
+    using Chunk = CodeChunk<kNumWords, kNorms, kUnits>;
+    if (one_page_) {
+      const int position = Chunk::position_of(first, 0);
+      const uint32_t* code = codes_ + int64_t{position} * kNumWords;
+#pragma unroll
+      for (int i = 0; i < kUnits; ++i) {
+        chunk.units[i].load(code + i * kWarpSize * Unit::kWords);
+      }
+      if constexpr (kNorms) {
+#pragma unroll
+        for (int i = 0; i < kUnits; ++i) {
+          load_norms<kUnits>(chunk, i, norms_ + position + i * kWarpSize * Unit::kTokens);
+        }
+      }
+      return;
+    }
+#pragma unroll
+    for (int i = 0; i < kUnits; ++i) {
+      const int position = Chunk::position_of(first, i);
+      const int page = page_of(table_, batch_idx_, position);
+      chunk.units[i] = {};
+      if constexpr (kNorms) {
+        for (int t = 0; t < Unit::kTokens / 2; ++t) chunk.norms[i * Unit::kTokens / 2 + t] = 0;
+      }
+      if (page < 0) continue;
+      const int row = row_of(table_, position);
+      chunk.units[i].load(codes_ + page * cache_.code_page_stride + int64_t{row} * kNumWords);
+      if constexpr (kNorms) {
+        load_norms<kUnits>(chunk, i, norms_ + page * cache_.norm_page_stride + row);
+      }
+    }
+  }
+
+  // One unit of any sequence; codes and norms of positions from `end` on are 0.
+  template <bool kNorms>
+  __device__ __forceinline__ void load_part(CodeChunk<kNumWords, kNorms, 1>& chunk, int first,
+                                            int end) const {
+    chunk = {};
+    const int position = chunk.position_of(first, 0);
+#pragma unroll
+    for (int t = 0; t < Unit::kTokens; ++t) {
+      const uint32_t* code = position + t < end ? code_address(position + t) : nullptr;
+      if (code == nullptr) continue;
+#pragma unroll
+      for (int w = 0; w < kNumWords; ++w) {
+        chunk.units[0].words[Unit::place(t, w)] = __ldg(code + w);
+      }
+      if constexpr (kNorms) {
+        chunk.norms[t / 2] |= uint32_t{__ldg(norm_address(position + t))} << t % 2 * 16;
+      }
+    }
+  }
+
+  // Brings the codes and norms of kPositions positions from `first` on, those before `end`, into
+  // L2, by a warp.
+  template <bool kNorms, int kPositions>
+  __device__ __forceinline__ void prefetch(int first, int end) const {
+    constexpr int kLine = 128;  // bytes
+    prefetch_lines<kPositions, kLine / (4 * kNumWords)>(
+        first, end, [&](int position) -> const void* { return code_address(position); });
+    if constexpr (kNorms) {
+      prefetch_lines<kPositions, kLine / 2>(
+          first, end, [&](int position) -> const void* { return norm_address(position); });
+    }
+  }
+
+  // Where a position's code and norm are; null where its page does not exist.
+  __device__ __forceinline__ const uint32_t* code_address(int position) const {
+    if (one_page_) return codes_ == nullptr ? nullptr : codes_ + int64_t{position} * kNumWords;
+    const int page = page_of(table_, batch_idx_, position);
+    return page < 0 ? nullptr
+                    : codes_ + page * cache_.code_page_stride +
+                          int64_t{row_of(table_, position)} * kNumWords;
+  }
+  __device__ __forceinline__ const uint16_t* norm_address(int position) const {
+    if (one_page_) return codes_ == nullptr ? nullptr : norms_ + position;
+    const int page = page_of(table_, batch_idx_, position);
+    return page < 0 ? nullptr : norms_ + page * cache_.norm_page_stride + row_of(table_, position);
+  }
+
+ private:
+  template <int kPositions, int kPerLine, typename Address>
+  __device__ __forceinline__ static void prefetch_lines(int first, int end,
+                                                        const Address& address) {
+    constexpr int kLines = (kPositions + kPerLine - 1) / kPerLine;
+    const int lane = threadIdx.x % kWarpSize;
+#pragma unroll
+    for (int line = 0; line < kLines; line += kWarpSize) {
+      const int position = first + (line + lane) * kPerLine;
+      if (line + lane >= kLines || position >= end) continue;
+      const void* from = address(position);
+      if (from != nullptr) asm volatile("prefetch.global.L2 [%0];" ::"l"(from));
+    }
+  }
+
+  template <int kUnits>
+  __device__ __forceinline__ static void load_norms(CodeChunk<kNumWords, true, kUnits>& chunk,
+                                                    int i, const uint16_t* from) {
+#pragma unroll
+    for (int t = 0; t < Unit::kTokens / 2; ++t) {
+      chunk.norms[i * Unit::kTokens / 2 + t] = __ldg(reinterpret_cast<const uint32_t*>(from) + t);
+    }
+  }
+
+  const PageTable& table_;
+  const CodeCache& cache_;
+  const uint32_t* codes_;  // of the KV head; of a contiguous cache, of the sequence
+  const uint16_t* norms_;
+  int batch_idx_;
+  bool one_page_;
+  bool whole_;
+};
+
+// The products take planes two at a time.
+constexpr int padded_planes(int num_planes) {
+  return (num_planes + 1) / 2 * 2;
 }
 
-// matches[i] = sum_p w_p (num_bits - popcount(codes[i] ^ plane_p)), for planes [num_planes,
-// kNumWords] in shared memory. A plane is read once for all the codes.
-template <int kNumWords, int kCodes>
-__device__ __forceinline__ void count_matches(const Code<kNumWords> (&codes)[kCodes],
-                                              const uint32_t* planes, int num_planes,
-                                              int weight_sum, int (&matches)[kCodes]) {
-#pragma unroll
-  for (int& m : matches) m = weight_sum * kNumWords * kWordBits;
-  int weight = 1;
-  for (int p = 0; p < num_planes; ++p) {
-    if (p == num_planes - 1) weight = weight_sum - (weight - 1);
-    uint32_t plane[kNumWords];
-#pragma unroll
-    for (int w = 0; w < kNumWords; ++w) plane[w] = planes[p * kNumWords + w];
-#pragma unroll
-    for (int i = 0; i < kCodes; ++i) {
-      int differing = 0;
-#pragma unroll
-      for (int w = 0; w < kNumWords; ++w) differing += __popc(codes[i].words[w] ^ plane[w]);
-      matches[i] -= weight * differing;
+// The weights of the planes in shared memory, those of a product's two planes together; 0 past the
+// last plane.
+struct PlaneWeights {
+  int2 pairs[kMaxPlanes / 2];
+
+  // By kMaxPlanes threads.
+  __device__ void set(int weight_sum, int thread) {
+    const int planes = num_planes(weight_sum);
+    if (thread < kMaxPlanes) {
+      reinterpret_cast<int*>(pairs)[thread] =
+          thread < planes ? plane_weight(thread, weight_sum) : 0;
     }
-    weight *= 2;
+  }
+};
+
+// The planes of one query token in shared memory, as the scan reads them. `rows` is what
+// plane_rows() gave this thread; base = sum_p w_p (num_bits - popcount(plane_p)).
+struct ScanPlanes {
+  const uint32_t* rows;
+  const PlaneWeights& weights;
+  int weight_sum;
+  int num_planes;
+  int base;
+};
+
+// Where a thread reads its column of the products. Column n = lane / 4 holds a plane of parity
+// n % 2 where the words of quad member n / 2 are not zero; elsewhere it reads `zeros`, which is as
+// large as `planes` [padded_planes, kNumWords].
+template <int kNumWords>
+__device__ __forceinline__ const uint32_t* plane_rows(const uint32_t* planes,
+                                                      const uint32_t* zeros) {
+  const int lane = threadIdx.x % kWarpSize;
+  return (lane / 8 == lane % 4 ? planes : zeros) + lane / 4 % 2 * kNumWords;
+}
+
+// ScanPlanes::base, by a whole warp.
+template <int kNumWords>
+__device__ int plane_base(const uint32_t* rows, int weight_sum) {
+  int base = 0;
+  for (int i = threadIdx.x % kWarpSize; i < num_planes(weight_sum) * kNumWords; i += kWarpSize) {
+    base += plane_weight(i / kNumWords, weight_sum) * (kWordBits - __popc(rows[i]));
+  }
+  return __reduce_add_sync(kFullMask, base);
+}
+
+// Adds w_p popcount(k & s_p) of planes 2 tile and 2 tile + 1 for every position of the units.
+template <int kNumWords, int kUnits>
+__device__ __forceinline__ void count_tile(const CodeUnit<kNumWords> (&units)[kUnits],
+                                           const ScanPlanes& planes, int tile,
+                                           int (&common)[kUnits * CodeUnit<kNumWords>::kTokens]) {
+  using Unit = CodeUnit<kNumWords>;
+  uint32_t b[kNumWords];
+#pragma unroll
+  for (int w = 0; w < kNumWords; ++w) b[w] = planes.rows[tile * 2 * kNumWords + w];
+  const int2 weight = planes.weights.pairs[tile];
+#pragma unroll
+  for (int i = 0; i < kUnits * Unit::kTokens; i += 2) {
+    const uint32_t* words = units[i / Unit::kTokens].words + i % Unit::kTokens * kNumWords;
+    int counts[4] = {};
+#pragma unroll
+    for (int w = 0; w + 1 < kNumWords; w += 2) {
+      mma_m16n8k256(counts, {words[2 * w], words[2 * w + 1], words[2 * w + 2], words[2 * w + 3]},
+                    {b[w], b[w + 1]});
+    }
+    if constexpr (kNumWords % 2 == 1) {
+      mma_m16n8k128(counts, {words[2 * kNumWords - 2], words[2 * kNumWords - 1]}, b[kNumWords - 1]);
+    }
+    common[i] += weight.x * counts[0] + weight.y * counts[1];
+    common[i + 1] += weight.x * counts[2] + weight.y * counts[3];
+  }
+}
+
+// matches[i] = sum_p w_p (num_bits - popcount(code_i ^ plane_p)) for every position of the units,
+// by a whole warp. popcount(k ^ s) = popcount(k) + popcount(s) - 2 popcount(k & s), and the binary
+// product counts k & s: its 16 rows are the keys of eight quads, two a thread, and of its columns
+// the pair 2c, 2c + 1 holds two planes where only the words of quad member c are not zero. So each
+// thread is given the counts of its own keys.
+template <int kNumWords, int kUnits>
+__device__ __forceinline__ void count_matches(
+    const CodeUnit<kNumWords> (&units)[kUnits], const ScanPlanes& planes,
+    int (&matches)[kUnits * CodeUnit<kNumWords>::kTokens]) {
+  using Unit = CodeUnit<kNumWords>;
+  constexpr int kTokens = kUnits * Unit::kTokens;
+  int common[kTokens] = {};                                // sum_p w_p popcount(k & s_p)
+  if (planes.num_planes == 3 || planes.num_planes == 4) {  // query_bits 3 and 4, groups 4 to 15
+    count_tile(units, planes, 0, common);
+    count_tile(units, planes, 1, common);
+  } else {
+#pragma unroll 1
+    for (int tile = 0; 2 * tile < planes.num_planes; ++tile) {
+      count_tile(units, planes, tile, common);
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < kTokens; ++i) {
+    int set = 0;
+#pragma unroll
+    for (int w = 0; w < kNumWords; ++w) {
+      set += __popc(units[i / Unit::kTokens].words[Unit::place(i % Unit::kTokens, w)]);
+    }
+    matches[i] = planes.base - planes.weight_sum * set + 2 * common[i];
   }
 }
 

@@ -1,12 +1,19 @@
 #include "decode_step.h"
 
+#include "cuda/score_select_cluster.h"
+
 namespace hata {
 
 void decode_step_cuda(const DecodeStepParams& params, CudaStream stream) {
-  cache_append_cuda(params.append, stream);
-  encode_query_cuda(params.encode, stream);
-  score_select_cuda(params.select, stream);
-  gather_attention_cuda(params.attend, stream);
+  const bool may_fuse = params.select.algorithm != ScoreSelectAlgorithm::kTwoKernels;
+  if (!may_fuse || !encode_score_select_cluster(params, stream)) {
+    cache_append_cuda(params.append, stream);
+    encode_query_cuda(params.encode, stream);
+    score_select_cuda(params.select, stream);
+  }
+  GatherAttentionParams attend = params.attend;
+  attend.queries_are_ready = true;
+  gather_attention_cuda(attend, stream);
 }
 
 }  // namespace hata

@@ -1,5 +1,8 @@
 #include "gather_attention.h"
 
+#include <cooperative_groups.h>
+
+#include <algorithm>
 #include <cmath>
 
 #include "cuda/attention_state.cuh"
@@ -11,49 +14,68 @@
 namespace hata {
 namespace {
 
-constexpr int kTileM = 16;  // query heads of a block: the rows of one matrix product
-constexpr int kTileN = 16;  // selected rows of one step of a warp
-constexpr int kStages = 2;  // steps in flight a warp
+constexpr int kTileM = 16;      // query heads of a block: the rows of one matrix product
+constexpr int kTileN = 16;      // selected rows of one step of a warp
+constexpr int kMaxStages = 3;   // steps in flight a warp
+constexpr int kMaxCluster = 8;  // splits, where one cluster has all of a (query token, KV head)
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
 
-// Shared memory: the queries, then for each warp kStages tiles of keys and of values. Rows are
+// Shared memory: the queries, then for each warp its stages' tiles of keys and of values. Rows are
 // padded by 16 bytes, an odd multiple of 16 in all, so that ldmatrix meets no bank conflict. At the
 // end the warps' partial results take the place of the tiles.
 template <int kHeadDim>
 struct Tile {
-  static constexpr int kWarps = kHeadDim <= 128 ? 4 : 2;  // under 99 KB, what most cards have
-  static constexpr int kThreads = kWarps * kWarpSize;
   static constexpr int kPitch = kHeadDim + 8;
   static constexpr int kElements = kTileN * kPitch;
   static constexpr int kQueryBytes = kTileM * kPitch * 2;
   static constexpr int kPartialPitch = kHeadDim + 4;
-  static constexpr int kStageBytes = kWarps * kStages * 2 * kElements * 2;
-  static constexpr int kPartialBytes = kWarps * kTileM * (kPartialPitch + 2) * 4;
-  static constexpr int kSharedBytes =
-      kQueryBytes + (kStageBytes > kPartialBytes ? kStageBytes : kPartialBytes);
+  static constexpr int shared_bytes(int warps, int stages) {
+    const int tiles = warps * stages * 2 * kElements * 2;
+    const int partials = warps * kTileM * (kPartialPitch + 2) * 4;
+    return kQueryBytes + (tiles > partials ? tiles : partials);
+  }
 };
 
-struct Row {
-  int64_t k_offset, v_offset;
-  bool valid;
+struct GatherParams : GatherAttentionParams {
+  int stages;       // 1 to kMaxStages
+  bool is_cluster;  // the splits of a block's queries are one cluster, which combines them
 };
 
-// The i-th selected row of a (sequence, query token, KV head), if its index is one that the token
-// sees and its page exists.
-__device__ Row row_at(const GatherAttentionParams& p, const int32_t* indices, int i, int end,
-                      int visible, int batch_idx, int kv_head_idx) {
-  const int position = i < end ? indices[i] : -1;
-  if (position < 0 || position >= visible) return {0, 0, false};
-  const int page = page_of(p.table, batch_idx, position);
-  if (page < 0) return {0, 0, false};
-  const int row = row_of(p.table, position);
-  return {page * p.cache.k_page_stride + row * p.cache.k_token_stride +
-              kv_head_idx * p.cache.k_head_stride,
-          page * p.cache.v_page_stride + row * p.cache.v_token_stride +
-              kv_head_idx * p.cache.v_head_stride,
-          true};
-}
+// Where the selected rows of one (sequence, query token, KV head) are.
+class RowLocator {
+ public:
+  __device__ RowLocator(const GatherAttentionParams& p, int batch_idx, int kv_head_idx, int visible)
+      : table_(p.table),
+        cache_(p.cache),
+        batch_idx_(batch_idx),
+        kv_head_idx_(kv_head_idx),
+        visible_(visible),
+        one_page_(p.table.max_pages == 1),
+        first_page_(one_page_ ? page_of(p.table, batch_idx, 0) : -1) {}
+
+  // Offsets of a position's key and value; false where the token does not see it or its page does
+  // not exist.
+  __device__ bool find(int position, int64_t& k_offset, int64_t& v_offset) const {
+    k_offset = v_offset = 0;
+    if (position < 0 || position >= visible_) return false;
+    const int page = one_page_ ? first_page_ : page_of(table_, batch_idx_, position);
+    if (page < 0) return false;
+    const int row = row_of(table_, position);
+    k_offset = page * cache_.k_page_stride + row * cache_.k_token_stride +
+               kv_head_idx_ * cache_.k_head_stride;
+    v_offset = page * cache_.v_page_stride + row * cache_.v_token_stride +
+               kv_head_idx_ * cache_.v_head_stride;
+    return true;
+  }
+
+ private:
+  const PageTable& table_;
+  const KvCache& cache_;
+  int batch_idx_, kv_head_idx_, visible_;
+  bool one_page_;
+  int first_page_;
+};
 
 // A warp's running softmax over its rows: for query heads r and r + 8 (r = lane / 4) the maximum
 // and the sum in base 2, and the unnormalized output in the layout of a matrix product's result.
@@ -128,18 +150,91 @@ __device__ void attend_tile(Accumulator<kHeadDim>& acc, const T* q, const T* k, 
   }
 }
 
+// Waits for the oldest of 1 to kMaxStages + 1 groups of copies.
+__device__ __forceinline__ void wait_for_oldest(int groups) {
+  static_assert(kMaxStages == 3);
+  switch (groups) {
+    case 1:
+      return cp_async_wait<0>();
+    case 2:
+      return cp_async_wait<1>();
+    case 3:
+      return cp_async_wait<2>();
+    default:
+      return cp_async_wait<3>();
+  }
+}
+
+// What a block's warps leave behind for the queries of a tile: the unnormalized output, the maximum
+// and the sum, in base 2.
+template <int kHeadDim, int kWarps>
+struct Partials {
+  float* out;  // [kWarps, kTileM, kPartialPitch]
+  float* max;  // [kWarps, kTileM]
+  float* sum;  // [kWarps, kTileM]
+
+  __device__ explicit Partials(char* shared)
+      : out(reinterpret_cast<float*>(shared)),
+        max(out + kWarps * kTileM * Tile<kHeadDim>::kPartialPitch),
+        sum(max + kWarps * kTileM) {}
+
+  __device__ void store(const Accumulator<kHeadDim>& acc) const {
+    const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      float total = acc.sum[i];
+      total += __shfl_xor_sync(kFullMask, total, 1);
+      total += __shfl_xor_sync(kFullMask, total, 2);
+      const int row = warp * kTileM + lane / 4 + i * 8;
+      if (lane % 4 == 0) {
+        max[row] = acc.max[i];
+        sum[row] = total;
+      }
+#pragma unroll
+      for (int n = 0; n < kHeadDim / 8; ++n) {
+        *reinterpret_cast<float2*>(out + row * Tile<kHeadDim>::kPartialPitch + n * 8 +
+                                   lane % 4 * 2) =
+            make_float2(acc.out[n][2 * i], acc.out[n][2 * i + 1]);
+      }
+    }
+  }
+};
+
+// One element of the union of several parts.
+struct MergedElement {
+  float max, sum, out;
+};
+
+// part(i) returns the maximum, sum and output of part i.
+template <int kMaxParts, typename Part>
+__device__ __forceinline__ MergedElement merge_parts(int num_parts, const Part& part) {
+  MergedElement parts[kMaxParts];
+  MergedElement merged = {-INFINITY, 0.0f, 0.0f};
+#pragma unroll
+  for (int i = 0; i < kMaxParts; ++i) {
+    parts[i] = i < num_parts ? part(i) : MergedElement{-INFINITY, 0.0f, 0.0f};
+    merged.max = fmaxf(merged.max, parts[i].max);
+  }
+#pragma unroll
+  for (int i = 0; i < kMaxParts; ++i) {
+    const float weight = parts[i].sum == 0.0f ? 0.0f : exp2f(parts[i].max - merged.max);
+    merged.sum += weight * parts[i].sum;
+    merged.out += weight * parts[i].out;
+  }
+  return merged;
+}
+
 // grid: (batch * q_len * num_kv_heads * num_splits, ceil_div(group, kTileM)). A block attends over
 // one split of the selected rows for up to 16 query heads of a group. Each warp takes every
-// kWarps-th tile of 16 rows and runs by itself, copying its next tile while it computes on this
-// one; the block then merges its warps.
-template <typename T, int kHeadDim>
-__global__ void __launch_bounds__(Tile<kHeadDim>::kThreads)
-    gather_attention_kernel(const __grid_constant__ GatherAttentionParams p) {
+// kWarps-th tile of 16 rows and runs by itself, with the copies of its next tiles under way while
+// it computes on this one; the block then merges its warps, and the cluster its blocks.
+template <typename T, int kHeadDim, int kWarps>
+__global__ void __launch_bounds__(kWarps* kWarpSize)
+    gather_attention_kernel(const __grid_constant__ GatherParams p) {
   using Tile = Tile<kHeadDim>;
-  constexpr int kWarps = Tile::kWarps, kThreads = Tile::kThreads;
+  constexpr int kThreads = kWarps * kWarpSize;
   extern __shared__ __align__(16) char shared[];
-  wait_for_previous_kernel();
-  let_next_kernel_launch();
+  if (!p.queries_are_ready) wait_for_previous_kernel();
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
   const int split = blockIdx.x % p.num_splits;
   const int64_t pair = blockIdx.x / p.num_splits;
@@ -149,14 +244,22 @@ __global__ void __launch_bounds__(Tile<kHeadDim>::kThreads)
   const int batch_idx = token / p.q_len, j = token % p.q_len;
   const int first_head = kv_head_idx * group_size + blockIdx.y * kTileM;
   const int num_rows_m = min(kTileM, (kv_head_idx + 1) * group_size - first_head);
-  const int visible = visible_len(seq_len_of(p.table, batch_idx), p.q_len, j);
   const int32_t* indices = p.indices + pair * p.top_k;
 
   T* q_tile = reinterpret_cast<T*>(shared);
   T* stages =
-      reinterpret_cast<T*>(shared + Tile::kQueryBytes) + warp * kStages * 2 * Tile::kElements;
+      reinterpret_cast<T*>(shared + Tile::kQueryBytes) + warp * p.stages * 2 * Tile::kElements;
   constexpr int kPieces = kHeadDim / 8;  // 16-byte pieces of a row
 
+  const int tiles = ceil_div(p.top_k, kTileN);
+  const int tiles_per_split = ceil_div(tiles, p.num_splits);
+  const int first_tile = split * tiles_per_split + warp;
+  const int end_tile = min(tiles, (split + 1) * tiles_per_split);
+  // The index that this lane looks at of a tile.
+  const auto index_of = [&](int tile) {
+    const int i = tile * kTileN + lane % kTileN;
+    return tile < end_tile && i < p.top_k ? indices[i] : -1;
+  };
   const T* q = static_cast<const T*>(p.q) + batch_idx * p.q_batch_stride + j * p.q_token_stride +
                first_head * p.q_head_stride;
   for (int i = threadIdx.x; i < kTileM * kPieces; i += kThreads) {
@@ -166,108 +269,130 @@ __global__ void __launch_bounds__(Tile<kHeadDim>::kThreads)
   }
   cp_async_commit();
 
-  const int tiles = ceil_div(p.top_k, kTileN);
-  const int tiles_per_split = ceil_div(tiles, p.num_splits);
-  const int first_tile = split * tiles_per_split;
-  const int end_tile = min(tiles, first_tile + tiles_per_split);
+  const RowLocator locator(p, batch_idx, kv_head_idx,
+                           visible_len(seq_len_of(p.table, batch_idx), p.q_len, j));
+  if (p.queries_are_ready) wait_for_previous_kernel();
+  let_next_kernel_launch();
+  int first_indices[kMaxStages];
+#pragma unroll
+  for (int s = 0; s < kMaxStages; ++s) {
+    first_indices[s] = s < p.stages ? index_of(first_tile + s * kWarps) : -1;
+  }
 
-  // Starts the copy of a tile and returns which of its 16 rows are valid.
-  const auto fetch = [&](int tile, int stage) -> unsigned {
-    unsigned valid_rows = 0;
-    if (tile < end_tile) {
-      const Row mine = row_at(p, indices, tile * kTileN + lane % kTileN, p.top_k, visible,
-                              batch_idx, kv_head_idx);
-      valid_rows = __ballot_sync(kFullMask, mine.valid) & 0xffffu;
-      if (valid_rows != 0) {
-        T* k_tile = stages + stage * 2 * Tile::kElements;
-        T* v_tile = k_tile + Tile::kElements;
+  // Starts the copy of a tile's rows and returns which of the 16 are valid.
+  const auto fetch = [&](int index, int stage) -> unsigned {
+    int64_t my_k_offset, my_v_offset;
+    const bool found = locator.find(index, my_k_offset, my_v_offset);
+    const unsigned valid_rows = __ballot_sync(kFullMask, found) & 0xffffu;
+    if (valid_rows != 0) {
+      T* k_tile = stages + stage * 2 * Tile::kElements;
+      T* v_tile = k_tile + Tile::kElements;
 #pragma unroll 4
-        for (int i = lane; i < kTileN * kPieces; i += kWarpSize) {
-          const int row = i / kPieces, piece = i % kPieces;
-          const int64_t k_offset = __shfl_sync(kFullMask, mine.k_offset, row);
-          const int64_t v_offset = __shfl_sync(kFullMask, mine.v_offset, row);
-          const bool valid = valid_rows >> row & 1u;
-          const int to = row * Tile::kPitch + piece * 8;
-          cp_async_16(k_tile + to, static_cast<const T*>(p.cache.k) + k_offset + piece * 8, valid);
-          cp_async_16(v_tile + to, static_cast<const T*>(p.cache.v) + v_offset + piece * 8, valid);
-        }
+      for (int i = lane; i < kTileN * kPieces; i += kWarpSize) {
+        const int row = i / kPieces, piece = i % kPieces;
+        const int64_t k_offset = __shfl_sync(kFullMask, my_k_offset, row);
+        const int64_t v_offset = __shfl_sync(kFullMask, my_v_offset, row);
+        const bool valid = valid_rows >> row & 1u;
+        const int to = row * Tile::kPitch + piece * 8;
+        cp_async_16(k_tile + to, static_cast<const T*>(p.cache.k) + k_offset + piece * 8, valid);
+        cp_async_16(v_tile + to, static_cast<const T*>(p.cache.v) + v_offset + piece * 8, valid);
       }
     }
     cp_async_commit();
     return valid_rows;
   };
 
+  uint64_t valid_rows = 0;  // 16 bits a stage
+#pragma unroll
+  for (int s = 0; s < kMaxStages; ++s) {
+    if (s < p.stages) valid_rows |= uint64_t{fetch(first_indices[s], s)} << s * 16;
+  }
+  int next_index = index_of(first_tile + p.stages * kWarps);
+  wait_for_oldest(p.stages + 1);  // the queries
+  __syncthreads();                // every thread's part of the queries is there
   Accumulator<kHeadDim> acc;
-  unsigned valid_rows = fetch(first_tile + warp, 0);
-  cp_async_wait<1>();
-  __syncthreads();  // every thread's part of the queries is there
   const float scale_log2 = p.softmax_scale * kLog2E;
-  for (int tile = first_tile + warp, step = 0; tile < end_tile; tile += kWarps, ++step) {
-    const unsigned next_valid_rows = fetch(tile + kWarps, (step + 1) % kStages);
-    cp_async_wait<1>();
+  for (int tile = first_tile, stage = 0; tile < end_tile; tile += kWarps) {
+    wait_for_oldest(p.stages);
     __syncwarp();
-    if (valid_rows != 0) {
-      const T* k_tile = stages + step % kStages * 2 * Tile::kElements;
-      attend_tile<T, kHeadDim>(acc, q_tile, k_tile, k_tile + Tile::kElements, valid_rows,
-                               scale_log2);
+    const unsigned valid = valid_rows >> stage * 16 & 0xffffu;
+    if (valid != 0) {
+      const T* k_tile = stages + stage * 2 * Tile::kElements;
+      attend_tile<T, kHeadDim>(acc, q_tile, k_tile, k_tile + Tile::kElements, valid, scale_log2);
     }
     __syncwarp();
-    valid_rows = next_valid_rows;
+    valid_rows &= ~(uint64_t{0xffff} << stage * 16);
+    valid_rows |= uint64_t{fetch(next_index, stage)} << stage * 16;
+    next_index = index_of(tile + (p.stages + 1) * kWarps);
+    stage = stage + 1 == p.stages ? 0 : stage + 1;
   }
   cp_async_wait<0>();
   __syncthreads();
 
-  // The warps' partial results: out [kWarps, kTileM, kPartialPitch], max and sum [kWarps, kTileM].
-  float* partial_out = reinterpret_cast<float*>(shared + Tile::kQueryBytes);
-  float* partial_max = partial_out + kWarps * kTileM * Tile::kPartialPitch;
-  float* partial_sum = partial_max + kWarps * kTileM;
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    acc.sum[i] += __shfl_xor_sync(kFullMask, acc.sum[i], 1);
-    acc.sum[i] += __shfl_xor_sync(kFullMask, acc.sum[i], 2);
-    const int row = warp * kTileM + lane / 4 + i * 8;
-    if (lane % 4 == 0) {
-      partial_max[row] = acc.max[i];
-      partial_sum[row] = acc.sum[i];
-    }
-#pragma unroll
-    for (int n = 0; n < kHeadDim / 8; ++n) {
-      *reinterpret_cast<float2*>(partial_out + row * Tile::kPartialPitch + n * 8 + lane % 4 * 2) =
-          make_float2(acc.out[n][2 * i], acc.out[n][2 * i + 1]);
-    }
-  }
+  const Partials<kHeadDim, kWarps> partials(shared + Tile::kQueryBytes);
+  partials.store(acc);
   __syncthreads();
 
   const int64_t num_rows = int64_t{p.table.batch} * p.q_len * p.num_heads;
   const int64_t first_row = token * p.num_heads + first_head;
+  const auto write = [&](int64_t row, int d, const MergedElement& merged) {
+    const bool empty = merged.sum == 0.0f;
+    static_cast<T*>(p.out)[row * kHeadDim + d] =
+        static_cast<T>(empty ? 0.0f : merged.out / merged.sum);
+    if (d == 0) p.lse[row] = empty ? -INFINITY : (merged.max + log2f(merged.sum)) * kLn2;
+  };
+  const auto place = [](int part, int m, int d) {
+    return (part * kTileM + m) * Tile::kPartialPitch + d;
+  };
   for (int i = threadIdx.x; i < num_rows_m * kHeadDim; i += kThreads) {
     const int m = i / kHeadDim, d = i % kHeadDim;
-    float max = -INFINITY, sum = 0.0f, out = 0.0f;
-#pragma unroll
-    for (int w = 0; w < kWarps; ++w) max = fmaxf(max, partial_max[w * kTileM + m]);
-#pragma unroll
-    for (int w = 0; w < kWarps; ++w) {
-      const int row = w * kTileM + m;
-      const float weight = partial_sum[row] == 0.0f ? 0.0f : exp2f(partial_max[row] - max);
-      sum += weight * partial_sum[row];
-      out += weight * partial_out[row * Tile::kPartialPitch + d];
-    }
-    out = sum == 0.0f ? 0.0f : out / sum;
-    const float lse = sum == 0.0f ? -INFINITY : (max + log2f(sum)) * kLn2;
-    const int64_t row = first_row + m;
+    const MergedElement merged = merge_parts<kWarps>(kWarps, [&](int w) -> MergedElement {
+      return {partials.max[w * kTileM + m], partials.sum[w * kTileM + m],
+              partials.out[place(w, m, d)]};
+    });
     if (p.num_splits == 1) {
-      static_cast<T*>(p.out)[row * kHeadDim + d] = static_cast<T>(out);
-      if (d == 0) p.lse[row] = lse;
+      write(first_row + m, d, merged);
+    } else if (p.is_cluster) {
+      partials.out[place(0, m, d)] = merged.out;  // read by this thread alone
     } else {
-      p.out_partial[(split * num_rows + row) * kHeadDim + d] = out;
-      if (d == 0) p.lse_partial[split * num_rows + row] = lse;
+      const int64_t row = split * num_rows + first_row + m;
+      const bool empty = merged.sum == 0.0f;
+      p.out_partial[row * kHeadDim + d] = empty ? 0.0f : merged.out / merged.sum;
+      if (d == 0) {
+        p.lse_partial[row] = empty ? -INFINITY : (merged.max + log2f(merged.sum)) * kLn2;
+      }
     }
   }
+#if __CUDA_ARCH__ >= 900
+  if (!p.is_cluster) return;
+  const cooperative_groups::cluster_group cluster = cooperative_groups::this_cluster();
+  __syncthreads();
+  // The maxima and sums of the warps become those of the block.
+  if (threadIdx.x < kTileM) {
+    const int m = threadIdx.x;
+    const MergedElement merged = merge_parts<kWarps>(kWarps, [&](int w) -> MergedElement {
+      return {partials.max[w * kTileM + m], partials.sum[w * kTileM + m], 0.0f};
+    });
+    partials.max[m] = merged.max;
+    partials.sum[m] = merged.sum;
+  }
+  cluster.sync();
+  for (int i = split * kThreads + threadIdx.x; i < num_rows_m * kHeadDim;
+       i += p.num_splits * kThreads) {
+    const int m = i / kHeadDim, d = i % kHeadDim;
+    write(first_row + m, d, merge_parts<kMaxCluster>(p.num_splits, [&](int block) -> MergedElement {
+            return {cluster.map_shared_rank(partials.max, block)[m],
+                    cluster.map_shared_rank(partials.sum, block)[m],
+                    cluster.map_shared_rank(partials.out, block)[place(0, m, d)]};
+          }));
+  }
+  cluster.sync();  // no block may leave while another reads its results
+#endif
 }
 
 // grid: batch * q_len * num_heads, one thread an element: merges the splits of a row.
 template <typename T>
-__global__ void combine_splits_kernel(const __grid_constant__ GatherAttentionParams p) {
+__global__ void combine_splits_kernel(const __grid_constant__ GatherParams p) {
   const int64_t num_rows = int64_t{p.table.batch} * p.q_len * p.num_heads;
   const int64_t row = blockIdx.x;
   wait_for_previous_kernel();
@@ -285,19 +410,73 @@ __global__ void combine_splits_kernel(const __grid_constant__ GatherAttentionPar
   if (threadIdx.x == 0) p.lse[row] = sum == 0.0f ? -INFINITY : max + logf(sum);
 }
 
+// Warps of a block, and how many blocks share the rows of one (query token, KV head).
+struct GatherShape {
+  int warps;
+  int splits;
+};
+
+constexpr int kFewWarps = 4, kManyWarps = 8;
+constexpr int kMinRowsPerWarp = kTileN;
+
 template <typename T, int kHeadDim>
-void launch(const GatherAttentionParams& p, CudaStream stream) {
+auto kernel_of(int warps) {
+  return warps == kManyWarps ? gather_attention_kernel<T, kHeadDim, kManyWarps>
+                             : gather_attention_kernel<T, kHeadDim, kFewWarps>;
+}
+
+constexpr int stages_for(int top_k, const GatherShape& shape) {
+  const int tiles = ceil_div(ceil_div(ceil_div(top_k, kTileN), shape.splits), shape.warps);
+  return tiles < kMaxStages ? tiles : kMaxStages;
+}
+
+// The shape with the most warps, each with rows to attend over, for which all clusters are resident
+// at once.
+template <typename T, int kHeadDim>
+GatherShape choose_shape(int64_t clusters, int top_k, const char* op) {
+  GatherShape best{kFewWarps, 1};
+  for (const int warps : {kFewWarps, kManyWarps}) {
+    const auto kernel = kernel_of<T, kHeadDim>(warps);
+    for (int splits = 1; splits <= kMaxCluster; ++splits) {
+      const int bytes = Tile<kHeadDim>::shared_bytes(warps, stages_for(top_k, {warps, splits}));
+      if (splits * warps > best.splits * best.warps &&
+          (splits - 1) * warps * kMinRowsPerWarp < top_k &&
+          allow_shared_memory(kernel, bytes, op) &&
+          clusters <= max_active_clusters(kernel, warps * kWarpSize, bytes, splits, op)) {
+        best = {warps, splits};
+      }
+    }
+  }
+  return best;
+}
+
+template <typename T, int kHeadDim>
+void launch(const GatherAttentionParams& params, CudaStream stream) {
   constexpr const char* kOp = "hata::gather_attention";
+  GatherParams p{params};
   const int64_t pairs = int64_t{p.table.batch} * p.q_len * p.cache.num_kv_heads;
+  const int tiles_m = ceil_div(p.num_heads / p.cache.num_kv_heads, kTileM);
   if (pairs == 0) return;
-  launch_kernel(gather_attention_kernel<T, kHeadDim>,
-                {.grid = dim3(static_cast<unsigned>(pairs * p.num_splits),
-                              ceil_div(p.num_heads / p.cache.num_kv_heads, kTileM)),
-                 .threads = Tile<kHeadDim>::kThreads,
-                 .shared_bytes = Tile<kHeadDim>::kSharedBytes,
+  GatherShape shape{kFewWarps, p.num_splits};
+  if (p.may_use_clusters && compiled_for_clusters(kernel_of<T, kHeadDim>(kFewWarps), kOp)) {
+    shape = choose_shape<T, kHeadDim>(pairs * tiles_m, p.top_k, kOp);
+    p.num_splits = shape.splits;
+    p.is_cluster = p.num_splits > 1;
+  }
+  const auto kernel = kernel_of<T, kHeadDim>(shape.warps);
+  p.stages = stages_for(p.top_k, shape);
+  while (p.stages > 1 &&
+         !allow_shared_memory(kernel, Tile<kHeadDim>::shared_bytes(shape.warps, p.stages), kOp)) {
+    --p.stages;
+  }
+  launch_kernel(kernel,
+                {.grid = dim3(static_cast<unsigned>(pairs * p.num_splits), tiles_m),
+                 .threads = shape.warps * kWarpSize,
+                 .shared_bytes = Tile<kHeadDim>::shared_bytes(shape.warps, p.stages),
+                 .cluster_size = p.is_cluster ? p.num_splits : 1,
                  .overlaps_previous = true},
                 stream, kOp, p);
-  if (p.num_splits == 1) return;
+  if (p.num_splits == 1 || p.is_cluster) return;
   const int64_t rows = int64_t{p.table.batch} * p.q_len * p.num_heads;
   launch_kernel(
       combine_splits_kernel<T>,

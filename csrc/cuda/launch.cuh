@@ -24,12 +24,41 @@ inline int device_attribute(cudaDeviceAttr attribute, const char* op) {
   return value;
 }
 
-// More dynamic shared memory than kernels have without asking.
+// Whether the device runs a version of the kernel that was compiled for GPUs with clusters (sm_90).
 template <typename Kernel>
-void allow_shared_memory(Kernel kernel, int bytes, const char* op) {
+bool compiled_for_clusters(Kernel kernel, const char* op) {
+  cudaFuncAttributes attributes;
+  cuda_check(cudaFuncGetAttributes(&attributes, kernel), op);
+  return attributes.ptxVersion >= 90;
+}
+
+// How many clusters of such blocks the device holds at once.
+template <typename Kernel>
+int max_active_clusters(Kernel kernel, int threads, int shared_bytes, int cluster_size,
+                        const char* op) {
+  cudaLaunchAttribute cluster;
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim.x = cluster_size;
+  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(cluster_size);
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared_bytes;
+  config.attrs = &cluster;
+  config.numAttrs = 1;
+  int clusters = 0;
+  cuda_check(cudaOccupancyMaxActiveClusters(&clusters, kernel, &config), op);
+  return clusters;
+}
+
+// Lets a kernel have that much dynamic shared memory; returns whether the device has as much.
+template <typename Kernel>
+bool allow_shared_memory(Kernel kernel, int bytes, const char* op) {
   constexpr int kWithoutAsking = 48 * 1024;
-  if (bytes <= kWithoutAsking) return;
+  if (bytes <= kWithoutAsking) return true;
+  if (bytes > device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, op)) return false;
   cuda_check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), op);
+  return true;
 }
 
 template <typename... Params, typename... Args>

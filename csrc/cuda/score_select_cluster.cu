@@ -1,27 +1,34 @@
 #include "cuda/score_select_cluster.h"
 
-#include <cooperative_groups.h>
+#include <algorithm>
 
-#include "cuda/block_scan.cuh"
+#include "cuda/cluster_cut.cuh"
+#include "cuda/cluster_encode.cuh"
+#include "cuda/cluster_output.cuh"
 #include "cuda/code_scan.cuh"
 #include "cuda/launch.cuh"
 #include "dispatch.h"
+#include "selection.h"
 
 namespace hata {
 namespace {
 
-constexpr int kThreads = 768;
+// Threads of a block: two blocks share a multiprocessor, or one has it to itself.
+constexpr int kFewThreads = 384, kManyThreads = 768;
+constexpr int kMaxGridY = 65535;
 constexpr int kMaxCluster = 8;        // the largest that every GPU with clusters schedules
 constexpr int kHistogramBins = 4096;  // of all query tokens together: 16 KB
-constexpr int kFineBins = 128;        // of the second histogram, one query token at a time
-// Keys of a block in shared memory; more go to the workspace.
-constexpr int kSharedKeys = 64 * 1024;
-constexpr int kBitmapPositions = 32 * 1024;  // compared with the cut at a time
+constexpr int kFineBins = 128;        // of the second histogram of a query token
+constexpr int kSliceAlignment = 32;   // positions: a word of the candidates' bits
+// Shared memory of a block for keys, and before that for hash weights: the most of which two blocks
+// fit, and the most there is.
+constexpr int kSharedKeyBytes = 80 * 1024;
+constexpr int kMostKeyBytes = 192 * 1024;
 
 // How 16-bit keys become bins: key >> shift, and where shift > 0 a second histogram of the low bits
 // of the keys in the bin at the cut.
 struct Bins {
-  int count;
+  int count;  // of one query token, a multiple of kGroupBins
   int shift;
 };
 
@@ -30,90 +37,27 @@ Bins bins_for(const ScoreSelectParams& p) {
                        ? 1 << 16
                        : p.weight_sum * p.code_cache.num_words * kWordBits + 1;
   Bins bins{keys, 0};
-  while (bins.count * p.q_len > kHistogramBins) {
+  while ((bins.count = ceil_div(ceil_div(keys, 1 << bins.shift), kGroupBins) * kGroupBins) *
+             p.q_len >
+         kHistogramBins) {
     ++bins.shift;
-    bins.count = ((keys - 1) >> bins.shift) + 1;
   }
   return bins;
 }
 
-// The bin that holds the `wanted`-th largest key of the cluster, and what the ordered output needs:
-// how many keys of the cluster lie in higher bins, and of the blocks before this one how many in
-// higher bins and how many in that bin.
-struct Cut {
-  uint32_t bin;
-  uint32_t above, ties;
-  uint32_t above_before, ties_before;
+struct ClusterParams {
+  ScoreSelectParams select;
+  bool encodes;  // the planes come from `encode`, not from select.planes, and `append` is done
+  EncodeQueryParams encode;
+  CacheAppendParams append;
+  int group;  // query heads of a KV head
+  Bins bins;
+  int key_bytes;  // of shared memory
 };
-
-struct Shared {
-  uint32_t planes[kMaxClusterTokens * kMaxPlanes * kMaxWords];
-  uint32_t histogram[kHistogramBins];  // [q_len, bins]
-  uint32_t fine[kFineBins];
-  uint32_t above_bits[kBitmapPositions / 32], tie_bits[kBitmapPositions / 32];
-  Cut cut;
-  alignas(16) uint16_t keys[kSharedKeys];  // [q_len, slice]
-};
-
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-
-namespace cg = cooperative_groups;
-
-constexpr int kSliceAlignment = 32;  // positions: a word of the bitmaps
-
-// histogram points at the same histogram in each block's shared memory. Every block of the cluster
-// calls it after a cluster barrier that follows the last count.
-__device__ Cut find_cut(const cg::cluster_group& cluster, Shared& shared, uint32_t* histogram,
-                        int num_bins, uint32_t wanted) {
-  const int rank = cluster.block_rank(), num_blocks = cluster.num_blocks();
-  // Sums one bin over the cluster, and over the blocks before this one.
-  const auto sum_bin = [&](int bin, uint32_t& total, uint32_t& before) {
-#pragma unroll 4
-    for (int block = 0; block < num_blocks; ++block) {
-      const uint32_t count = cluster.map_shared_rank(histogram, block)[bin];
-      total += count;
-      if (block < rank) before += count;
-    }
-  };
-  // Thread t looks at per_thread bins, thread 0 at the highest.
-  const int per_thread = ceil_div(num_bins, kThreads);
-  const int last = num_bins - 1 - static_cast<int>(threadIdx.x) * per_thread;
-  uint32_t total = 0, before = 0;
-  for (int bin = last; bin >= 0 && bin > last - per_thread; --bin) sum_bin(bin, total, before);
-  uint32_t all;
-  const uint32_t above = block_exclusive_scan<kThreads>(total, all);
-  const uint32_t above_before = block_exclusive_scan<kThreads>(before, all);
-  if (above < wanted && wanted <= above + total) {
-    shared.cut = {static_cast<uint32_t>(last), above, 0, above_before, 0};
-  }
-  __syncthreads();
-  // Of the thread's bins, one lane each, the one with the cut.
-  if (threadIdx.x < kWarpSize) {
-    static_assert(kHistogramBins <= kThreads * kWarpSize);
-    const Cut coarse = shared.cut;
-    const int lane = threadIdx.x, bin = static_cast<int>(coarse.bin) - lane;
-    uint32_t ties = 0, ties_before = 0;
-    if (lane < per_thread && bin >= 0) sum_bin(bin, ties, ties_before);
-    uint32_t bins_above = ties, before_above = ties_before;
-#pragma unroll
-    for (int offset = 1; offset < kWarpSize; offset *= 2) {
-      const uint32_t other = __shfl_up_sync(kFullMask, bins_above, offset);
-      const uint32_t other_before = __shfl_up_sync(kFullMask, before_above, offset);
-      if (lane >= offset) bins_above += other, before_above += other_before;
-    }
-    bins_above += coarse.above - ties;
-    before_above += coarse.above_before - ties_before;
-    __syncwarp();
-    if (bins_above < wanted && wanted <= bins_above + ties) {
-      shared.cut = {static_cast<uint32_t>(bin), bins_above, ties, before_above, ties_before};
-    }
-  }
-  __syncthreads();
-  return shared.cut;
-}
 
 // One block's part of a (sequence, KV head).
 struct Slice {
+  int64_t first_row;  // of the outputs: query token 0; the next token's is num_kv_heads later
   int batch_idx, kv_head_idx;
   int seq_len;
   int begin, end;     // positions
@@ -121,207 +65,295 @@ struct Slice {
   int64_t key_pitch;  // from one query token's keys to the next
 };
 
-// Where the code and the norm of a position are; null where its page does not exist.
-struct CodeAddress {
-  const uint32_t* code;
-  const uint16_t* norm;
+struct Shared {
+  Slice slice;
+  uint32_t histogram[kHistogramBins];  // [q_len, bins]
+  uint32_t groups[kHistogramBins / kGroupBins];
+  uint32_t fine[kMaxClusterTokens * kFineBins];
+  uint32_t fine_groups[kMaxClusterTokens * kFineBins / kGroupBins];
+  PlaneWeights weights;
+  alignas(8) uint32_t planes[kMaxClusterTokens * kMaxPlanes * kMaxWords];
+  alignas(8) uint32_t no_planes[kMaxPlanes * kMaxWords];  // zero
+  int bases[kMaxClusterTokens];
+  uint32_t largest[kMaxClusterTokens];
+  Cut cuts[kMaxClusterTokens];
+  union {
+    Candidates candidates;
+    float values[kMaxClusterTokens * kMaxWords * kWordBits];
+  };
 };
+constexpr int kKeyOffset = (sizeof(Shared) + 15) / 16 * 16;
 
-__device__ __forceinline__ CodeAddress address_of(const ScoreSelectParams& p, const Slice& slice,
-                                                  int position) {
-  const CodeCache& cache = p.code_cache;
-  const int page = page_of(p.table, slice.batch_idx, position);
-  if (page < 0) return {nullptr, nullptr};
-  const int64_t row = row_of(p.table, position);
-  return {cache.codes + page * cache.code_page_stride + slice.kv_head_idx * cache.code_head_stride +
-              row * cache.num_words,
-          cache.norms + page * cache.norm_page_stride + slice.kv_head_idx * cache.norm_head_stride +
-              row};
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+
+namespace cg = cooperative_groups;
+
+__device__ __forceinline__ int cluster_idx() {
+  int x;
+  asm("mov.u32 %0, %%clusterid.x;" : "=r"(x));
+  return x;
 }
 
-// Scores the slice for every query token: keys, and counts of those that compete (neither sink nor
-// recent) to the histogram.
-template <int kNumWords, bool kNorms>
-__device__ void scan_slice(const ScoreSelectParams& p, Shared& shared, const Slice& slice,
-                           const Bins& bins) {
-  // Codes narrower than 16 bytes are loaded several positions at a time where a page has as many.
-  constexpr int kPerLoad = kNorms ? 1 : (kNumWords == 1 ? 4 : (kNumWords == 2 ? 2 : 1));
-  constexpr int kLoads = kNumWords <= 4 ? 4 : 2;
-  constexpr int kCodes = kPerLoad * kLoads;
-  constexpr int kStride = kThreads * kPerLoad;  // positions from one load of a thread to the next
-  const int num_planes = hata::num_planes(p.weight_sum);
-  const CodeCache& cache = p.code_cache;
-  const bool whole_loads = (p.table.page_mask + 1u) % kPerLoad == 0 &&
-                           reinterpret_cast<uintptr_t>(cache.codes) % 16 == 0 &&
-                           cache.code_page_stride % 4 == 0 && cache.code_head_stride % 4 == 0;
-  // In a contiguous cache every position lies in the sequence's one page.
-  const bool one_page = p.table.max_pages == 1;
-  const CodeAddress page_start = address_of(p, slice, 0);
+constexpr int kPrefetchSteps = 2;  // of the scan, in flight ahead of it
 
-  for (int base = slice.begin + threadIdx.x * kPerLoad; base < slice.end;
-       base += kStride * kLoads) {
-    Code<kNumWords> codes[kCodes] = {};
-    uint16_t norms[kCodes] = {};
+// Units that a thread scores at a time: at most 64 bytes and eight positions, fewer with norms.
+constexpr int units_per_thread(int num_words, bool norms) {
+  return num_words == 2 && !norms ? 4 : (num_words <= 4 ? 2 : 1);
+}
+
+// Scores one chunk for every query token: keys, and counts of those that compete (neither sink nor
+// recent) to the histogram. All positions of a chunk that is no edge compete, for every token.
+template <bool kEdge, int kNumWords, bool kNorms, int kUnits>
+__device__ __forceinline__ void score_chunk(const ClusterParams& params, Shared& shared,
+                                            const Slice& slice, int num_planes,
+                                            const CodeChunk<kNumWords, kNorms, kUnits>& chunk,
+                                            int first_position) {
+  using Unit = CodeUnit<kNumWords>;
+  const ScoreSelectParams& p = params.select;
+  const int plane_pitch = padded_planes(num_planes) * kNumWords;
+  for (int j = 0; j < p.q_len; ++j) {
+    int matches[kUnits * Unit::kTokens];
+    count_matches(chunk.units,
+                  {plane_rows<kNumWords>(shared.planes + j * plane_pitch, shared.no_planes),
+                   shared.weights, p.weight_sum, num_planes, shared.bases[j]},
+                  matches);
+    const int position = chunk.position_of(first_position, 0);
+    uint16_t* keys = slice.keys + j * slice.key_pitch + (position - slice.begin);
+    uint32_t* histogram = shared.histogram + j * params.bins.count;
+    const int last = min(visible_len(slice.seq_len, p.q_len, j) - p.num_recent, slice.end);
 #pragma unroll
-    for (int load = 0; load < kLoads; ++load) {
-      const int position = base + load * kStride;
-      if (position >= slice.end) continue;
-      if (kPerLoad == 1 || whole_loads) {
-        CodeAddress from = one_page ? page_start : address_of(p, slice, position);
-        if (from.code == nullptr) continue;
-        if (one_page) {
-          from.code += int64_t{position} * kNumWords;
-          from.norm += position;
-        }
-        const Code<kPerLoad * kNumWords> wide = load_code<kPerLoad * kNumWords>(from.code);
+    for (int i = 0; i < kUnits * Unit::kTokens; i += 2) {
+      const int offset = i / Unit::kTokens * kWarpSize * Unit::kTokens + i % Unit::kTokens;
+      uint32_t pair[2];
 #pragma unroll
-        for (int i = 0; i < kPerLoad * kNumWords; ++i) {
-          codes[load * kPerLoad + i / kNumWords].words[i % kNumWords] = wide.words[i];
-        }
-        if constexpr (kNorms) norms[load] = __ldg(from.norm);
-      } else {
-        for (int i = 0; i < kPerLoad && position + i < slice.end; ++i) {
-          const CodeAddress from = address_of(p, slice, position + i);
-          if (from.code != nullptr) {
-            codes[load * kPerLoad + i] = load_code<kNumWords>(from.code);
-          }
-        }
-      }
-    }
-    for (int j = 0; j < p.q_len; ++j) {
-      int matches[kCodes];
-      count_matches(codes, shared.planes + j * num_planes * kNumWords, num_planes, p.weight_sum,
-                    matches);
-      const int first = p.num_sink;
-      const int last = min(visible_len(slice.seq_len, p.q_len, j) - p.num_recent, slice.end);
-      const bool all_compete = base >= first && base + (kLoads - 1) * kStride + kPerLoad <= last;
-      uint16_t* keys = slice.keys + j * slice.key_pitch + (base - slice.begin);
-      uint32_t* histogram = shared.histogram + j * bins.count;
-#pragma unroll
-      for (int i = 0; i < kCodes; ++i) {
-        const int offset = i / kPerLoad * kStride + i % kPerLoad;
-        if (!all_compete && (base + offset < first || base + offset >= last)) continue;
-        uint32_t key = matches[i];
+      for (int t = 0; t < 2; ++t) {
+        pair[t] = matches[i + t];
         if constexpr (kNorms) {
-          key = ordered_key_float16(
-              float16_score<kNumWords * kWordBits>(matches[i], p.weight_sum, norms[i]));
+          pair[t] = ordered_key_float16(float16_score<kNumWords * kWordBits>(
+              matches[i + t], p.weight_sum, static_cast<uint16_t>(chunk.norms[i / 2] >> t * 16)));
         }
-        keys[offset] = static_cast<uint16_t>(key);
-        atomicAdd(histogram + (key >> bins.shift), 1u);
       }
-    }
-  }
-}
-
-// Writes the selected positions of this slice in order: those above the cut, and of the ties all
-// but the first ties_to_skip of the cluster.
-__device__ void write_slice(Shared& shared, const Slice& slice, const uint16_t* keys, int first,
-                            int last, uint32_t cut_key, uint32_t above_before, uint32_t ties_before,
-                            uint32_t ties_to_skip, int32_t* indices) {
-  for (int begin = slice.begin; begin < slice.end; begin += kBitmapPositions) {
-    const int end = min(begin + kBitmapPositions, slice.end);
-    const int num_words = ceil_div(end - begin, 32);
-    // Bit i of byte b: does key 8 b + i compete and lie above the cut, or equal it?
-    for (int byte = threadIdx.x; byte < num_words * 4; byte += kThreads) {
-      const int position = begin + byte * 8;
-      const uint4 eight = *reinterpret_cast<const uint4*>(keys + (position - slice.begin));
-      const uint32_t pairs[] = {eight.x, eight.y, eight.z, eight.w};
-      uint32_t above = 0, ties = 0;
+      // Keys of positions that do not compete may be anything; positions here are even.
+      if (!kEdge || position + offset < last) {
+        *reinterpret_cast<uint32_t*>(keys + offset) = pair[0] | pair[1] << 16;
+      }
 #pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        const uint32_t key = i % 2 == 0 ? pairs[i / 2] & 0xffffu : pairs[i / 2] >> 16;
-        above |= static_cast<uint32_t>(key > cut_key) << i;
-        ties |= static_cast<uint32_t>(key == cut_key) << i;
-      }
-      const int skip = min(max(first - position, 0), 8);
-      const int stop = min(max(min(last, end) - position, 0), 8);
-      const uint32_t competing = (0xffu << skip) & ((1u << stop) - 1u);
-      reinterpret_cast<uint8_t*>(shared.above_bits)[byte] = above & competing;
-      reinterpret_cast<uint8_t*>(shared.tie_bits)[byte] = ties & competing;
-    }
-    __syncthreads();
-
-    const int words_per_thread = ceil_div(num_words, kThreads);
-    const int first_word = threadIdx.x * words_per_thread;
-    const int end_word = min(first_word + words_per_thread, num_words);
-    uint32_t counts = 0;  // above in the lower half, ties in the upper one
-    for (int word = first_word; word < end_word; ++word) {
-      counts += __popc(shared.above_bits[word]) + (__popc(shared.tie_bits[word]) << 16);
-    }
-    uint32_t total;
-    const uint32_t before = block_exclusive_scan<kThreads>(counts, total);
-    uint32_t num_above = above_before + (before & 0xffffu);
-    uint32_t num_ties = ties_before + (before >> 16);
-    for (int word = first_word; word < end_word; ++word) {
-      const uint32_t ties = shared.tie_bits[word];
-      for (uint32_t rest = shared.above_bits[word] | ties; rest != 0; rest &= rest - 1) {
-        const int i = __ffs(rest) - 1;
-        const bool tied = ties >> i & 1u;
-        if (!tied || num_ties >= ties_to_skip) {
-          const uint32_t ties_selected = num_ties > ties_to_skip ? num_ties - ties_to_skip : 0;
-          indices[num_above + ties_selected] = begin + word * 32 + i;
+      for (int t = 0; t < 2; ++t) {
+        const int mine = position + offset + t;
+        if (!kEdge || (mine >= p.num_sink && mine < last)) {
+          atomicAdd(histogram + (pair[t] >> params.bins.shift), 1u);
         }
-        num_above += !tied;
-        num_ties += tied;
       }
     }
-    above_before += total & 0xffffu;
-    ties_before += total >> 16;
-    __syncthreads();  // the bitmaps may be written again
   }
 }
 
-// grid: batch * num_kv_heads clusters. Each block of a cluster scans one slice of the sequence,
+// Scores the slice. What a warp reads next is on its way to L2 while it scores: that keeps more
+// bytes in flight than its registers could.
+template <int kNumWords, bool kNorms>
+__device__ void scan_slice(const ClusterParams& params, Shared& shared, const Slice slice) {
+  using Chunk = CodeChunk<kNumWords, kNorms, units_per_thread(kNumWords, kNorms)>;
+  const ScoreSelectParams& p = params.select;
+  const CodeReader<kNumWords> reader(p.table, p.code_cache, slice.batch_idx, slice.kv_head_idx);
+  const int num_planes = hata::num_planes(p.weight_sum);
+  // Of positions that the first query token sees, the last that compete.
+  const int last = visible_len(slice.seq_len, p.q_len, 0) - p.num_recent;
+  const int step = static_cast<int>(blockDim.x) / kWarpSize * Chunk::kPositions;
+  for (int first = slice.begin + threadIdx.x / kWarpSize * Chunk::kPositions; first < slice.end;
+       first += step) {
+    reader.template prefetch<kNorms, Chunk::kPositions>(first + kPrefetchSteps * step, slice.end);
+    const int stop = first + Chunk::kPositions;
+    if (reader.has_whole_units() && stop <= p.table.capacity) {
+      Chunk chunk;
+      reader.load_whole(chunk, first);
+      if (first >= p.num_sink && stop <= min(last, slice.end)) {
+        score_chunk<false>(params, shared, slice, num_planes, chunk, first);
+      } else {
+        score_chunk<true>(params, shared, slice, num_planes, chunk, first);
+      }
+    } else {
+      using Part = CodeChunk<kNumWords, kNorms, 1>;
+#pragma unroll 1
+      for (int part = first; part < min(stop, slice.end); part += Part::kPositions) {
+        Part chunk;
+        reader.load_part(chunk, part, slice.end);
+        score_chunk<true>(params, shared, slice, num_planes, chunk, part);
+      }
+    }
+  }
+}
+
+// The sums of the groups of a histogram of `num_bins` bins, by a whole block.
+__device__ void sum_groups(const uint32_t* histogram, int num_bins, uint32_t* groups) {
+  for (int bin = threadIdx.x; bin < num_bins; bin += blockDim.x) {
+    const uint32_t sum = __reduce_add_sync(kFullMask, histogram[bin]);
+    if (threadIdx.x % kWarpSize == 0) groups[bin / kGroupBins] = sum;
+  }
+}
+
+// The planes of all query tokens, in shared memory as the scan reads them.
+template <int kNumWords>
+__device__ void prepare_planes(const ClusterParams& params, Shared& shared, const EncodeTask& task,
+                               const EncodeScratch& scratch) {
+  const ScoreSelectParams& p = params.select;
+  const int num_planes = hata::num_planes(p.weight_sum);
+  const int token_words = num_planes * kNumWords;
+  const int pitch = padded_planes(num_planes) * kNumWords;
+  if (!params.encodes) {
+    for (int i = threadIdx.x; i < p.q_len * token_words; i += blockDim.x) {
+      const int j = i / token_words, word = i % token_words;
+      const int64_t row =
+          (int64_t{task.batch_idx} * p.q_len + j) * p.num_kv_heads + task.kv_head_idx;
+      shared.planes[j * pitch + word] = p.planes[row * token_words + word];
+    }
+  } else if (params.encode.dtype == DType::kBFloat16) {
+    encode_and_append<__nv_bfloat16>(task, scratch, shared.values, shared.largest, shared.bases,
+                                     shared.planes, pitch);
+  } else {
+    encode_and_append<__half>(task, scratch, shared.values, shared.largest, shared.bases,
+                              shared.planes, pitch);
+  }
+  __syncthreads();
+  if (params.encodes) return;
+  const int warp = threadIdx.x / kWarpSize;
+  static_assert(kMaxClusterTokens <= kFewThreads / kWarpSize);
+  if (warp < p.q_len) {
+    shared.bases[warp] = plane_base<kNumWords>(shared.planes + warp * pitch, p.weight_sum);
+  }
+  __syncthreads();
+}
+
+// grid: (batch clusters, num_kv_heads). Each block of a cluster scans one slice of the sequence,
 // keeping 16-bit keys and a histogram of them; the cluster adds up its histograms, finds the key of
 // the last selected position, and each block writes its part of the indices, in order.
 template <int kNumWords, bool kNorms>
-__global__ void __launch_bounds__(kThreads)
-    score_select_kernel(const __grid_constant__ ScoreSelectParams p, const Bins bins) {
+__global__ void __launch_bounds__(kManyThreads, 1)
+    score_select_kernel(const __grid_constant__ ClusterParams params) {
   extern __shared__ __align__(16) char shared_bytes[];
   Shared& shared = *reinterpret_cast<Shared*>(shared_bytes);
+  const ScoreSelectParams& p = params.select;
+  const Bins bins = params.bins;
   const cg::cluster_group cluster = cg::this_cluster();
-  for (int i = threadIdx.x; i < p.q_len * bins.count; i += kThreads) shared.histogram[i] = 0;
+  const int warp = threadIdx.x / kWarpSize;
+#pragma unroll 1
+  for (int i = threadIdx.x; i < p.q_len * bins.count; i += blockDim.x) shared.histogram[i] = 0;
+  if (bins.shift > 0) {
+#pragma unroll 1
+    for (int i = threadIdx.x; i < p.q_len * kFineBins; i += blockDim.x) shared.fine[i] = 0;
+  }
+  if (threadIdx.x < kMaxClusterTokens) shared.largest[threadIdx.x] = shared.bases[threadIdx.x] = 0;
+  if (threadIdx.x < kMaxPlanes * kMaxWords) shared.no_planes[threadIdx.x] = 0;
+  shared.weights.set(p.weight_sum, threadIdx.x);
   wait_for_previous_kernel();
   let_next_kernel_launch();
-  const int rank = cluster.block_rank(), num_blocks = cluster.num_blocks();
-  const int pair = blockIdx.x / num_blocks;
-  const int batch_idx = pair / p.num_kv_heads, kv_head_idx = pair % p.num_kv_heads;
-  const int seq_len = seq_len_of(p.table, batch_idx);
-  const int thread_of_cluster = rank * kThreads + threadIdx.x;
-
-  const int slice_len = ceil_div(ceil_div(seq_len, num_blocks), kSliceAlignment) * kSliceAlignment;
-  const auto row_of_token = [&](int j) {
-    return (int64_t{batch_idx} * p.q_len + j) * p.num_kv_heads + kv_head_idx;
-  };
-  Slice slice{.batch_idx = batch_idx, .kv_head_idx = kv_head_idx, .seq_len = seq_len};
-  slice.begin = min(rank * slice_len, seq_len);
-  slice.end = min(slice.begin + slice_len, seq_len);
-  if (int64_t{slice_len} * p.q_len <= kSharedKeys) {
-    slice.keys = shared.keys;
-    slice.key_pitch = slice_len;
-  } else {
-    const int64_t pitch = key_row_pitch(p.table.capacity);
-    slice.keys = p.keys + row_of_token(0) * pitch + slice.begin;
-    slice.key_pitch = p.num_kv_heads * pitch;
+  {
+    const int rank = cluster.block_rank(), num_blocks = cluster.num_blocks();
+    const int batch_idx = cluster_idx();
+    const int kv_head_idx = blockIdx.y;
+    const EncodeTask task{params.encode, params.append, batch_idx,
+                          kv_head_idx,   params.group,  {rank, num_blocks}};
+    const EncodeScratch scratch(shared_bytes + kKeyOffset, params.key_bytes, params.encode,
+                                params.group);
+    if (params.encodes) start_encoding(task, scratch);
+    const int seq_len = seq_len_of(p.table, batch_idx);
+    const CodeReader<kNumWords> reader(p.table, p.code_cache, batch_idx, kv_head_idx);
+    const int slice_len =
+        ceil_div(ceil_div(seq_len, num_blocks), kSliceAlignment) * kSliceAlignment;
+    Slice slice{.first_row = int64_t{batch_idx} * p.q_len * p.num_kv_heads + kv_head_idx,
+                .batch_idx = batch_idx,
+                .kv_head_idx = kv_head_idx,
+                .seq_len = seq_len,
+                .begin = min(rank * slice_len, seq_len)};
+    slice.end = min(slice.begin + slice_len, seq_len);
+    if (int64_t{slice_len} * p.q_len * 2 <= params.key_bytes) {
+      slice.keys = reinterpret_cast<uint16_t*>(shared_bytes + kKeyOffset);
+      slice.key_pitch = slice_len;
+    } else {
+      const int64_t pitch = key_row_pitch(p.table.capacity);
+      slice.keys = p.keys + slice.first_row * pitch + slice.begin;
+      slice.key_pitch = p.num_kv_heads * pitch;
+    }
+    if (threadIdx.x == 0) shared.slice = slice;
+    // Memory works on the first codes while the planes are made.
+    constexpr int kChunk =
+        CodeChunk<kNumWords, kNorms, units_per_thread(kNumWords, kNorms)>::kPositions;
+    const int num_warps = blockDim.x / kWarpSize;
+#pragma unroll 1
+    for (int step = 0; step < kPrefetchSteps; ++step) {
+      reader.template prefetch<kNorms, kChunk>(slice.begin + (step * num_warps + warp) * kChunk,
+                                               slice.end);
+    }
+    prepare_planes<kNumWords>(params, shared, task, scratch);
   }
-
-  const int token_words = num_planes(p.weight_sum) * kNumWords;
-  for (int i = threadIdx.x; i < p.q_len * token_words; i += kThreads) {
-    shared.planes[i] = p.planes[row_of_token(i / token_words) * token_words + i % token_words];
+  // In shared memory, which leaves the scan its registers.
+  const Slice& slice = shared.slice;
+  // A sequence whose tokens all are selected has nothing to compare.
+  if (slice.seq_len > p.top_k) {
+    scan_slice<kNumWords, kNorms>(params, shared, slice);
   }
   __syncthreads();
-  // A sequence whose tokens all are selected has nothing to compare.
-  if (seq_len > p.top_k) {
-    scan_slice<kNumWords, kNorms>(p, shared, slice, bins);
-  }
+  sum_groups(shared.histogram, p.q_len * bins.count, shared.groups);
   cluster.sync();
 
+  const int num_competing = p.top_k - p.num_sink - p.num_recent;
+  const auto must_choose = [&](int j) {
+    return visible_len(slice.seq_len, p.q_len, j) > p.top_k && num_competing > 0;
+  };
+  const int groups = bins.count / kGroupBins;
+  if (warp < p.q_len && must_choose(warp)) {
+    const Cut cut = find_cut(cluster, shared.histogram + warp * bins.count,
+                             shared.groups + warp * groups, groups, num_competing);
+    if (threadIdx.x % kWarpSize == 0) shared.cuts[warp] = cut;
+  }
+  __syncthreads();
+  const auto key_slice = [&](int j) -> KeySlice {
+    return {slice.keys + j * slice.key_pitch, slice.begin, slice.end, p.num_sink,
+            visible_len(slice.seq_len, p.q_len, j) - p.num_recent};
+  };
+  // The candidates of one token and one tile outlast the second histogram.
+  const bool keeps_candidates = p.q_len == 1 && slice.end - slice.begin <= kBitmapPositions;
+  if (bins.shift > 0) {
+    for (int j = 0; j < p.q_len; ++j) {
+      if (!must_choose(j)) continue;
+      const uint32_t bin = shared.cuts[j].bin;
+      for (int tile = slice.begin; tile < slice.end; tile += kBitmapPositions) {
+        mark_candidates(shared.candidates, key_slice(j), tile, bin << bins.shift);
+        __syncthreads();
+        for_each_candidate(shared.candidates, key_slice(j), tile, [&](int, uint32_t key) {
+          if (key >> bins.shift == bin) {
+            atomicAdd(&shared.fine[j * kFineBins + key % (1u << bins.shift)], 1u);
+          }
+        });
+        if (!keeps_candidates) __syncthreads();
+      }
+    }
+    __syncthreads();
+    sum_groups(shared.fine, p.q_len * kFineBins, shared.fine_groups);
+    cluster.sync();
+    if (warp < p.q_len && must_choose(warp)) {
+      constexpr int kFineGroups = kFineBins / kGroupBins;
+      const Cut coarse = shared.cuts[warp];
+      const Cut fine =
+          find_cut(cluster, shared.fine + warp * kFineBins, shared.fine_groups + warp * kFineGroups,
+                   kFineGroups, num_competing - coarse.above);
+      if (threadIdx.x % kWarpSize == 0) {
+        shared.cuts[warp] = {coarse.bin << bins.shift | fine.bin, coarse.above + fine.above,
+                             fine.ties, coarse.above_before + fine.above_before, fine.ties_before};
+      }
+    }
+    __syncthreads();
+  }
+  // No block may leave while another reads its histogram; this one has read the others'. Nothing
+  // was written that they wait for.
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+
+  const int thread_of_cluster = cluster.thread_rank();
+  const int cluster_threads = cluster.num_threads();
   for (int j = 0; j < p.q_len; ++j) {
-    const int64_t row = row_of_token(j);
-    const int visible = visible_len(seq_len, p.q_len, j);
+    const int64_t row = slice.first_row + j * p.num_kv_heads;
+    const int visible = visible_len(slice.seq_len, p.q_len, j);
     const int num_selected = min(p.top_k, visible);
     int32_t* indices = p.indices + row * p.top_k;
-    const int cluster_threads = num_blocks * kThreads;
     if (thread_of_cluster == 0) p.num_selected[row] = num_selected;
     for (int i = num_selected + thread_of_cluster; i < p.top_k; i += cluster_threads) {
       indices[i] = -1;
@@ -335,96 +367,114 @@ __global__ void __launch_bounds__(kThreads)
     for (int i = thread_of_cluster; i < p.num_recent; i += cluster_threads) {
       indices[p.top_k - p.num_recent + i] = visible - p.num_recent + i;
     }
-    const uint32_t wanted = p.top_k - p.num_sink - p.num_recent;
-    if (wanted == 0) continue;
-    const int first = p.num_sink, last = visible - p.num_recent;
-    const uint16_t* token_keys = slice.keys + j * slice.key_pitch;
-    Cut cut = find_cut(cluster, shared, shared.histogram + j * bins.count, bins.count, wanted);
-    uint32_t cut_key = cut.bin;
-    if (bins.shift > 0) {
-      const int fine_bins = 1 << bins.shift;
-      for (int i = threadIdx.x; i < fine_bins; i += kThreads) shared.fine[i] = 0;
-      __syncthreads();
-      const int end = min(last, slice.end);
-      for (int t = max(first, slice.begin) + static_cast<int>(threadIdx.x); t < end;
-           t += kThreads) {
-        const uint32_t key = token_keys[t - slice.begin];
-        if (key >> bins.shift == cut.bin) atomicAdd(&shared.fine[key % fine_bins], 1u);
+    if (num_competing == 0) continue;
+    const Cut cut = shared.cuts[j];
+    OutputCut output{cut.bin, cut.above_before, cut.ties_before,
+                     cut.ties - (num_competing - cut.above)};
+    for (int tile = slice.begin; tile < slice.end; tile += kBitmapPositions) {
+      if (bins.shift == 0 || !keeps_candidates) {
+        mark_candidates(shared.candidates, key_slice(j), tile, cut.bin);
+        __syncthreads();
       }
-      cluster.sync();
-      const Cut fine = find_cut(cluster, shared, shared.fine, fine_bins, wanted - cut.above);
-      cut_key = cut.bin << bins.shift | fine.bin;
-      cut = {fine.bin, cut.above + fine.above, fine.ties, cut.above_before + fine.above_before,
-             fine.ties_before};
-      cluster.sync();  // the others have read these counts
+      write_selected(shared.candidates, key_slice(j), tile, output, indices + p.num_sink);
+      __syncthreads();  // the candidates may be marked again
     }
-    const uint32_t ties_to_skip = cut.ties - (wanted - cut.above);
-    write_slice(shared, slice, token_keys, first, last, cut_key, cut.above_before, cut.ties_before,
-                ties_to_skip, indices + p.num_sink);
   }
-  cluster.sync();  // no block may leave while another reads its histogram
+  asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
 }
 
 #else
 
 template <int kNumWords, bool kNorms>
-__global__ void score_select_kernel(const __grid_constant__ ScoreSelectParams, const Bins) {}
+__global__ void score_select_kernel(const __grid_constant__ ClusterParams) {}
 
 #endif
 
-// The largest cluster for which all of them are resident at once.
+// How the work is cut: threads of a block, their shared memory for keys, blocks of a cluster.
+struct ClusterShape {
+  int threads;
+  int key_bytes;
+  int cluster_size;
+};
+
+// Shared memory for the keys of one block's slice of a full cache, within what there is.
+int key_bytes_for(const ScoreSelectParams& p, int threads, int cluster_size) {
+  if (threads == kFewThreads) return kSharedKeyBytes;
+  const int64_t slice =
+      ceil_div(p.table.capacity, cluster_size * kSliceAlignment) * kSliceAlignment;
+  const int64_t bytes = slice * p.q_len * 2;
+  return static_cast<int>(std::clamp<int64_t>(bytes, kSharedKeyBytes, kMostKeyBytes));
+}
+
+// The shape with the most threads for which all clusters are resident at once: a second wave would
+// wait for the slowest of the first.
 template <typename Kernel>
-int choose_cluster_size(Kernel kernel, int num_clusters, const char* op) {
-  for (int size = kMaxCluster; size > 1; size /= 2) {
-    cudaLaunchAttribute cluster;
-    cluster.id = cudaLaunchAttributeClusterDimension;
-    cluster.val.clusterDim.x = size;
-    cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
-    cudaLaunchConfig_t config{};
-    config.gridDim = dim3(num_clusters * size);
-    config.blockDim = dim3(kThreads);
-    config.dynamicSmemBytes = sizeof(Shared);
-    config.attrs = &cluster;
-    config.numAttrs = 1;
-    int resident = 0;
-    cuda_check(cudaOccupancyMaxActiveClusters(&resident, kernel, &config), op);
-    if (num_clusters <= resident) return size;
+ClusterShape choose_shape(Kernel kernel, const ScoreSelectParams& p, const char* op) {
+  const int num_clusters = p.table.batch * p.num_kv_heads;
+  ClusterShape best{kFewThreads, kSharedKeyBytes, 1};
+  int most = 0;
+  for (const int threads : {kManyThreads, kFewThreads}) {
+    for (int size = 1; size <= kMaxCluster; ++size) {
+      const int key_bytes = key_bytes_for(p, threads, size);
+      if (num_clusters <= max_active_clusters(kernel, threads, kKeyOffset + key_bytes, size, op) &&
+          threads * size > most) {
+        most = threads * size;
+        best = {threads, key_bytes, size};
+      }
+    }
   }
-  return 1;
+  return best;
 }
 
 template <int kNumWords, bool kNorms>
-bool launch(const ScoreSelectParams& p, CudaStream stream) {
+bool launch(ClusterParams& params, CudaStream stream) {
   constexpr const char* kOp = "hata::score_select";
   const auto kernel = score_select_kernel<kNumWords, kNorms>;
-  cudaFuncAttributes attributes;
-  cuda_check(cudaFuncGetAttributes(&attributes, kernel), kOp);
-  if (attributes.ptxVersion < 90) return false;  // compiled for a GPU without clusters
-
-  allow_shared_memory(kernel, sizeof(Shared), kOp);
-  const int pairs = p.table.batch * p.num_kv_heads;
-  const int cluster_size = choose_cluster_size(kernel, pairs, kOp);
-  launch_kernel(kernel,
-                {.grid = dim3(pairs * cluster_size),
-                 .threads = kThreads,
-                 .shared_bytes = sizeof(Shared),
-                 .cluster_size = cluster_size,
-                 .overlaps_previous = true},
-                stream, kOp, p, bins_for(p));
+  if (!compiled_for_clusters(kernel, kOp)) return false;
+  allow_shared_memory(kernel, kKeyOffset + kMostKeyBytes, kOp);
+  const ClusterShape shape = choose_shape(kernel, params.select, kOp);
+  params.bins = bins_for(params.select);
+  params.key_bytes = shape.key_bytes;
+  launch_kernel(
+      kernel,
+      {.grid = dim3(params.select.table.batch * shape.cluster_size, params.select.num_kv_heads),
+       .threads = shape.threads,
+       .shared_bytes = kKeyOffset + shape.key_bytes,
+       .cluster_size = shape.cluster_size,
+       .overlaps_previous = true},
+      stream, kOp, params);
   return true;
+}
+
+bool run(ClusterParams& params, CudaStream stream) {
+  const ScoreSelectParams& p = params.select;
+  if (p.q_len > kMaxClusterTokens) return false;
+  if (p.num_kv_heads > kMaxGridY) return false;
+  if (p.table.batch == 0 || p.num_kv_heads == 0 || p.q_len == 0) return true;
+  bool launched = false;
+  dispatch_int<1, 2, 3, 4, 5, 6, 7, 8>("num_words", p.code_cache.num_words, [&](auto num_words) {
+    launched = p.code_cache.norms != nullptr ? launch<num_words, true>(params, stream)
+                                             : launch<num_words, false>(params, stream);
+  });
+  return launched;
 }
 
 }  // namespace
 
 bool score_select_cluster(const ScoreSelectParams& p, CudaStream stream) {
-  if (p.q_len > kMaxClusterTokens) return false;
-  if (p.table.batch == 0 || p.num_kv_heads == 0 || p.q_len == 0) return true;
-  bool launched = false;
-  dispatch_int<1, 2, 3, 4, 5, 6, 7, 8>("num_words", p.code_cache.num_words, [&](auto num_words) {
-    launched = p.code_cache.norms != nullptr ? launch<num_words, true>(p, stream)
-                                             : launch<num_words, false>(p, stream);
-  });
-  return launched;
+  ClusterParams params{};
+  params.select = p;
+  return run(params, stream);
+}
+
+bool encode_score_select_cluster(const DecodeStepParams& p, CudaStream stream) {
+  if (p.select.num_recent < p.select.q_len) return false;
+  ClusterParams params{.select = p.select,
+                       .encodes = true,
+                       .encode = p.encode,
+                       .append = p.append,
+                       .group = p.encode.num_heads / p.encode.num_kv_heads};
+  return run(params, stream);
 }
 
 }  // namespace hata

@@ -1,6 +1,6 @@
 #pragma once
 
-#include "score_select.h"
+#include "decode_step.h"
 
 namespace hata {
 
@@ -9,5 +9,10 @@ namespace hata {
 // kMaxClusterTokens query tokens.
 inline constexpr int kMaxClusterTokens = 8;
 bool score_select_cluster(const ScoreSelectParams& params, CudaStream stream);
+
+// The same kernel, which also encodes the queries and appends the new tokens: all of a decoding
+// step but the attention. Also returns false where a new token may compete for selection
+// (num_recent below q_len), because its code would have to be there before the scan.
+bool encode_score_select_cluster(const DecodeStepParams& params, CudaStream stream);
 
 }  // namespace hata

@@ -49,7 +49,7 @@ __device__ Cut find_cut(const uint32_t* histogram, uint32_t wanted) {
   const uint32_t digit = kBins - 1 - threadIdx.x;
   const uint32_t count = threadIdx.x < kBins ? histogram[digit] : 0;
   uint32_t total;
-  const uint32_t above = block_exclusive_scan<kThreads>(count, total);
+  const uint32_t above = block_exclusive_scan(count, total);
   if (above < wanted && wanted <= above + count) cut = {digit, above};
   __syncthreads();
   return cut;
@@ -116,7 +116,7 @@ __global__ void __launch_bounds__(kThreads)
     const bool above = forced || (competes && key > prefix);
     const bool tied = competes && key == prefix;
     uint32_t total;
-    const uint32_t before = block_exclusive_scan<kThreads>(
+    const uint32_t before = block_exclusive_scan(
         static_cast<uint32_t>(tied) << 16 | static_cast<uint32_t>(above), total);
     const uint32_t ties_before = ties_seen + (before >> 16);
     if (above || (tied && ties_before >= ties_to_skip)) {
