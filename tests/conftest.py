@@ -1,3 +1,7 @@
+import importlib
+from types import ModuleType
+
+import numpy as np
 import pytest
 import torch
 
@@ -21,3 +25,20 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def internals() -> ModuleType:
+    """C++ internals for numpy (tests/internals)."""
+    try:
+        return importlib.import_module("internals.hata_internals")
+    except ModuleNotFoundError:
+        pytest.fail(
+            "tests/internals/hata_internals is not built: run `make build-tests`, or "
+            "`cmake -S . -B build -DHATA_BUILD_TESTS=ON && cmake --build build`"
+        )
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(0)
