@@ -15,7 +15,7 @@ from devices import DEVICES, DTYPES, algorithms
 hypothesis.settings.register_profile(
     "repeatable",
     derandomize=True,
-    max_examples=20,
+    max_examples=60,
     deadline=None,
     database=None,
     # The fixtures that are used with given() hold for all examples of a test.
@@ -25,7 +25,7 @@ hypothesis.settings.register_profile(
     "thorough",
     hypothesis.settings.get_profile("repeatable"),
     derandomize=False,
-    max_examples=500,
+    max_examples=2000,
 )
 hypothesis.settings.load_profile("repeatable")
 
@@ -41,13 +41,13 @@ def pytest_configure() -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """A test runs on every device if it takes `device`, there in every `dtype`, by every
-    `algorithm` of score_select if it takes those."""
+    """A test runs on every device if it takes `device`, there in every `dtype` and by every
+    `algorithm` of score_select if it takes those; by every algorithm of CUDA without `device`."""
     names = [name for name in ("device", "dtype", "algorithm") if name in metafunc.fixturenames]
-    if "device" not in names:
+    if not names:
         return
     cases: list[tuple[object, ...]] = []
-    for device in DEVICES:
+    for device in DEVICES if "device" in names else ["cuda"]:
         values = {"device": [device], "dtype": DTYPES[device], "algorithm": algorithms(device)}
         cases += itertools.product(*(values[name] for name in names))
     ids = ["-".join(str(value).removeprefix("torch.") for value in case) for case in cases]

@@ -2,22 +2,13 @@ import pytest
 import torch
 
 from cases import LAYOUTS, Caches, integer_vectors, make_caches, random_vectors, strided
-from closeness import assert_equal
+from closeness import assert_equal, assert_same_caches
+from devices import gpu_only
 from hata import cache_append, hash_encode, reference
 
 
 def append(caches: Caches, k, v, key_weights, *, op=cache_append, new_seqlens=None) -> None:
     op(k, v, key_weights, *caches.all, norm_cache=caches.norm_cache, new_seqlens=new_seqlens)
-
-
-def assert_same_caches(actual: Caches, expected: Caches) -> None:
-    """The whole of their storage is the same: what should stay untouched stayed so."""
-    for name in ("k_cache", "v_cache", "code_cache", "norm_cache"):
-        a, b = getattr(actual, name), getattr(expected, name)
-        if a is None:
-            continue
-        length = a.untyped_storage().nbytes() // a.element_size()
-        assert_equal(a.as_strided((length,), (1,), 0), b.as_strided((length,), (1,), 0))
 
 
 @pytest.mark.parametrize("key_norms", [False, True])
@@ -114,8 +105,9 @@ def test_batch_past_65535(device):
     assert_equal(code_cache, hash_encode(k, key_weights))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA skips what CPU reports")
+@gpu_only
 def test_nothing_is_written_out_of_range():
+    """CUDA skips what the CPU reports."""
     caches = make_caches([40, 40, 40], device="cuda", key_norms=True)
     expected = caches.clone()
     k = random_vectors(3, 2, 2, 64, dtype=torch.float16, device="cuda")

@@ -153,6 +153,30 @@ def test_accepts_an_empty_batch(device, algorithm):
     assert result.out.shape == (0, 1, 6, 64)
 
 
+def test_batch_past_65535(device, algorithm):
+    """Seven sequences, each ten thousand times, in pages of its own."""
+    case = make_decode_case(
+        [9, 5, 1, 0, 9, 3, 8], device=device, group=1, num_kv_heads=1, num_bits=32, top_k=6
+    )
+    few = case.clone().run()
+    times = 10_000
+    num_pages = len(case.caches.k_cache)
+    first_pages = torch.arange(times, dtype=torch.int32, device=device) * num_pages
+    table = (first_pages[:, None, None] + case.caches.block_table).flatten(0, 1)
+    large = (t.repeat(times, *[1] * (t.dim() - 1)) for t in case.caches.all[:3])
+    many = decode_step(
+        *(t.repeat(times, 1, 1, 1) for t in (case.q, case.k, case.v)),
+        case.key_weights,
+        case.query_weights,
+        *large,
+        table,
+        case.caches.cache_seqlens.repeat(times),
+        **case.settings,
+    )
+    for a, e in zip(many, few, strict=True):
+        assert_equal(a, e.repeat(times, *[1] * (e.dim() - 1)))
+
+
 @pytest.mark.parametrize("name", ["q", "k"])
 def test_wrapper_rejects_other_ranks(device, name):
     case = make_decode_case([20], device=device)
