@@ -187,11 +187,13 @@ def test_splits_fill_the_gpu_with_enough_rows_each(internals):
         assert splits == sorted(splits)
         for count, top_k in zip(splits, top_ks, strict=True):
             assert 1 <= count <= internals.MAX_SPLITS
-            # One split fewer would leave whole splits with more rows than the least there may be.
+            # With one split fewer, one would hold more rows than a split must have, and the blocks
+            # would not fill the GPU.
             assert count == 1 or (count - 1) * internals.MIN_ROWS_PER_SPLIT < top_k
             assert count == 1 or (count - 1) * pairs < internals.TARGET_BLOCKS
-        enough = pairs * splits[-1] >= internals.TARGET_BLOCKS
-        assert pairs == 0 or enough or splits[-1] == internals.MAX_SPLITS
+        most = splits[-1]  # with rows enough: one split more would be too many
+        too_many = most == internals.MAX_SPLITS or (most + 1) * pairs > internals.TARGET_BLOCKS
+        assert pairs == 0 or too_many
 
 
 @pytest.mark.parametrize("shape", PART_SHAPES)
