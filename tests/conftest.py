@@ -1,7 +1,18 @@
+"""Threads, devices and fixtures of all tests."""
+
+import os
+
+# OpenMP reads these when torch is imported, subprocesses inherit them. Threads that wait sleep: the
+# loops of tests are short, and spinning takes the processors from whatever else runs there.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # they share the processors
+    threads = str(max(1, len(os.sched_getaffinity(0)) // int(workers)))
+    os.environ.setdefault("OMP_NUM_THREADS", threads)
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", threads)
+
 import importlib
 import importlib.util
 import itertools
-import os
 from types import ModuleType
 
 import hypothesis
@@ -28,16 +39,6 @@ hypothesis.settings.register_profile(
     max_examples=2000,
 )
 hypothesis.settings.load_profile("repeatable")
-
-
-def pytest_configure() -> None:
-    """The workers of pytest-xdist share the processors: no threads beyond their number."""
-    workers = os.environ.get("PYTEST_XDIST_WORKER_COUNT")
-    if workers is not None:
-        threads = str(max(1, len(os.sched_getaffinity(0)) // int(workers)))
-        for variable in ("OMP_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS"):
-            os.environ.setdefault(variable, threads)  # for subprocesses, too
-        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
