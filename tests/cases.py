@@ -37,16 +37,16 @@ class Caches:
     def all(self) -> tuple[Tensor, ...]:
         return self.k_cache, self.v_cache, *self.codes
 
-    def clone(self) -> "Caches":
+    def clone(self, device: str | None = None) -> "Caches":
         """A copy whose tensors have the same strides and whose gaps hold the same bytes."""
-        norms = None if self.norm_cache is None else copy_storage(self.norm_cache)
+        norms = None if self.norm_cache is None else copy_storage(self.norm_cache, device)
         return Caches(
-            copy_storage(self.k_cache),
-            copy_storage(self.v_cache),
-            copy_storage(self.code_cache),
+            copy_storage(self.k_cache, device),
+            copy_storage(self.v_cache, device),
+            copy_storage(self.code_cache, device),
             norms,
-            self.block_table.clone(),
-            self.cache_seqlens.clone(),
+            copy_storage(self.block_table, device),
+            copy_storage(self.cache_seqlens, device),
         )
 
     def double(self) -> "Caches":
@@ -79,8 +79,8 @@ def make_caches(
     block_table = torch.randperm(num_pages)[: batch * max_pages].view(batch, max_pages).int()
     used = torch.zeros(num_pages, page_size, dtype=torch.bool)
     for b, seq_len in enumerate(seq_lens):
-        for t in range(seq_len):
-            used[block_table[b, t // page_size], t % page_size] = True
+        t = torch.arange(seq_len)
+        used[block_table[b, t // page_size], t % page_size] = True
         # What lies behind a sequence's last page is nobody's business.
         block_table[b, max(1, -(-seq_len // page_size)) :] = INT32_MAX
 
@@ -136,6 +136,11 @@ def random_vectors(*shape: int, dtype: torch.dtype, device: str) -> Tensor:
     return torch.randn(shape).to(dtype).to(device)
 
 
+def integer_vectors(*shape: int, dtype: torch.dtype, device: str) -> Tensor:
+    """Small integers: their projections are exact, so that codes must equal the reference's."""
+    return torch.randint(-3, 4, shape).to(dtype).to(device)
+
+
 def strided(t: Tensor) -> Tensor:
     """The same values inside a wider tensor of NaN; the last dimension stays contiguous."""
     wide = t.new_full((*t.shape[:-2], t.shape[-2] + 3, t.shape[-1] + 16), torch.nan)
@@ -150,7 +155,12 @@ def poisoned(*shape: int, dtype: torch.dtype, device: str) -> Tensor:
     return torch.full(shape, value, dtype=dtype, device=device)
 
 
-def copy_storage(t: Tensor) -> Tensor:
+def storage_of(t: Tensor) -> Tensor:
+    """All that t's storage holds, as one dimension of t's dtype."""
+    return t.as_strided((t.untyped_storage().nbytes() // t.element_size(),), (1,), 0)
+
+
+def copy_storage(t: Tensor, device: str | None = None) -> Tensor:
     """A copy of t and of everything else in its storage."""
-    flat = t.as_strided((t.untyped_storage().nbytes() // t.element_size(),), (1,), 0).clone()
+    flat = storage_of(t).to(device or t.device, copy=True)
     return flat.as_strided(t.shape, t.stride(), t.storage_offset())

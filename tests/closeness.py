@@ -3,10 +3,20 @@
 import torch
 from torch import Tensor
 
+from cases import Caches, storage_of
+
 
 def assert_equal(actual: Tensor, expected: Tensor) -> None:
     """Bit for bit, but for the payload of a NaN."""
     torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def assert_same_caches(actual: Caches, expected: Caches) -> None:
+    """The whole of their storage is the same: what should stay untouched stayed so."""
+    for name in ("k_cache", "v_cache", "code_cache", "norm_cache"):
+        a, e = getattr(actual, name), getattr(expected, name)
+        if e is not None:
+            assert_equal(storage_of(a).to(e.device), storage_of(e))
 
 
 def assert_no_worse_than_pytorch(actual: Tensor, plain: Tensor, truth: Tensor) -> None:
@@ -27,6 +37,34 @@ def assert_no_worse_than_pytorch(actual: Tensor, plain: Tensor, truth: Tensor) -
     allowed = 2 * (plain.double()[finite] - truth).abs().max() + rounding
     error = (actual.double()[finite] - truth).abs().max()
     assert error <= allowed, f"error {error:.3g}, allowed {allowed:.3g}"
+
+
+def assert_within_rounding(
+    attended: tuple[Tensor, Tensor],
+    truth: tuple[Tensor, Tensor],
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    top_k: int,
+) -> None:
+    """Out and lse are off by no more than their roundings, however few numbers there are.
+
+    Sums of n float32 terms are off by about sqrt(n) times 2^-23 of their magnitudes: the logits',
+    and the softmax's. The weights and the result are rounded to the dtype once each.
+    """
+    terms = q.shape[-1] + top_k
+    norms = [t.double().nan_to_num().norm(dim=-1).max() for t in (q, k_cache)]
+    logit = q.shape[-1] ** -0.5 * norms[0] * norms[1]
+    in_float32 = terms**0.5 * 2.0**-23 * logit.clamp(min=1)
+    for actual, exact in zip(attended, truth, strict=True):
+        for special in (torch.isnan, torch.isposinf, torch.isneginf):
+            assert_equal(special(actual), special(exact))
+    out, lse = ((a.double() - e).nan_to_num(0).abs() for a, e in zip(attended, truth, strict=True))
+    largest_v = v_cache.double().nan_to_num().abs().max()
+    rounding = torch.finfo(q.dtype).eps
+    assert out.max() <= (rounding + 2 * in_float32) * largest_v, f"out: error {out.max():.3g}"
+    allowed = in_float32 + 2.0**-22 * (1 + truth[1].nan_to_num(neginf=0).abs().max())
+    assert lse.max() <= allowed, f"lse: error {lse.max():.3g}, allowed {allowed:.3g}"
 
 
 def projection_bound(x: Tensor, weights: Tensor) -> Tensor:

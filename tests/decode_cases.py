@@ -1,6 +1,6 @@
 """The arguments of one decoding step, for the tests that run a whole one."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -32,8 +32,11 @@ class DecodeCase:
             **buffers,
         )
 
-    def clone(self) -> "DecodeCase":
-        return replace(self, caches=self.caches.clone())
+    def clone(self, device: str | None = None) -> "DecodeCase":
+        """The same tokens and weights, and a copy of the caches."""
+        names = ("q", "k", "v", "key_weights", "query_weights")
+        moved = {name: getattr(self, name).to(device) for name in names if device is not None}
+        return replace(self, caches=self.caches.clone(device), **moved)
 
 
 def make_decode_case(
@@ -53,7 +56,9 @@ def make_decode_case(
     top_k: int = 16,
     num_sink: int = 2,
     num_recent: int = 4,
+    draw: Callable[..., Tensor] = random_vectors,
 ) -> DecodeCase:
+    """``draw`` makes the new tokens and the weights."""
     caches = make_caches(
         seq_lens,
         device=device,
@@ -68,7 +73,7 @@ def make_decode_case(
     batch = len(seq_lens)
 
     def vectors(*shape: int) -> Tensor:
-        return random_vectors(*shape, dtype=dtype, device=device)
+        return draw(*shape, dtype=dtype, device=device)
 
     key_weights = vectors(num_kv_heads, head_dim, num_bits)
     codes, norms = reference.hash_encode(caches.k_cache, key_weights, key_norms=True)

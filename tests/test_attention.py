@@ -13,6 +13,7 @@ from attention_model import (
 )
 from cache_model import WEIGHTS, contents, make_cache, new_tokens
 from closeness import assert_equal
+from devices import gpu_only
 from hata import HashWeights, HataCache, HataConfig, reference
 
 PAGE_SIZES = [None, 1, 16]
@@ -161,7 +162,7 @@ def test_gradients_are_not_recorded(device: str) -> None:
         assert not hata.decode_attention(q, k, v, cache, layer_idx, WEIGHTS).requires_grad
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@gpu_only
 @pytest.mark.parametrize("page_size", PAGE_SIZES)
 @pytest.mark.parametrize("config", [FEW, EVERYTHING], ids=["few", "everything"])
 def test_a_captured_step_replays_with_other_lengths(
@@ -197,7 +198,7 @@ def test_a_captured_step_replays_with_other_lengths(
         assert_equal(now, then)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@gpu_only
 def test_a_dense_layer_cannot_be_captured() -> None:
     cache = make_cache("cuda", torch.bfloat16, config=FEW)
     fill(cache, 5)

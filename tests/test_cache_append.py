@@ -1,28 +1,14 @@
 import pytest
 import torch
 
-from cases import LAYOUTS, Caches, make_caches, random_vectors, strided
-from closeness import assert_equal
+from cases import LAYOUTS, Caches, integer_vectors, make_caches, random_vectors, strided
+from closeness import assert_equal, assert_same_caches
+from devices import gpu_only
 from hata import cache_append, hash_encode, reference
 
 
 def append(caches: Caches, k, v, key_weights, *, op=cache_append, new_seqlens=None) -> None:
     op(k, v, key_weights, *caches.all, norm_cache=caches.norm_cache, new_seqlens=new_seqlens)
-
-
-def exact_vectors(*shape: int, dtype: torch.dtype, device: str) -> torch.Tensor:
-    """Small integers: their projections are exact, so that codes must equal the reference's."""
-    return torch.randint(-3, 4, shape).to(dtype).to(device)
-
-
-def assert_same_caches(actual: Caches, expected: Caches) -> None:
-    """The whole of their storage is the same: what should stay untouched stayed so."""
-    for name in ("k_cache", "v_cache", "code_cache", "norm_cache"):
-        a, b = getattr(actual, name), getattr(expected, name)
-        if a is None:
-            continue
-        length = a.untyped_storage().nbytes() // a.element_size()
-        assert_equal(a.as_strided((length,), (1,), 0), b.as_strided((length,), (1,), 0))
 
 
 @pytest.mark.parametrize("key_norms", [False, True])
@@ -34,8 +20,8 @@ def test_matches_the_reference(device, page_size, layout, key_norms):
         seq_lens, device=device, page_size=page_size, layout=layout, key_norms=key_norms
     )
     expected = caches.clone()
-    k, v = (exact_vectors(5, q_len, 2, 64, dtype=torch.float16, device=device) for _ in range(2))
-    key_weights = exact_vectors(2, 64, 64, dtype=torch.float16, device=device)
+    k, v = (integer_vectors(5, q_len, 2, 64, dtype=torch.float16, device=device) for _ in range(2))
+    key_weights = integer_vectors(2, 64, 64, dtype=torch.float16, device=device)
     append(caches, k, v, key_weights)
     append(expected, k, v, key_weights, op=reference.cache_append)
     assert_same_caches(caches, expected)
@@ -49,8 +35,8 @@ def test_every_head_dim_and_number_of_bits(device, dtype, head_dim, num_bits):
     shape = {"head_dim": head_dim, "num_bits": num_bits, "num_kv_heads": 3}
     caches = make_caches([21, 40], device=device, dtype=dtype, key_norms=True, **shape)
     expected = caches.clone()
-    k, v = (exact_vectors(2, 21, 3, head_dim, dtype=dtype, device=device) for _ in range(2))
-    key_weights = exact_vectors(3, head_dim, num_bits, dtype=dtype, device=device)
+    k, v = (integer_vectors(2, 21, 3, head_dim, dtype=dtype, device=device) for _ in range(2))
+    key_weights = integer_vectors(3, head_dim, num_bits, dtype=dtype, device=device)
     append(caches, k, v, key_weights)
     append(expected, k, v, key_weights, op=reference.cache_append)
     assert_same_caches(caches, expected)
@@ -59,8 +45,8 @@ def test_every_head_dim_and_number_of_bits(device, dtype, head_dim, num_bits):
 def test_only_new_tokens_are_written(device):
     caches = make_caches([53, 30, 16, 5], device=device, key_norms=True)
     expected = caches.clone()
-    k, v = (exact_vectors(4, 7, 2, 64, dtype=torch.float16, device=device) for _ in range(2))
-    key_weights = exact_vectors(2, 64, 64, dtype=torch.float16, device=device)
+    k, v = (integer_vectors(4, 7, 2, 64, dtype=torch.float16, device=device) for _ in range(2))
+    key_weights = integer_vectors(2, 64, 64, dtype=torch.float16, device=device)
     new_seqlens = torch.tensor([7, 3, 0, 5], dtype=torch.int32, device=device)
     append(caches, k, v, key_weights, new_seqlens=new_seqlens)
     append(expected, k, v, key_weights, op=reference.cache_append, new_seqlens=new_seqlens)
@@ -119,8 +105,9 @@ def test_batch_past_65535(device):
     assert_equal(code_cache, hash_encode(k, key_weights))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA skips what CPU reports")
+@gpu_only
 def test_nothing_is_written_out_of_range():
+    """CUDA skips what the CPU reports."""
     caches = make_caches([40, 40, 40], device="cuda", key_norms=True)
     expected = caches.clone()
     k = random_vectors(3, 2, 2, 64, dtype=torch.float16, device="cuda")

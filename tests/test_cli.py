@@ -44,8 +44,6 @@ def test_help_lists_both_subcommands(capsys):
     ("args", "message"),
     [
         ("--model no/such/folder", "--model must name a local transformers folder .* got no/such"),
-        ("--context 8193", "--context must be at most the model's max_position_embeddings=8192"),
-        ("--context 90", "--context must leave room .* more tokens, got"),
         ("--context 32", "--context must be more than --max-new-tokens=32, got 32"),
         ("--depth 1.5", "--depth must be in 0..1, got 1.5"),
         ("--depth nan", "--depth must be in 0..1, got nan"),
@@ -64,7 +62,23 @@ def test_help_lists_both_subcommands(capsys):
         ("--contxt 10", "[Nn]o such option: --contxt"),
     ],
 )
-def test_a_wrong_option_of_the_demo_is_one_line(converted_model, capsys, args, message):
+def test_a_wrong_option_of_the_demo_is_one_line(capsys, args, message):
+    assert_demo_rejects(capsys, args, message)
+
+
+@pytest.mark.model
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ("--context 8193", "--context must be at most the model's max_position_embeddings=8192"),
+        ("--context 90", "--context must leave room .* more tokens, got"),
+    ],
+)
+def test_a_context_that_does_not_fit_the_model_is_one_line(converted_model, capsys, args, message):
+    assert_demo_rejects(capsys, args, message)
+
+
+def assert_demo_rejects(capsys: pytest.CaptureFixture[str], args: str, message: str) -> None:
     code, out, err = run(capsys, "demo", *args.split())
     assert code == 2
     assert err.startswith("error: ")

@@ -8,11 +8,13 @@ import torch
 
 import hata
 from cases import poisoned, random_vectors
-from closeness import assert_equal
+from closeness import assert_equal, assert_same_caches
 from decode_cases import DecodeCase, make_decode_case
+from devices import gpu_only
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+pytestmark = gpu_only
 
+LONG = 313 * 64  # whole pages, which can be permuted
 LENGTHS = [[200, 153, 64], [1, 2, 3], [0, 200, 17], [199, 8, 0], [200, 200, 200]]
 
 
@@ -58,23 +60,41 @@ def change(case: DecodeCase, lengths: list[int]) -> None:
 
 @pytest.mark.parametrize("key_norms", [False, True])
 @pytest.mark.parametrize(("q_len", "top_k"), [(1, 16), (4, 16), (1, 190)])
-def test_decode_step(q_len, top_k, key_norms):
+def test_decode_step(algorithm, q_len, top_k, key_norms):
     case = full_case(q_len=q_len, top_k=top_k, key_norms=key_norms)
     buffers = buffers_of(case, top_k)
     graph = capture(lambda: case.run(**buffers))
     for lengths in LENGTHS:
         change(case, lengths)
-        eager = case.clone()
-        expected = eager.run()
-        graph.replay()
-        for name, e in expected._asdict().items():
-            assert_equal(buffers[name], e)
-        for name in ("k_cache", "v_cache", "code_cache", "norm_cache"):
-            if getattr(case.caches, name) is not None:
-                assert_equal(getattr(case.caches, name), getattr(eager.caches, name))
+        assert_replays(graph, case, buffers)
 
 
-def test_replays_after_the_cache_has_grown():
+def assert_replays(
+    graph: torch.cuda.CUDAGraph, case: DecodeCase, buffers: dict[str, torch.Tensor]
+) -> None:
+    """A replay gives what an eager step on a copy of the caches gives, and leaves the same."""
+    eager = case.clone()
+    expected = eager.run()
+    graph.replay()
+    for name, e in expected._asdict().items():
+        assert_equal(buffers[name], e)
+    assert_same_caches(case.caches, eager.caches)
+
+
+@pytest.mark.parametrize("key_norms", [False, True])
+@pytest.mark.parametrize("captured", [[1, 2, 3], [LONG] * 3])
+def test_lengths_far_from_those_of_the_capture(algorithm, captured, key_norms):
+    shape = {"page_size": 64, "top_k": 300, "key_norms": key_norms}
+    case = make_decode_case([LONG] * 3, device="cuda", **shape)
+    buffers = buffers_of(case, 300)
+    change(case, captured)
+    graph = capture(lambda: case.run(**buffers))
+    for lengths in ([1, 300, 40], [LONG, 3, 9000], [0, 301, 12_345], [LONG] * 3):
+        change(case, lengths)
+        assert_replays(graph, case, buffers)
+
+
+def test_replays_after_the_cache_has_grown(algorithm):
     """Fifty tokens decoded by one graph, against fifty eager steps."""
     case = full_case()
     case.caches.cache_seqlens.copy_(torch.tensor([1, 40, 150], dtype=torch.int32))
@@ -91,7 +111,7 @@ def test_replays_after_the_cache_has_grown():
         eager.caches.cache_seqlens.add_(1)
 
 
-def test_every_out_variant_in_one_graph():
+def test_every_out_variant_in_one_graph(algorithm):
     """The step taken apart; no operator allocates or waits, or the capture would fail."""
     case = full_case(key_norms=True)
     caches, weight_sum = case.caches, hata.plane_weight_sum(4, 3)

@@ -51,7 +51,7 @@ def assert_steps(case: DecodeCase) -> DecodeStepOutput:
 @pytest.mark.parametrize("key_norms", [False, True])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("page_size", [1, 16, 64, None])
-def test_matches_the_reference(device, page_size, layout, key_norms):
+def test_matches_the_reference(device, algorithm, page_size, layout, key_norms):
     shape = {"page_size": page_size, "layout": layout, "key_norms": key_norms}
     assert_steps(make_decode_case(SEQ_LENS, device=device, q_len=2, **shape))
 
@@ -75,12 +75,12 @@ def test_any_head_dim_and_number_of_bits(device, head_dim, num_bits):
 
 
 @pytest.mark.parametrize("q_len", range(1, 9))
-def test_any_number_of_query_tokens(device, q_len):
+def test_any_number_of_query_tokens(device, algorithm, q_len):
     assert_steps(make_decode_case(SEQ_LENS, device=device, q_len=q_len, key_norms=True))
 
 
 @pytest.mark.parametrize("top_k", [6, 7, 100, 500])
-def test_any_budget(device, top_k):
+def test_any_budget(device, algorithm, top_k):
     assert_steps(make_decode_case([300, 90], device=device, top_k=top_k))
 
 
@@ -101,7 +101,7 @@ def test_softmax_scale(device):
     torch.testing.assert_close(cold.lse, counts, rtol=2**-22, atol=0)  # two float32 roundings
 
 
-def test_does_not_depend_on_the_batch_or_the_launch(device, dtype):
+def test_does_not_depend_on_the_batch_or_the_launch(device, dtype, algorithm):
     case = make_decode_case([400, 90, 211], device=device, dtype=dtype, q_len=2, top_k=64)
     first = case.run()
     for _ in range(3):
@@ -122,7 +122,7 @@ def test_does_not_depend_on_the_batch_or_the_launch(device, dtype):
         assert_equal(alone.num_selected, first.num_selected[row])
 
 
-def test_writes_all_of_poisoned_buffers(device, dtype):
+def test_writes_all_of_poisoned_buffers(device, dtype, algorithm):
     case = make_decode_case(SEQ_LENS, device=device, dtype=dtype, q_len=2, top_k=200)
     expected = case.clone().run()
     size = workspace_size(5, 2, 6, 2, 64, case.caches.capacity, 200)
@@ -139,7 +139,7 @@ def test_writes_all_of_poisoned_buffers(device, dtype):
         assert_equal(buffer, getattr(expected, name))
 
 
-def test_accepts_an_empty_batch(device):
+def test_accepts_an_empty_batch(device, algorithm):
     case = make_decode_case([20], device=device)
     none = slice(0, 0)
     result = decode_step(
@@ -151,6 +151,30 @@ def test_accepts_an_empty_batch(device):
         **case.settings,
     )
     assert result.out.shape == (0, 1, 6, 64)
+
+
+def test_batch_past_65535(device, algorithm):
+    """Seven sequences, each ten thousand times, in pages of its own."""
+    case = make_decode_case(
+        [9, 5, 1, 0, 9, 3, 8], device=device, group=1, num_kv_heads=1, num_bits=32, top_k=6
+    )
+    few = case.clone().run()
+    times = 10_000
+    num_pages = len(case.caches.k_cache)
+    first_pages = torch.arange(times, dtype=torch.int32, device=device) * num_pages
+    table = (first_pages[:, None, None] + case.caches.block_table).flatten(0, 1)
+    large = (t.repeat(times, *[1] * (t.dim() - 1)) for t in case.caches.all[:3])
+    many = decode_step(
+        *(t.repeat(times, 1, 1, 1) for t in (case.q, case.k, case.v)),
+        case.key_weights,
+        case.query_weights,
+        *large,
+        table,
+        case.caches.cache_seqlens.repeat(times),
+        **case.settings,
+    )
+    for a, e in zip(many, few, strict=True):
+        assert_equal(a, e.repeat(times, *[1] * (e.dim() - 1)))
 
 
 @pytest.mark.parametrize("name", ["q", "k"])

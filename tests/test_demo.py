@@ -35,7 +35,7 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
         num_hidden_layers=NUM_LAYERS,
         num_attention_heads=4,
         num_key_value_heads=2,
-        head_dim=32,
+        head_dim=64,
         max_position_embeddings=1024,
         initializer_range=0.2,  # large, so that the logits of different tokens lie far apart
         bos_token_id=None,
@@ -51,6 +51,7 @@ def tokenizer(tiny_llama: Path) -> PreTrainedTokenizerFast:
 
 
 @pytest.mark.slow
+@pytest.mark.model
 def test_the_bundled_model_answers_as_dense_when_everything_is_selected(device, capsys):
     result = run_demo(DemoOptions(context=400, top_k=400, max_new_tokens=12, device=device))
     assert result.texts["hata"] == result.texts["dense"]
@@ -165,6 +166,7 @@ def test_agreement_is_counted_in_tokens(dense, hata, said):
     assert agreement(dense, hata) == said
 
 
+@pytest.mark.model
 def test_a_failed_conversion_leaves_nothing_behind(monkeypatch, tmp_path):
     def fail(gguf: Path, folder: Path) -> None:
         (folder / "model.safetensors").write_bytes(b"half")
@@ -177,6 +179,7 @@ def test_a_failed_conversion_leaves_nothing_behind(monkeypatch, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.model
 def test_the_model_is_converted_once(monkeypatch, tmp_path):
     def convert(gguf: Path, folder: Path) -> None:
         converted.append(gguf.name)

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from cases import poisoned, random_vectors, strided
+from cases import integer_vectors, poisoned, random_vectors, strided
 from closeness import assert_equal, projection_bound
 from hata import encode_query, num_planes, plane_weight_sum, reference
 
@@ -75,7 +75,7 @@ def test_any_number_of_bits(device, num_bits):
 @pytest.mark.parametrize("query_bits", [1, 2, 3, 4])
 def test_equals_the_reference_where_projections_are_exact(device, dtype, query_bits):
     """Also the levels at the very boundaries, where the rounding rule decides."""
-    q = torch.randint(-3, 4, (4, 2, 6, 64)).to(dtype).to(device)
+    q = integer_vectors(4, 2, 6, 64, dtype=dtype, device=device)
     query_weights = torch.randint(-1, 2, (2, 64, 96)).to(dtype).to(device)
     planes = encode_query(q, query_weights, query_bits)
     assert_equal(planes, reference.encode_query(q, query_weights, query_bits))

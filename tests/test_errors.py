@@ -3,9 +3,8 @@
 import pytest
 import torch
 
+from devices import gpu_only
 from error_cases import Rejects
-
-gpu_only = pytest.mark.skipif(not torch.cuda.is_available(), reason="the rule holds on CUDA alone")
 
 
 def test_hash_encode(device):
@@ -243,6 +242,7 @@ def test_mixed_devices():
         ("cache_append", "k"),
         ("hamming_score", "planes"),
         ("select_topk", "scores"),
+        ("score_select", "planes"),
         ("gather_attention", "q"),
         ("merge_attention_states", "out_a"),
         ("decode_step", "q"),

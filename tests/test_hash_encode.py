@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from cases import poisoned, random_vectors, strided
+from cases import integer_vectors, poisoned, random_vectors, strided
 from closeness import assert_bits_within_rounding, assert_equal, projection_bound
 from hata import hash_encode, reference
 
@@ -28,8 +28,8 @@ def test_bits_are_the_signs_of_the_projections(device, dtype, head_dim, num_bits
 
 
 def test_matches_the_reference_where_projections_are_exact(device, dtype):
-    keys = torch.randint(-3, 4, (2, 19, 2, 64)).to(dtype).to(device)
-    key_weights = torch.randint(-3, 4, (2, 64, 96)).to(dtype).to(device)
+    keys = integer_vectors(2, 19, 2, 64, dtype=dtype, device=device)
+    key_weights = integer_vectors(2, 64, 96, dtype=dtype, device=device)
     codes, norms = hash_encode(keys, key_weights, key_norms=True)
     expected_codes, expected_norms = reference.hash_encode(keys, key_weights, key_norms=True)
     assert_equal(codes, expected_codes)

@@ -1,104 +1,204 @@
-"""Pieces of C++ against numpy, through the test-only module hata_internals."""
+"""The C++ contract (csrc/*.h) against numpy, through the module that tests/internals builds."""
 
-import importlib.util
-from pathlib import Path
-from types import ModuleType
+import itertools
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
-WIDTHS = [1, 2, 3, 4, 5, 6, 7, 8]
+from internal_codes import random_codes, unpack
 
-
-@pytest.fixture(scope="module")
-def internals() -> ModuleType:
-    folder = Path(__file__).parent / "internals"
-    built = sorted(folder.glob("hata_internals*.so"))
-    if not built:
-        pytest.fail("hata_internals is not built: make build-tests (CMake's HATA_BUILD_TESTS=ON)")
-    spec = importlib.util.spec_from_file_location("hata_internals", built[0])
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+PART_SHAPES = [  # batch, q_len, num_heads, num_kv_heads, head_dim, max_seq_len, top_k
+    (1, 1, 1, 1, 8, 1, 1),
+    (1, 1, 32, 8, 128, 32768, 512),
+    (3, 2, 28, 4, 96, 1000, 77),
+    (64, 1, 32, 8, 128, 131072, 2048),
+    (1, 8, 16, 1, 256, 53, 64),
+    (300, 1, 8, 8, 64, 4096, 4096),
+]
 
 
-@pytest.fixture
-def rng() -> np.random.Generator:
-    return np.random.default_rng(0)
+# --- hash_code.h
 
 
-def random_words(rng: np.random.Generator, *shape: int) -> np.ndarray:
-    return rng.integers(0, 2**32, shape, dtype=np.uint32)
+@pytest.mark.parametrize("num_words", range(1, 9))
+def test_bit_i_of_a_code_is_bit_i_mod_32_of_word_i_div_32(internals, rng, num_words):
+    codes = random_codes(rng, 50, num_words)
+    np.testing.assert_array_equal(internals.code_bits(codes), unpack(codes).astype(bool))
 
 
-def test_bits_are_lowest_first(internals, rng):
-    codes = random_words(rng, 5, 8)
-    expected = np.unpackbits(codes.view(np.uint8), axis=1, bitorder="little").astype(bool)
-    np.testing.assert_array_equal(internals.code_bits(codes), expected)
+@pytest.mark.parametrize("num_words", range(1, 9))
+def test_positive_projections_are_set_bits(internals, rng, num_words):
+    values = rng.standard_normal(num_words * 32).astype(np.float32)
+    values[:4] = [0.0, -0.0, np.nan, np.inf]
+    code = internals.pack_signs(values)
+    np.testing.assert_array_equal(unpack(code), values > 0)
 
 
-def test_signs_pack_to_the_same_bits(internals, rng):
-    values = rng.standard_normal(96).astype(np.float32)
-    values[:3] = [0.0, -0.0, np.nan]  # none of them is above zero
-    words = internals.pack_signs(values)
-    np.testing.assert_array_equal(internals.code_bits(words[None])[0], values > 0)
+# --- query_planes.h
 
 
-@pytest.mark.parametrize("weight_sum", range(1, 256))
-def test_every_level_has_planes_that_add_up_to_it(internals, weight_sum):
-    planes = internals.num_planes(weight_sum)
-    weights = [internals.plane_weight(p, weight_sum) for p in range(planes)]
-    assert planes <= internals.MAX_PLANES
-    assert sum(weights) == weight_sum
-    for level in range(weight_sum + 1):
-        bits = internals.level_planes(level, weight_sum)
-        assert sum(w for p, w in enumerate(weights) if bits >> p & 1) == level
+@pytest.mark.parametrize("query_bits", [1, 2, 3, 4])
+@pytest.mark.parametrize("group", [1, 4, 7, 255])
+def test_weight_sum_is_the_group_for_signs_and_the_largest_level_otherwise(
+    internals, query_bits, group
+):
+    expected = group if query_bits == 1 else 2**query_bits - 1
+    assert internals.plane_weight_sum(query_bits, group) == expected
 
 
-def test_weight_sums(internals):
-    assert [internals.plane_weight_sum(1, g) for g in (1, 4, 7)] == [1, 4, 7]
-    assert [internals.plane_weight_sum(b, 4) for b in (2, 3, 4)] == [3, 7, 15]
+def test_weights_are_powers_of_two_and_a_remainder_that_sum_to_weight_sum(internals):
+    for weight_sum in range(1, 256):
+        count = internals.num_planes(weight_sum)
+        weights = [internals.plane_weight(p, weight_sum) for p in range(count)]
+        assert count == weight_sum.bit_length() <= internals.MAX_PLANES
+        assert weights[:-1] == [2**p for p in range(count - 1)]
+        assert min(weights) > 0
+        assert sum(weights) == weight_sum
 
 
-def test_float16_keys_are_in_the_order_of_the_numbers(internals):
+def test_every_level_of_every_weight_sum_is_the_weight_of_its_planes(internals):
+    for weight_sum in range(1, 256):
+        count = internals.num_planes(weight_sum)
+        weights = [internals.plane_weight(p, weight_sum) for p in range(count)]
+        for level in range(weight_sum + 1):
+            planes = internals.level_planes(level, weight_sum)
+            assert planes < 2**count
+            assert sum(w for p, w in enumerate(weights) if planes >> p & 1) == level
+
+
+# --- selection.h
+
+
+def dense_ranks(values: NDArray) -> NDArray[np.int64]:
+    """The rank of each value among the distinct ones, NaN below all of them; -0 equals +0."""
+    ranks = np.full(values.shape, -1)
+    numbers = ~np.isnan(values)
+    ranks[numbers] = np.unique(values[numbers], return_inverse=True)[1]
+    return ranks
+
+
+def test_float16_keys_have_the_order_of_all_65536_values(internals):
     bits = np.arange(65536, dtype=np.uint16)
-    values = bits.view(np.float16).astype(np.float64)
-    keys = internals.ordered_key_float16(bits).astype(np.int64)
-    nan = np.isnan(values)
-    assert (keys[nan] == 0).all()
-    assert (keys[~nan] > 0).all()
-    order = np.argsort(values[~nan], kind="stable")
-    steps = np.diff(values[~nan][order])
+    keys = internals.ordered_key_float16(bits)
     np.testing.assert_array_equal(
-        np.sign(np.diff(keys[~nan][order])), np.sign(np.nan_to_num(steps))
+        dense_ranks(keys.astype(np.float64)), dense_ranks(bits.view(np.float16)) + 1
     )
 
 
-def test_32_bit_keys_are_in_the_order_of_the_numbers(internals, rng):
-    floats = np.array([-np.inf, -1.5, -1e-45, -0.0, 0.0, 1e-45, 2.0, np.inf], np.float32)
-    keys = internals.ordered_key_float32(floats.view(np.uint32)).astype(np.int64)
-    assert keys[3] == keys[4]
-    assert (np.diff(np.delete(keys, 3)) > 0).all()
-    assert internals.ordered_key_float32(np.array([np.nan], np.float32).view(np.uint32))[0] == 0
-    ints = np.sort(rng.integers(-(2**31), 2**31, 100)).astype(np.int32)
-    assert (np.diff(internals.ordered_key_int32(ints).astype(np.int64)) >= 0).all()
+def test_float32_keys_have_the_order_of_float32(internals, rng):
+    tiny = np.finfo(np.float32).smallest_subnormal
+    special = np.array([0, -0.0, np.inf, -np.inf, np.nan, tiny, -tiny, 1, -1], np.float32)
+    values = np.concatenate([special, -np.abs(special), random_codes(rng, 20000).view(np.float32)])
+    keys = internals.ordered_key_float32(values.view(np.uint32))
+    np.testing.assert_array_equal(dense_ranks(keys.astype(np.float64)), dense_ranks(values) + 1)
 
 
-def test_splits_fill_the_gpu_and_stay_useful(internals):
-    for pairs in (1, 8, 64, 264, 10_000):
-        for top_k in (1, 64, 65, 512, 4096):
-            splits = internals.gather_num_splits(pairs, top_k)
-            assert 1 <= splits <= internals.MAX_SPLITS
-            assert splits == 1 or (splits - 1) * internals.MIN_ROWS_PER_SPLIT < top_k
-            assert splits == 1 or pairs * (splits - 1) < internals.TARGET_BLOCKS
+def test_int32_keys_have_the_order_of_int32(internals, rng):
+    values = np.concatenate([random_codes(rng, 1000).view(np.int32), [-(2**31), -1, 0, 2**31 - 1]])
+    keys = internals.ordered_key_int32(values)
+    np.testing.assert_array_equal(np.argsort(keys), np.argsort(values))
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 32, 8, 128, 32768, 512), (3, 4, 5, 5, 96, 1001, 7)])
-def test_parts_of_the_workspace_do_not_overlap(internals, shape):
+def test_sink_and_recent_positions_are_always_selected(internals):
+    positions = np.arange(20)
+    selected = internals.always_selected(positions, 20, 3, 5)
+    np.testing.assert_array_equal(np.flatnonzero(selected), [0, 1, 2, 15, 16, 17, 18, 19])
+    assert internals.always_selected(positions[:4], 4, 3, 5).all()
+    assert not internals.always_selected(positions, 20, 0, 0).any()
+
+
+# --- paged_cache.h, cache_append.h
+
+
+@pytest.mark.parametrize("shift", [0, 1, 4, 7])
+def test_a_position_lies_in_its_page_and_row(internals, rng, shift):
+    page_size = 2**shift
+    block_table = rng.permutation(3 * 5).reshape(3, 5).astype(np.int32)
+    table = internals.PageTable(
+        block_table,
+        np.zeros(3, np.int32),
+        num_pages=15,
+        page_size=page_size,
+        page_shift=shift,
+        page_mask=page_size - 1,
+    )
+    for b, t in itertools.product(range(3), range(5 * page_size)):
+        assert table.page_of(b, t) == block_table[b, t // page_size]
+        assert table.row_of(t) == t % page_size
+
+
+def one_page_table(internals, cache_seqlens, pages, page_size=53):
+    return internals.PageTable(
+        np.array(pages, np.int32)[:, None],
+        np.array(cache_seqlens, np.int32),
+        num_pages=4,
+        page_size=page_size,
+        page_shift=31,
+        page_mask=2**31 - 1,
+    )
+
+
+def test_one_page_per_sequence_has_any_size(internals):
+    table = one_page_table(internals, [0, 0], [2, 0])
+    assert [table.page_of(b, t) for b in (0, 1) for t in (0, 52)] == [2, 2, 0, 0]
+    assert [table.row_of(t) for t in (0, 52)] == [0, 52]
+
+
+def test_a_page_that_does_not_exist_is_none(internals):
+    table = one_page_table(internals, [0] * 4, [-1, 4, 2**31 - 1, 3])
+    assert [table.page_of(b, 0) for b in range(4)] == [-1, -1, -1, 3]
+
+
+def test_seq_len_stays_within_the_capacity(internals):
+    table = one_page_table(internals, [-7, 0, 53, 54], [0, 1, 2, 3])
+    assert [table.seq_len_of(b) for b in range(4)] == [0, 0, 53, 53]
+
+
+def test_a_query_token_sees_itself_and_what_came_before(internals):
+    assert [internals.visible_len(10, 3, j) for j in range(3)] == [8, 9, 10]
+    assert [internals.visible_len(2, 4, j) for j in range(4)] == [0, 0, 1, 2]  # left padding
+    assert internals.visible_len(0, 1, 0) == 0
+
+
+def test_the_last_tokens_are_appended_where_they_fit(internals):
+    table = one_page_table(internals, [5, 2, 55, 53], [0, 1, 2, 3])
+
+    def positions(new_seqlens, b):
+        return [table.append_position(new_seqlens, 4, b, j) for j in range(4)]
+
+    assert positions(None, 0) == [1, 2, 3, 4]
+    assert positions(None, 1) == [-1, -1, 0, 1]  # left padding
+    assert positions(None, 2) == [51, 52, -1, -1]  # past the capacity
+    new_seqlens = np.array([2, 4, 0, 1], np.int32)
+    assert positions(new_seqlens, 0) == [-1, -1, 3, 4]
+    assert positions(new_seqlens, 1) == [-1, -1, 0, 1]
+    assert positions(new_seqlens, 2) == [-1, -1, -1, -1]
+    assert positions(new_seqlens, 3) == [-1, -1, -1, 52]
+
+
+# --- gather_attention.h, workspace.h
+
+
+def test_splits_fill_the_gpu_with_enough_rows_each(internals):
+    top_ks = [0, 1, 63, 64, 65, 512, 2048, 100_000]
+    for pairs in range(0, 600, 7):
+        splits = [internals.gather_num_splits(pairs, top_k) for top_k in top_ks]
+        assert splits == sorted(splits)
+        for count, top_k in zip(splits, top_ks, strict=True):
+            assert 1 <= count <= internals.MAX_SPLITS
+            # With one split fewer, one would hold more rows than a split must have, and the blocks
+            # would not fill the GPU.
+            assert count == 1 or (count - 1) * internals.MIN_ROWS_PER_SPLIT < top_k
+            assert count == 1 or (count - 1) * pairs < internals.TARGET_BLOCKS
+        most = splits[-1]  # with rows enough: one split more would be too many
+        too_many = most == internals.MAX_SPLITS or (most + 1) * pairs > internals.TARGET_BLOCKS
+        assert pairs == 0 or too_many
+
+
+@pytest.mark.parametrize("shape", PART_SHAPES)
+def test_workspace_parts_are_aligned_and_do_not_overlap(internals, shape):
     batch, q_len, num_heads, num_kv_heads, head_dim, max_seq_len, top_k = shape
-    layout = internals.workspace_layout(*shape)
     pairs, rows = batch * q_len * num_kv_heads, batch * q_len * num_heads
     splits = internals.gather_num_splits(pairs, top_k)
     sizes = {
@@ -107,57 +207,17 @@ def test_parts_of_the_workspace_do_not_overlap(internals, shape):
         "out_partial": splits * rows * head_dim * 4,
         "lse_partial": splits * rows * 4,
     }
-    end = 0
-    for part, size in sizes.items():
-        assert layout[part] % internals.WORKSPACE_ALIGNMENT == 0
-        assert layout[part] >= end
-        end = layout[part] + size
-    assert layout["size"] >= end
+    layout = internals.workspace_layout(*shape)
+    assert all(offset % internals.WORKSPACE_ALIGNMENT == 0 for offset in layout.values())
+    ends = [layout[part] + size for part, size in sizes.items()]
+    starts = [*(layout[part] for part in list(sizes)[1:]), layout["size"]]
+    assert layout["planes"] == 0
+    assert all(end <= start for end, start in zip(ends, starts, strict=True))
 
 
-def test_positions_of_pages(internals):
-    block_table = np.array([[2, 0, 9], [1, 3, -1]], np.int32)
-    seqlens = np.array([40, -5], np.int32)
-    table = internals.PageTable(
-        block_table, seqlens, num_pages=4, page_size=16, page_shift=4, page_mask=15
-    )
-    assert [table.page_of(0, t) for t in (0, 15, 16, 32)] == [2, 2, 0, -1]
-    assert [table.page_of(1, t) for t in (0, 16, 32)] == [1, 3, -1]
-    assert [table.row_of(t) for t in (0, 15, 16, 33)] == [0, 15, 0, 1]
-    assert [table.seq_len_of(b) for b in (0, 1)] == [40, 0]
-    assert [table.append_position(None, 4, 0, j) for j in range(4)] == [36, 37, 38, 39]
-    new = np.array([1, 0], np.int32)
-    assert [table.append_position(new, 4, 0, j) for j in range(4)] == [-1, -1, -1, 39]
-    assert [internals.visible_len(3, 4, j) for j in range(4)] == [0, 1, 2, 3]
-
-
-@pytest.mark.parametrize("num_words", WIDTHS)
-def test_every_instruction_set_counts_the_same_matches(internals, rng, num_words):
-    codes = random_words(rng, 77, num_words)
-    weight_sum = 15
-    planes = random_words(rng, internals.num_planes(weight_sum), num_words)
-    equal = internals.code_bits(codes)[:, None] == internals.code_bits(planes)[None]
-    weights = [internals.plane_weight(p, weight_sum) for p in range(len(planes))]
-    expected = (equal.sum(2) * weights).sum(1)
-    for isa in internals.supported_isas():
-        np.testing.assert_array_equal(
-            internals.count_matches(isa, codes, planes, weight_sum), expected, err_msg=isa
-        )
-
-
-def test_every_instruction_set_selects_the_same_row(internals, rng):
-    keys = rng.integers(0, 40, 1000).astype(np.uint16)  # many ties
-    top_k, num_sink, num_recent = 100, 3, 5
-    middle = np.arange(num_sink, len(keys) - num_recent)
-    best = middle[np.lexsort((-middle, -keys[middle].astype(int)))]
-    chosen = best[: top_k - num_sink - num_recent]
-    ends = [*range(num_sink), *range(len(keys) - num_recent, len(keys))]
-    expected = np.sort(np.concatenate([chosen, ends]))
-    for isa in internals.supported_isas():
-        for select, dtype in (
-            (internals.select_row16, np.uint16),
-            (internals.select_row32, np.uint32),
-        ):
-            indices, count = select(isa, keys.astype(dtype), top_k, num_sink, num_recent)
-            assert count == top_k
-            np.testing.assert_array_equal(indices, expected, err_msg=isa)
+@pytest.mark.parametrize("shape", PART_SHAPES)
+@pytest.mark.parametrize("grown", [2, 4, 5, 6])  # num_heads, head_dim, max_seq_len, top_k
+def test_workspace_grows_with_its_shape(internals, shape, grown):
+    larger = list(shape)
+    larger[grown] *= 2
+    assert internals.workspace_layout(*larger)["size"] >= internals.workspace_layout(*shape)["size"]

@@ -24,7 +24,7 @@ def assert_selects(planes, caches, top_k, weight_sum, **budget) -> None:
 @pytest.mark.parametrize("key_norms", [False, True])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("page_size", [1, 16, 64, None])
-def test_matches_the_reference(device, page_size, layout, key_norms):
+def test_matches_the_reference(device, algorithm, page_size, layout, key_norms):
     shape = {"page_size": page_size, "layout": layout, "key_norms": key_norms}
     caches = make_caches(SEQ_LENS, device=device, **shape)
     planes = random_planes(5, 4, 2, 15, 64, device=device)
@@ -33,7 +33,7 @@ def test_matches_the_reference(device, page_size, layout, key_norms):
 
 @pytest.mark.parametrize("weight_sum", [1, 3, 4, 5, 7, 8, 12, 15, 16, 20, 255])
 @pytest.mark.parametrize("key_norms", [False, True])
-def test_any_weight_sum(device, weight_sum, key_norms):
+def test_any_weight_sum(device, algorithm, weight_sum, key_norms):
     caches = make_caches([137], device=device, key_norms=key_norms)
     planes = random_planes(1, 2, 2, weight_sum, 64, device=device)
     assert_selects(planes, caches, 24, weight_sum)
@@ -41,7 +41,7 @@ def test_any_weight_sum(device, weight_sum, key_norms):
 
 @pytest.mark.parametrize("num_bits", range(32, 257, 32))
 @pytest.mark.parametrize("key_norms", [False, True])
-def test_any_number_of_bits(device, num_bits, key_norms):
+def test_any_number_of_bits(device, algorithm, num_bits, key_norms):
     caches = make_caches([129, 40], device=device, num_bits=num_bits, key_norms=key_norms)
     planes = random_planes(2, 3, 2, 15, num_bits, device=device)
     assert_selects(planes, caches, 24, 15, num_recent=4)
@@ -49,7 +49,7 @@ def test_any_number_of_bits(device, num_bits, key_norms):
 
 @pytest.mark.parametrize("q_len", range(1, 9))
 @pytest.mark.parametrize("top_k", [1, 6, 60, 200])
-def test_any_budget_and_query_tokens(device, q_len, top_k):
+def test_any_budget_and_query_tokens(device, algorithm, q_len, top_k):
     caches = make_caches([60, 7, 3, 0], device=device)
     planes = random_planes(4, q_len, 2, 7, 64, device=device)
     assert_selects(planes, caches, top_k, 7)
@@ -58,7 +58,7 @@ def test_any_budget_and_query_tokens(device, q_len, top_k):
 
 @pytest.mark.parametrize("key_norms", [False, True])
 @pytest.mark.parametrize("seq_len", [1023, 4096, 9001])
-def test_equals_score_then_select_on_long_sequences(device, seq_len, key_norms):
+def test_equals_score_then_select_on_long_sequences(device, algorithm, seq_len, key_norms):
     caches = make_caches([seq_len, seq_len // 2], device=device, key_norms=key_norms)
     planes = random_planes(2, 2, 2, 15, 64, device=device)
     scores = hamming_score(
@@ -76,7 +76,7 @@ def test_equals_score_then_select_on_long_sequences(device, seq_len, key_norms):
 
 
 @pytest.mark.parametrize("key_norms", [False, True])
-def test_all_scores_equal(device, key_norms):
+def test_all_scores_equal(device, algorithm, key_norms):
     caches = make_caches([2000], device=device, key_norms=key_norms)
     caches.code_cache.fill_(0x5A5A5A5A)
     if key_norms:
@@ -89,7 +89,7 @@ def test_all_scores_equal(device, key_norms):
 
 
 @pytest.mark.parametrize("key_norms", [False, True])
-def test_does_not_depend_on_batch_paging_or_launch(device, key_norms):
+def test_does_not_depend_on_batch_paging_or_launch(device, algorithm, key_norms):
     """One sequence alone and contiguous, and at every place of paged batches of others."""
     caches = make_caches([700] * 9, device=device, page_size=16, key_norms=key_norms)
     planes = random_planes(9, 2, 2, 15, 64, device=device)
@@ -116,7 +116,7 @@ def test_does_not_depend_on_batch_paging_or_launch(device, key_norms):
 
 
 @pytest.mark.parametrize("key_norms", [False, True])
-def test_writes_all_of_a_poisoned_output_with_a_poisoned_workspace(device, key_norms):
+def test_writes_all_of_a_poisoned_output_with_a_poisoned_workspace(device, algorithm, key_norms):
     caches = make_caches(SEQ_LENS, device=device, key_norms=key_norms)
     planes = random_planes(5, 3, 2, 15, 64, device=device)
     expected = select(planes, caches, 80, 15, op=reference.score_select, num_sink=1)
@@ -139,7 +139,7 @@ def test_wrapper_wants_an_output_with_the_workspace(device):
         select(planes, caches, 4, 7, workspace=workspace)
 
 
-def test_accepts_an_empty_batch(device):
+def test_accepts_an_empty_batch(device, algorithm):
     caches = make_caches([20], device=device)
     planes = random_planes(0, 1, 2, 7, 64, device=device)
     tensors = (caches.code_cache, caches.block_table[:0], caches.cache_seqlens[:0])
@@ -147,7 +147,7 @@ def test_accepts_an_empty_batch(device):
     assert indices.shape == (0, 1, 2, 4)
 
 
-def test_batch_past_65535(device):
+def test_batch_past_65535(device, algorithm):
     caches = make_caches([30], device=device, num_kv_heads=1, page_size=None)
     planes = random_planes(7, 1, 1, 15, 64, device=device)
 

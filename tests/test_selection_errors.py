@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import hata
+from devices import ALGORITHMS, algorithms, gpu_only
 from error_cases import Rejects
 
 MAX = 2**31 - 1
@@ -107,6 +108,25 @@ def test_selection_outputs(device, op):
 def test_score_select(device):
     r = Rejects("score_select", device)
     r("planes must have 5 dimensions, got 4", planes=r.int32(2, 1, 2, 8))
+
+
+def test_algorithm(device, monkeypatch):
+    """The error lists the algorithms: ALGORITHMS in devices.py must have them all."""
+    r = Rejects("score_select", device)
+    monkeypatch.setenv("HATA_SCORE_SELECT", "fastest")
+    *names, last = ALGORITHMS
+    known = f"{', '.join(names)} or {last}"
+    r(f"environment variable HATA_SCORE_SELECT must be {known}, got fastest")
+
+
+@pytest.mark.skipif("cluster" not in algorithms("cuda"), reason="this GPU has no clusters")
+@gpu_only
+def test_a_cluster_takes_eight_query_tokens(monkeypatch):
+    arguments = Rejects("score_select", "cuda").valid
+    arguments["planes"] = arguments["planes"].expand(-1, 9, -1, -1, -1).contiguous()
+    monkeypatch.setenv("HATA_SCORE_SELECT", "cluster")
+    with pytest.raises(RuntimeError, match="hata::score_select: algorithm cluster needs"):
+        hata.score_select(**arguments)
 
 
 def test_gather_attention(device):
