@@ -7,7 +7,8 @@
 namespace hata {
 
 // The ways to do it, with the same result; the environment variable HATA_SCORE_SELECT forces one
-// (auto, two_kernels, cluster).
+// (auto, two_kernels, cluster). two_kernels also keeps gather_attention from using clusters, so
+// that it is what any GPU runs.
 enum class ScoreSelectAlgorithm {
   kAuto,
   kTwoKernels,  // any GPU: a scan that writes keys to the workspace, then a selection from them

@@ -42,7 +42,7 @@ GatherAttentionParams gather_attention_params(const ArgumentChecks& check, const
       .lse = nullptr,
       .out_partial = nullptr,
       .lse_partial = nullptr,
-      .may_use_clusters = true,
+      .may_use_clusters = forced_algorithm(check) != ScoreSelectAlgorithm::kTwoKernels,
       .queries_are_ready = false,
       .q_batch_stride = q.stride(0),
       .q_token_stride = q.stride(1),

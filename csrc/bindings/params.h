@@ -42,6 +42,9 @@ void check_budget(const ArgumentChecks& check, int64_t top_k, int64_t num_sink, 
 void check_selection(const ArgumentChecks& check, const Tensor& indices, const Tensor& num_selected,
                      int64_t batch, int64_t q_len, int64_t num_kv_heads, int64_t top_k);
 
+// What the environment variable HATA_SCORE_SELECT asks for.
+ScoreSelectAlgorithm forced_algorithm(const ArgumentChecks& check);
+
 // `planes`, `keys`, `indices` and `num_selected` are left null.
 ScoreSelectParams score_select_params(const ArgumentChecks& check, const Tensor& code_cache,
                                       const std::optional<Tensor>& norm_cache,

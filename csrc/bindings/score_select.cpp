@@ -11,7 +11,6 @@
 #include "workspace.h"
 
 namespace hata {
-namespace {
 
 ScoreSelectAlgorithm forced_algorithm(const ArgumentChecks& check) {
   const char* name = std::getenv("HATA_SCORE_SELECT");
@@ -22,8 +21,6 @@ ScoreSelectAlgorithm forced_algorithm(const ArgumentChecks& check) {
              "be auto, two_kernels or cluster", algorithm);
   return ScoreSelectAlgorithm::kAuto;
 }
-
-}  // namespace
 
 ScoreSelectParams score_select_params(const ArgumentChecks& check, const Tensor& code_cache_,
                                       const std::optional<Tensor>& norm_cache,

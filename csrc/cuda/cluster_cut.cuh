@@ -9,6 +9,7 @@
 namespace hata {
 
 constexpr int kGroupBins = kWarpSize;  // bins of a group, whose sum is kept beside the histogram
+constexpr int kMaxGroupsPerLane = 4;
 
 // The bin that holds the `wanted`-th largest key of the cluster, and what the ordered output needs:
 // how many keys of the cluster lie in higher bins and in this one, and how many of each belong to
@@ -65,32 +66,41 @@ __device__ __forceinline__ ClusterCount exclusive_scan(const ClusterCount& mine)
 
 // By one warp of each block, after a cluster barrier that follows the last count. `histogram` and
 // `groups` point at the same place in each block's shared memory; groups[g] is the sum of bins
-// g * kGroupBins and on. At least `wanted` >= 1 keys are counted.
+// g * kGroupBins and on, and is not read where there is one group. At least `wanted` >= 1 keys are
+// counted. Not inlined: it is called twice.
 __device__ __noinline__ inline Cut find_cut(const cooperative_groups::cluster_group& cluster,
                                             uint32_t* histogram, uint32_t* groups, int num_groups,
                                             uint32_t wanted) {
   const int lane = threadIdx.x % kWarpSize;
-  // Lane 0 has the highest groups.
-  const int per_lane = (num_groups + kWarpSize - 1) / kWarpSize;
-  const int highest = num_groups - 1 - lane * per_lane;
-  ClusterCount mine;
-  for (int i = 0; i < per_lane; ++i) {
-    if (highest - i >= 0) mine += sum_over_cluster(cluster, groups, highest - i);
-  }
-  ClusterCount above = exclusive_scan(mine);
-  int group = highest;
-  const bool here = above.total < wanted && wanted <= above.total + mine.total;
-  if (here && per_lane > 1) {
-    for (ClusterCount next;; --group, above += next) {
-      next = sum_over_cluster(cluster, groups, group);
-      if (wanted <= above.total + next.total) break;
+  int group = 0, source;
+  ClusterCount above;
+  if (num_groups > 1) {
+    // Lane 0 has the highest groups. All loads are in flight at once.
+    const int per_lane = (num_groups + kWarpSize - 1) / kWarpSize;
+    const int highest = num_groups - 1 - lane * per_lane;
+    ClusterCount counts[kMaxGroupsPerLane], mine;
+#pragma unroll
+    for (int i = 0; i < kMaxGroupsPerLane; ++i) {
+      if (i < per_lane && highest - i >= 0) {
+        counts[i] = sum_over_cluster(cluster, groups, highest - i);
+      }
+      mine += counts[i];
     }
+    above = exclusive_scan(mine);
+    const bool here = above.total < wanted && wanted <= above.total + mine.total;
+    group = highest;
+#pragma unroll
+    for (int i = 0; i < kMaxGroupsPerLane - 1; ++i) {
+      if (group == highest - i && wanted > above.total + counts[i].total) {
+        above += counts[i];
+        --group;
+      }
+    }
+    source = __ffs(__ballot_sync(kFullMask, here)) - 1;
+    group = __shfl_sync(kFullMask, group, source);
+    above = {__shfl_sync(kFullMask, above.total, source),
+             __shfl_sync(kFullMask, above.before, source)};
   }
-  int source = __ffs(__ballot_sync(kFullMask, here)) - 1;
-  group = __shfl_sync(kFullMask, group, source);
-  above = {__shfl_sync(kFullMask, above.total, source),
-           __shfl_sync(kFullMask, above.before, source)};
-
   const int bin = group * kGroupBins + kGroupBins - 1 - lane;
   const ClusterCount ties = sum_over_cluster(cluster, histogram, bin);
   above += exclusive_scan(ties);

@@ -80,7 +80,7 @@ struct EncodeScratch {
     const int row_bytes = p.q_len * (group + 1) * row_pitch * 2;
     rows = row_bytes <= kMostRowBytes ? reinterpret_cast<uint16_t*>(memory) : nullptr;
     weights = reinterpret_cast<uint16_t*>(memory + (rows != nullptr ? row_bytes : 0));
-    per_pass = (bytes - (rows != nullptr ? row_bytes : 0)) / word_weight_bytes(p.head_dim);
+    per_pass = (bytes - (rows != nullptr ? row_bytes : 0)) / max(word_weight_bytes(p.head_dim), 1);
   }
 };
 

@@ -35,8 +35,9 @@ __device__ void project_queries(const QueryGroup& group, int head_dim, int query
     const int row = first + lane / 4;
     project_rows<T>(sums, row < group.size ? group.heads + row * group.head_stride : nullptr,
                     head_dim, weights);
-    if (query_bits > 1) continue;  // the sums go on adding up
-                                   // The half that stays counts the signs.
+    if (query_bits > 1)
+      continue;  // the sums go on adding up
+                 // The half that stays counts the signs.
 #pragma unroll
     for (int n = 0; n < 4; ++n) {
 #pragma unroll

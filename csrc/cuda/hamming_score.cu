@@ -13,7 +13,7 @@ constexpr int kMaxTokens = 8;  // query tokens whose planes are in shared memory
 
 // Units that a thread scores at a time: as many as fit its registers.
 constexpr int units_per_thread(int num_words) {
-  return num_words == 2 ? 4 : (num_words <= 4 ? 2 : 1);
+  return num_words >= 2 && num_words <= 4 ? 2 : 1;
 }
 template <int kNumWords>
 constexpr int positions_per_block() {
@@ -90,7 +90,7 @@ __device__ __forceinline__ void score_chunk(const HammingScoreParams& p, int bat
 // grid: batch * num_kv_heads * blocks of positions_per_block positions, a chunk a warp. The block
 // shares the planes of the query tokens.
 template <int kNumWords, bool kNorms>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     hamming_score_kernel(const __grid_constant__ HammingScoreParams p, int blocks_per_pair) {
   using Chunk = CodeChunk<kNumWords, kNorms, units_per_thread(kNumWords)>;
   using Part = CodeChunk<kNumWords, kNorms, 1>;

@@ -2,13 +2,10 @@
 
 #include <algorithm>
 
-#include "cuda/cluster_cut.cuh"
 #include "cuda/cluster_encode.cuh"
-#include "cuda/cluster_output.cuh"
-#include "cuda/code_scan.cuh"
+#include "cuda/cluster_scan.cuh"
 #include "cuda/launch.cuh"
 #include "dispatch.h"
-#include "selection.h"
 
 namespace hata {
 namespace {
@@ -16,21 +13,14 @@ namespace {
 // Threads of a block: two blocks share a multiprocessor, or one has it to itself.
 constexpr int kFewThreads = 384, kManyThreads = 768;
 constexpr int kMaxGridY = 65535;
-constexpr int kMaxCluster = 8;        // the largest that every GPU with clusters schedules
-constexpr int kHistogramBins = 4096;  // of all query tokens together: 16 KB
-constexpr int kFineBins = 128;        // of the second histogram of a query token
-constexpr int kSliceAlignment = 32;   // positions: a word of the candidates' bits
-// Shared memory of a block for keys, and before that for hash weights: the most of which two blocks
-// fit, and the most there is.
+constexpr int kMaxCluster = 8;       // the largest that every GPU with clusters schedules
+constexpr int kSliceAlignment = 32;  // positions: a word of the candidates' bits
+// ClusterShared memory of a block for keys, and before that for hash weights: the most of which two
+// blocks fit, and the most there is.
 constexpr int kSharedKeyBytes = 80 * 1024;
 constexpr int kMostKeyBytes = 192 * 1024;
 
-// How 16-bit keys become bins: key >> shift, and where shift > 0 a second histogram of the low bits
-// of the keys in the bin at the cut.
-struct Bins {
-  int count;  // of one query token, a multiple of kGroupBins
-  int shift;
-};
+constexpr int kKeyOffset = (sizeof(ClusterShared) + 15) / 16 * 16;
 
 Bins bins_for(const ScoreSelectParams& p) {
   const int keys = p.code_cache.norms != nullptr
@@ -45,45 +35,6 @@ Bins bins_for(const ScoreSelectParams& p) {
   return bins;
 }
 
-struct ClusterParams {
-  ScoreSelectParams select;
-  bool encodes;  // the planes come from `encode`, not from select.planes, and `append` is done
-  EncodeQueryParams encode;
-  CacheAppendParams append;
-  int group;  // query heads of a KV head
-  Bins bins;
-  int key_bytes;  // of shared memory
-};
-
-// One block's part of a (sequence, KV head).
-struct Slice {
-  int64_t first_row;  // of the outputs: query token 0; the next token's is num_kv_heads later
-  int batch_idx, kv_head_idx;
-  int seq_len;
-  int begin, end;     // positions
-  uint16_t* keys;     // of query token 0, from `begin` on; in shared memory or in the workspace
-  int64_t key_pitch;  // from one query token's keys to the next
-};
-
-struct Shared {
-  Slice slice;
-  uint32_t histogram[kHistogramBins];  // [q_len, bins]
-  uint32_t groups[kHistogramBins / kGroupBins];
-  uint32_t fine[kMaxClusterTokens * kFineBins];
-  uint32_t fine_groups[kMaxClusterTokens * kFineBins / kGroupBins];
-  PlaneWeights weights;
-  alignas(8) uint32_t planes[kMaxClusterTokens * kMaxPlanes * kMaxWords];
-  alignas(8) uint32_t no_planes[kMaxPlanes * kMaxWords];  // zero
-  int bases[kMaxClusterTokens];
-  uint32_t largest[kMaxClusterTokens];
-  Cut cuts[kMaxClusterTokens];
-  union {
-    Candidates candidates;
-    float values[kMaxClusterTokens * kMaxWords * kWordBits];
-  };
-};
-constexpr int kKeyOffset = (sizeof(Shared) + 15) / 16 * 16;
-
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 
 namespace cg = cooperative_groups;
@@ -92,95 +43,6 @@ __device__ __forceinline__ int cluster_idx() {
   int x;
   asm("mov.u32 %0, %%clusterid.x;" : "=r"(x));
   return x;
-}
-
-constexpr int kPrefetchSteps = 2;  // of the scan, in flight ahead of it
-
-// Units that a thread scores at a time: at most 64 bytes and eight positions, fewer with norms.
-constexpr int units_per_thread(int num_words, bool norms) {
-  return num_words == 2 && !norms ? 4 : (num_words <= 4 ? 2 : 1);
-}
-
-// Scores one chunk for every query token: keys, and counts of those that compete (neither sink nor
-// recent) to the histogram. All positions of a chunk that is no edge compete, for every token.
-template <bool kEdge, int kNumWords, bool kNorms, int kUnits>
-__device__ __forceinline__ void score_chunk(const ClusterParams& params, Shared& shared,
-                                            const Slice& slice, int num_planes,
-                                            const CodeChunk<kNumWords, kNorms, kUnits>& chunk,
-                                            int first_position) {
-  using Unit = CodeUnit<kNumWords>;
-  const ScoreSelectParams& p = params.select;
-  const int plane_pitch = padded_planes(num_planes) * kNumWords;
-  for (int j = 0; j < p.q_len; ++j) {
-    int matches[kUnits * Unit::kTokens];
-    count_matches(chunk.units,
-                  {plane_rows<kNumWords>(shared.planes + j * plane_pitch, shared.no_planes),
-                   shared.weights, p.weight_sum, num_planes, shared.bases[j]},
-                  matches);
-    const int position = chunk.position_of(first_position, 0);
-    uint16_t* keys = slice.keys + j * slice.key_pitch + (position - slice.begin);
-    uint32_t* histogram = shared.histogram + j * params.bins.count;
-    const int last = min(visible_len(slice.seq_len, p.q_len, j) - p.num_recent, slice.end);
-#pragma unroll
-    for (int i = 0; i < kUnits * Unit::kTokens; i += 2) {
-      const int offset = i / Unit::kTokens * kWarpSize * Unit::kTokens + i % Unit::kTokens;
-      uint32_t pair[2];
-#pragma unroll
-      for (int t = 0; t < 2; ++t) {
-        pair[t] = matches[i + t];
-        if constexpr (kNorms) {
-          pair[t] = ordered_key_float16(float16_score<kNumWords * kWordBits>(
-              matches[i + t], p.weight_sum, static_cast<uint16_t>(chunk.norms[i / 2] >> t * 16)));
-        }
-      }
-      // Keys of positions that do not compete may be anything; positions here are even.
-      if (!kEdge || position + offset < last) {
-        *reinterpret_cast<uint32_t*>(keys + offset) = pair[0] | pair[1] << 16;
-      }
-#pragma unroll
-      for (int t = 0; t < 2; ++t) {
-        const int mine = position + offset + t;
-        if (!kEdge || (mine >= p.num_sink && mine < last)) {
-          atomicAdd(histogram + (pair[t] >> params.bins.shift), 1u);
-        }
-      }
-    }
-  }
-}
-
-// Scores the slice. What a warp reads next is on its way to L2 while it scores: that keeps more
-// bytes in flight than its registers could.
-template <int kNumWords, bool kNorms>
-__device__ void scan_slice(const ClusterParams& params, Shared& shared, const Slice slice) {
-  using Chunk = CodeChunk<kNumWords, kNorms, units_per_thread(kNumWords, kNorms)>;
-  const ScoreSelectParams& p = params.select;
-  const CodeReader<kNumWords> reader(p.table, p.code_cache, slice.batch_idx, slice.kv_head_idx);
-  const int num_planes = hata::num_planes(p.weight_sum);
-  // Of positions that the first query token sees, the last that compete.
-  const int last = visible_len(slice.seq_len, p.q_len, 0) - p.num_recent;
-  const int step = static_cast<int>(blockDim.x) / kWarpSize * Chunk::kPositions;
-  for (int first = slice.begin + threadIdx.x / kWarpSize * Chunk::kPositions; first < slice.end;
-       first += step) {
-    reader.template prefetch<kNorms, Chunk::kPositions>(first + kPrefetchSteps * step, slice.end);
-    const int stop = first + Chunk::kPositions;
-    if (reader.has_whole_units() && stop <= p.table.capacity) {
-      Chunk chunk;
-      reader.load_whole(chunk, first);
-      if (first >= p.num_sink && stop <= min(last, slice.end)) {
-        score_chunk<false>(params, shared, slice, num_planes, chunk, first);
-      } else {
-        score_chunk<true>(params, shared, slice, num_planes, chunk, first);
-      }
-    } else {
-      using Part = CodeChunk<kNumWords, kNorms, 1>;
-#pragma unroll 1
-      for (int part = first; part < min(stop, slice.end); part += Part::kPositions) {
-        Part chunk;
-        reader.load_part(chunk, part, slice.end);
-        score_chunk<true>(params, shared, slice, num_planes, chunk, part);
-      }
-    }
-  }
 }
 
 // The sums of the groups of a histogram of `num_bins` bins, by a whole block.
@@ -193,8 +55,8 @@ __device__ void sum_groups(const uint32_t* histogram, int num_bins, uint32_t* gr
 
 // The planes of all query tokens, in shared memory as the scan reads them.
 template <int kNumWords>
-__device__ void prepare_planes(const ClusterParams& params, Shared& shared, const EncodeTask& task,
-                               const EncodeScratch& scratch) {
+__device__ void prepare_planes(const ClusterParams& params, ClusterShared& shared,
+                               const EncodeTask& task, const EncodeScratch& scratch) {
   const ScoreSelectParams& p = params.select;
   const int num_planes = hata::num_planes(p.weight_sum);
   const int token_words = num_planes * kNumWords;
@@ -230,7 +92,7 @@ template <int kNumWords, bool kNorms>
 __global__ void __launch_bounds__(kManyThreads, 1)
     score_select_kernel(const __grid_constant__ ClusterParams params) {
   extern __shared__ __align__(16) char shared_bytes[];
-  Shared& shared = *reinterpret_cast<Shared*>(shared_bytes);
+  ClusterShared& shared = *reinterpret_cast<ClusterShared*>(shared_bytes);
   const ScoreSelectParams& p = params.select;
   const Bins bins = params.bins;
   const cg::cluster_group cluster = cg::this_cluster();
@@ -259,11 +121,11 @@ __global__ void __launch_bounds__(kManyThreads, 1)
     const CodeReader<kNumWords> reader(p.table, p.code_cache, batch_idx, kv_head_idx);
     const int slice_len =
         ceil_div(ceil_div(seq_len, num_blocks), kSliceAlignment) * kSliceAlignment;
-    Slice slice{.first_row = int64_t{batch_idx} * p.q_len * p.num_kv_heads + kv_head_idx,
-                .batch_idx = batch_idx,
-                .kv_head_idx = kv_head_idx,
-                .seq_len = seq_len,
-                .begin = min(rank * slice_len, seq_len)};
+    ClusterSlice slice{.first_row = int64_t{batch_idx} * p.q_len * p.num_kv_heads + kv_head_idx,
+                       .batch_idx = batch_idx,
+                       .kv_head_idx = kv_head_idx,
+                       .seq_len = seq_len,
+                       .begin = min(rank * slice_len, seq_len)};
     slice.end = min(slice.begin + slice_len, seq_len);
     if (int64_t{slice_len} * p.q_len * 2 <= params.key_bytes) {
       slice.keys = reinterpret_cast<uint16_t*>(shared_bytes + kKeyOffset);
@@ -275,18 +137,12 @@ __global__ void __launch_bounds__(kManyThreads, 1)
     }
     if (threadIdx.x == 0) shared.slice = slice;
     // Memory works on the first codes while the planes are made.
-    constexpr int kChunk =
-        CodeChunk<kNumWords, kNorms, units_per_thread(kNumWords, kNorms)>::kPositions;
-    const int num_warps = blockDim.x / kWarpSize;
-#pragma unroll 1
-    for (int step = 0; step < kPrefetchSteps; ++step) {
-      reader.template prefetch<kNorms, kChunk>(slice.begin + (step * num_warps + warp) * kChunk,
-                                               slice.end);
-    }
+    constexpr int kChunk = CodeChunk<kNumWords, kNorms, units_per_thread(kNumWords)>::kPositions;
+    reader.template prefetch<kNorms, kChunk>(slice.begin + warp * kChunk, slice.end);
     prepare_planes<kNumWords>(params, shared, task, scratch);
   }
   // In shared memory, which leaves the scan its registers.
-  const Slice& slice = shared.slice;
+  const ClusterSlice& slice = shared.slice;
   // A sequence whose tokens all are selected has nothing to compare.
   if (slice.seq_len > p.top_k) {
     scan_slice<kNumWords, kNorms>(params, shared, slice);
@@ -331,11 +187,11 @@ __global__ void __launch_bounds__(kManyThreads, 1)
     sum_groups(shared.fine, p.q_len * kFineBins, shared.fine_groups);
     cluster.sync();
     if (warp < p.q_len && must_choose(warp)) {
-      constexpr int kFineGroups = kFineBins / kGroupBins;
       const Cut coarse = shared.cuts[warp];
       const Cut fine =
-          find_cut(cluster, shared.fine + warp * kFineBins, shared.fine_groups + warp * kFineGroups,
-                   kFineGroups, num_competing - coarse.above);
+          find_cut(cluster, shared.fine + warp * kFineBins,
+                   shared.fine_groups + warp * (kFineBins / kGroupBins),
+                   ceil_div(1 << bins.shift, kGroupBins), num_competing - coarse.above);
       if (threadIdx.x % kWarpSize == 0) {
         shared.cuts[warp] = {coarse.bin << bins.shift | fine.bin, coarse.above + fine.above,
                              fine.ties, coarse.above_before + fine.above_before, fine.ties_before};
@@ -397,7 +253,7 @@ struct ClusterShape {
   int cluster_size;
 };
 
-// Shared memory for the keys of one block's slice of a full cache, within what there is.
+// ClusterShared memory for the keys of one block's slice of a full cache, within what there is.
 int key_bytes_for(const ScoreSelectParams& p, int threads, int cluster_size) {
   if (threads == kFewThreads) return kSharedKeyBytes;
   const int64_t slice =
