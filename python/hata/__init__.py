@@ -26,7 +26,8 @@ from hata.ops import (
     select_topk,
     workspace_size,
 )
-from hata.weights import HashWeights, load_weights, save_weights
+from hata.weights import HashWeights
+from hata.weights_file import load_weights, save_weights
 
 __all__ = [
     "DecodeStepOutput",

@@ -102,7 +102,8 @@ def enable(
 
     The prompt is attended to densely and exactly, as with "sdpa"; each token after it (every
     forward pass of one token) is decoded sparsely, except in the first
-    ``config.num_dense_layers`` layers::
+    ``config.num_dense_layers`` layers, and densely too while the sequence is shorter than
+    ``config.min_sparse_len``::
 
         cache = enable(model, HataConfig(top_k=256), max_seq_len=4096)
         model.generate(**inputs, max_new_tokens=100, past_key_values=cache)
@@ -143,11 +144,12 @@ def enable(
         check_page_size(where, page_size)
     callable_observer = observer is None or callable(observer)
     check_type(callable_observer, where, "observer", "be callable", observer)
-    shape = (num_layers, num_kv_heads, head_dim, config.num_bits)
+    layer_bits = config.layer_bits(num_layers)
+    config.layer_top_k(num_layers)  # raises where it names another number of layers
     if weights is not None:
         check_type(isinstance(weights, HashWeights), where, "weights", "be HashWeights", weights)
-        rule = f"have the shape of model and config, {list(shape)}"
-        check(weights.shape == shape, where, "weights", rule, list(weights.shape))
+        sizes = (num_layers, num_kv_heads, head_dim)
+        weights.check_fits(where, "model and config", sizes, layer_bits)
     else:
         warnings.warn(
             f"hata.{where}: weights is None, so keys are hashed with random orthogonal weights "
@@ -158,7 +160,7 @@ def enable(
             num_layers=num_layers,
             num_kv_heads=num_kv_heads,
             head_dim=head_dim,
-            num_bits=config.num_bits,
+            num_bits=layer_bits,
         )
     group = LayerGroup(config, weights, max_seq_len, page_size, observer)
     cache = HataTransformersCache(group)
