@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from hata.checks import check
+from hata.commands.device import torch_device
 from hata.config import HataConfig
 
 _DEFAULT = HataConfig()
@@ -29,7 +30,7 @@ def recall(
         typer.Option("--key-norms/--no-key-norms", help="Whether to use norms, if not as trained."),
     ] = None,
     baselines: Annotated[
-        bool, typer.Option(help="Measure exact top-k, random codes, Loki, Quest and SparQ too.")
+        bool, typer.Option(help="Measure random codes, Loki, Quest and SparQ too.")
     ] = True,
     calibration: Annotated[
         Path | None,
@@ -88,6 +89,7 @@ def recall(
     run_recall(
         RecallOptions(
             captures=captures,
+            device=torch_device(device, "recall"),
             weights=tuple(weights or ()),
             query_bits=query_bits,
             key_norms=key_norms,
@@ -106,7 +108,6 @@ def recall(
             per_head=per_head,
             plot=plot,
             memory_limit_gb=memory_limit_gb,
-            device=device,
             command=shlex.join(["hata", *sys.argv[1:]]),
         )
     )

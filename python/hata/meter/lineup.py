@@ -76,13 +76,13 @@ def baseline_selectors(
         page_size: Of Quest's pages.
 
     Returns:
-        The selectors.
+        The selectors, without the exact one.
 
     Raises:
         ValueError: The calibration is another model's, or a number is out of range.
     """
     shape = {name: getattr(info, name) for name in ("num_layers", "num_kv_heads", "head_dim")}
-    found: list[Selector] = [ExactSelector(), ExactSelector(sum_logits=True)]
+    found: list[Selector] = [ExactSelector(sum_logits=True)]
     for num_bits in random_bits:
         weights = HashWeights.random(**shape, num_bits=num_bits)
         found += [HataSelector(weights, 1, True), HataSelector(weights, 4, False)]

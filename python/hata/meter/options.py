@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from hata.checks import check, check_int
-from hata.commands.device import torch_device
 from hata.meter.measure import MeterOptions
 from hata.training.captures import CaptureInfo
 
@@ -20,10 +21,11 @@ class RecallOptions:
 
     Attributes:
         captures: Captures of held-out text.
+        device: Where to compute.
         weights: Files of hash weights.
         query_bits: Overrides what the files say; None does not.
         key_norms: Likewise.
-        baselines: Whether to measure selectors that are not learned too.
+        baselines: Whether to measure more selectors than these and the exact one.
         calibration: Captures of other text; None leaves Loki out.
         random_bits: Bits of random codes.
         channels: Channels of Loki and SparQ; empty for head_dim / 4 and / 2.
@@ -38,7 +40,6 @@ class RecallOptions:
         per_head: CSV file for every layer and head, or None.
         plot: Folder for pictures, or None.
         memory_limit_gb: GB for the queries that are measured at once.
-        device: Where to compute; None for a GPU where there is one.
         command: The command line, noted in the files.
 
     Raises:
@@ -46,6 +47,7 @@ class RecallOptions:
     """
 
     captures: Path
+    device: torch.device
     weights: tuple[Path, ...] = ()
     query_bits: int | None = None
     key_norms: bool | None = None
@@ -64,7 +66,6 @@ class RecallOptions:
     per_head: Path | None = None
     plot: Path | None = None
     memory_limit_gb: float = 0.25
-    device: str | None = None
     command: str = ""
 
     def __post_init__(self) -> None:
@@ -99,7 +100,7 @@ class RecallOptions:
         check(sparse, WHERE, "--num-dense-layers", rule, self.num_dense_layers)
         return MeterOptions(
             budgets=tuple(sorted(set(budgets))),
-            device=torch_device(self.device, WHERE),
+            device=self.device,
             num_sink=self.num_sink,
             num_recent=self.num_recent,
             num_queries=self.num_queries,

@@ -20,7 +20,7 @@ from hata.meter.rows import (
     write_rows,
 )
 from hata.meter.table import print_layers, print_means
-from hata.selectors import Selector
+from hata.selectors import ExactSelector, Selector
 from hata.training.captures import Captures
 
 _FILE_WIDTH = 300  # where the output is not a terminal: no table is wider
@@ -43,7 +43,7 @@ def run_recall(options: RecallOptions) -> Results:
     how = options.meter_options(info)
     calibration = None if options.calibration is None else Captures.open(options.calibration)
     trained = trained_selectors(info, options.weights, options.query_bits, options.key_norms)
-    selectors: list[Selector] = [*trained]
+    selectors: list[Selector] = [ExactSelector(), *trained]
     if options.baselines:
         others = baseline_selectors(
             info,
@@ -53,7 +53,7 @@ def run_recall(options: RecallOptions) -> Results:
             channels=options.channels or (info.head_dim // 4, info.head_dim // 2),
             page_size=options.page_size,
         )
-        selectors = [*others, *trained]
+        selectors = [ExactSelector(), *others, *trained]
 
     console = Console(highlight=False)
     if not console.is_terminal:

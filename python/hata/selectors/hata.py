@@ -77,12 +77,13 @@ class HataSelector(Selector):
         key_weights, query_weights = self.weights.layer(layer_idx, k.dtype, k.device)
         keys = k.float()
         z = torch.einsum("shd,hdi->shi", keys, key_weights.float())
-        signs = torch.where(z > 0, 1.0, -1.0)
+        signs = 2 * (z > 0).to(torch.int8) - 1  # a byte each: float32 is made per call
         norms = keys.norm(dim=-1).clamp(max=MAX_NORM).half().float().T  # [num_kv_heads, seq_len]
 
         def score(q: Tensor, positions: Tensor) -> Tensor:
             # Integers below 2**24: exact in float32, in any order.
-            scores = torch.einsum("qhi,shi->qhs", self._query_code(q, query_weights), signs)
+            code = self._query_code(q, query_weights)
+            scores = torch.einsum("qhi,shi->qhs", code, signs.float())
             return (scores / self.num_bits * norms).half().float() if self.key_norms else scores
 
         return score
