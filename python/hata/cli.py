@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 from hata.checks import check
+from hata.commands.capture import capture, corpus
 from hata.version import VERSION
 
 app = typer.Typer(
@@ -105,6 +106,10 @@ def bench(context: typer.Context) -> None:
     bench_app = importlib.import_module("bench.main").app
     status = bench_app(args=context.args, prog_name="hata bench", standalone_mode=False)
     raise typer.Exit(status if isinstance(status, int) else 0)
+
+
+app.command()(corpus)
+app.command()(capture)
 
 
 def _is_installed(name: str) -> bool:
