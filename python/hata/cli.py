@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 from hata.checks import check
+from hata.commands.capture import capture, corpus
 from hata.commands.recall import recall
 from hata.version import VERSION
 
@@ -108,6 +109,8 @@ def bench(context: typer.Context) -> None:
     raise typer.Exit(status if isinstance(status, int) else 0)
 
 
+app.command()(corpus)
+app.command()(capture)
 app.command()(recall)
 
 

@@ -17,6 +17,7 @@ from hata.demo.options import DemoOptions
 from hata.demo.plot import plot_mass
 from hata.demo.prompt import NEEDLE, Prompt, build_prompt
 from hata.demo.report import Bytes, agreement, print_answers, print_mass
+from hata.integrations.model_shape import model_shape, softmax_scale
 from hata.integrations.transformers import enable
 from hata.weights import HashWeights
 
@@ -75,7 +76,7 @@ def run_demo(options: DemoOptions) -> DemoResult:
         name: tokenizer.decode(run.token_ids, skip_special_tokens=True)
         for name, run in generations.items()
     }
-    shape = _shape(model)
+    shape = model_shape(model)
     last_step = len(prompt.token_ids) + len(hata.token_ids) - 1
     itemsize = options.torch_dtype().itemsize
     read = Bytes.of_step(options.config(), **shape, itemsize=itemsize, seq_len=last_step)
@@ -92,10 +93,9 @@ def run_demo(options: DemoOptions) -> DemoResult:
 def _generate_both(
     progress: Progress, options: DemoOptions, model: Any, prompt: Prompt
 ) -> tuple[Generation, Generation, dict[int, float]]:
-    shape = _shape(model)
+    shape = model_shape(model)
     weights = HashWeights.random(**shape, num_bits=options.num_bits, seed=options.seed)
-    scales = (m.scaling for m in model.modules() if isinstance(getattr(m, "scaling", None), float))
-    recorder = MassRecorder(next(scales, shape["head_dim"] ** -0.5))
+    recorder = MassRecorder(softmax_scale(model))
     cache = enable(model, options.config(), weights, max_seq_len=options.context, observer=recorder)
 
     def run(attention: str, name: str, past_key_values: Any) -> Generation:
@@ -115,20 +115,10 @@ def _generate_both(
     return dense, hata, recorder.mass_per_layer(cache.hata_cache)
 
 
-def _shape(model: Any) -> dict[str, int]:
-    config = model.config
-    heads: int = config.num_attention_heads
-    return {
-        "num_layers": config.num_hidden_layers,
-        "num_kv_heads": getattr(config, "num_key_value_heads", None) or heads,
-        "head_dim": getattr(config, "head_dim", None) or config.hidden_size // heads,
-    }
-
-
 def _describe(
     console: Console, options: DemoOptions, name: str, model: Any, prompt: Prompt
 ) -> None:
-    shape = _shape(model)
+    shape = model_shape(model)
     config = options.config()
     fact = NEEDLE.format(key=prompt.key, number=prompt.number).strip()
     heads = f"{model.config.num_attention_heads} query and {shape['num_kv_heads']} KV heads"

@@ -17,6 +17,7 @@ from transformers.masking_utils import AttentionMaskInterface, causal_mask_funct
 
 from hata.checks import check, check_int, check_type
 from hata.config import HataConfig
+from hata.integrations.model_shape import model_shape
 from hata.integrations.transformers_layer import DecodeObserver, HataLayer, LayerGroup
 from hata.pages import check_page_size
 from hata.weights import HashWeights
@@ -190,10 +191,8 @@ def _model_shape(function: str, model: PreTrainedModel) -> tuple[int, int, int]:
     sizes = ("num_hidden_layers", "num_attention_heads", "hidden_size", "max_position_embeddings")
     missing = [size for size in sizes if not isinstance(getattr(settings, size, None), int)]
     check(not missing, function, "model", "name its sizes in its config", f"no {missing}")
-    heads: int = settings.num_attention_heads
-    num_kv_heads: int = getattr(settings, "num_key_value_heads", None) or heads
-    head_dim: int = getattr(settings, "head_dim", None) or settings.hidden_size // heads
-    return settings.num_hidden_layers, num_kv_heads, head_dim
+    shape = model_shape(model)
+    return shape["num_layers"], shape["num_kv_heads"], shape["head_dim"]
 
 
 def _attend(

@@ -244,7 +244,9 @@ class Captures:
             with safe_open(path, framework="pt") as file:
                 tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in shapes}
         except (OSError, SafetensorError) as error:
-            raise ValueError(f"hata.Captures.layer: {path} must be readable, got {error}") from error
+            raise ValueError(
+                f"hata.Captures.layer: {path} must be readable, got {error}"
+            ) from error
         for name, shape in shapes.items():
             got = tuple(tensors[name].shape)
             check(got == shape, "Captures.layer", f"{name} of {path}", f"have shape {shape}", got)
