@@ -26,8 +26,7 @@ from hata.ops import (
     select_topk,
     workspace_size,
 )
-from hata.weights import HashWeights
-from hata.weights_file import load_weights, save_weights
+from hata.weights import HashWeights, load_weights, save_weights
 
 __all__ = [
     "DecodeStepOutput",

@@ -16,8 +16,7 @@ from hata.selectors import (
     key_components,
 )
 from hata.training.captures import CaptureInfo, Captures
-from hata.weights import HashWeights
-from hata.weights_file import load_weights
+from hata.weights import HashWeights, load_weights
 
 _WHERE = "recall"
 

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from hata.checks import check, check_type
-from hata.weights import RESERVED, SHAPE_NAMES, HashWeights
+from hata.weights.hash_weights import RESERVED, SHAPE_NAMES, HashWeights
 
 _FORMAT = "hata.hash_weights"
 
