@@ -15,6 +15,7 @@ import typer
 
 from hata.checks import check
 from hata.commands.capture import capture, corpus
+from hata.commands.train import train
 from hata.version import VERSION
 
 app = typer.Typer(
@@ -110,6 +111,7 @@ def bench(context: typer.Context) -> None:
 
 app.command()(corpus)
 app.command()(capture)
+app.command()(train)
 
 
 def _is_installed(name: str) -> bool:
