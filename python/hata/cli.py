@@ -16,6 +16,7 @@ import typer
 from hata.checks import check
 from hata.commands.capture import capture, corpus
 from hata.commands.recall import recall
+from hata.commands.train import train
 from hata.version import VERSION
 
 app = typer.Typer(
@@ -111,6 +112,7 @@ def bench(context: typer.Context) -> None:
 
 app.command()(corpus)
 app.command()(capture)
+app.command()(train)
 app.command()(recall)
 
 

@@ -26,17 +26,14 @@ class LayerPart:
         key_weights: ``[num_kv_heads, head_dim, num_bits]``.
         query_weights: The same, or None.
         losses: ``[num_steps]``, mean over KV heads.
-        lost: Held-out attention mass that was not selected, ``[num_budgets]``, mean over KV heads.
-        lost_exact: The same for the exact top-k.
-        recall: Share of the exact top-k that was selected.
+        scores: ``[3, num_budgets]``, means over held-out queries and KV heads: attention mass that
+            was not selected, the same for the exact top-k, and recall of the exact top-k.
     """
 
     key_weights: Tensor
     query_weights: Tensor | None
     losses: Tensor
-    lost: Tensor
-    lost_exact: Tensor
-    recall: Tensor
+    scores: Tensor
 
 
 @dataclass(frozen=True)

@@ -57,10 +57,10 @@ def token_sequences(
 ) -> list[TokenSequence]:
     """Cuts ``num_sequences`` sequences of ``seq_len`` tokens out of different documents.
 
-    The folders take turns in giving a document; in each, documents long enough to fill a
-    sequence alone come first, in random order. Shorter ones are put one after the other. A document is
-    used again only where there are too few. At most ``16 seq_len`` characters of it are read, from
-    a random line on.
+    The folders take turns in giving a document; in each, documents long enough to fill a sequence
+    alone come first, in random order. Shorter ones are put one after the other. A document is used
+    again only where there are too few. At most ``16 seq_len`` characters of it are read, from a
+    random line on.
 
     Args:
         tokenizer: A transformers tokenizer.

@@ -170,7 +170,7 @@ def _train_layers(
             of_layer(key_weights, i),
             None if query_weights is None else of_layer(query_weights, i),
             losses[i],
-            *scores[:, i],
+            scores[:, i],
         )
         parts.write(layer_idx, part)
 

@@ -1,5 +1,6 @@
 """What every recipe is: settings that make a `Fit`, and a fit that finds the weights of heads."""
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
@@ -88,11 +89,14 @@ class Recipe(ABC):
         return 0
 
 
-def orthogonal(data: TrainingData, num_bits: int, seed: int) -> Tensor:
-    """Draws random rotations: ``[heads, head_dim, num_bits]``, orthonormal in blocks."""
-    shape = {"num_kv_heads": data.num_kv_heads, "head_dim": data.head_dim, "num_bits": num_bits}
+def orthogonal(data: TrainingData, num_columns: int, seed: int) -> Tensor:
+    """Draws random rotations: ``[heads, head_dim, num_columns]``, orthonormal in blocks."""
+    shape = {"num_kv_heads": data.num_kv_heads, "head_dim": data.head_dim}
+    num_bits = 32 * math.ceil(num_columns / 32)
     drawn = [
-        HashWeights.random(num_layers=1, seed=seed * 1_000_003 + layer_idx, **shape).key_weights[0]
+        HashWeights.random(
+            num_layers=1, num_bits=num_bits, seed=seed * 1_000_003 + layer_idx, **shape
+        ).key_weights[0, ..., :num_columns]
         for layer_idx in data.layers
     ]
     return torch.cat(drawn).to(data.k.device)

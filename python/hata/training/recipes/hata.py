@@ -27,8 +27,8 @@ class HataRecipe(Recipe):
     mixed, both scaled by the mass that is at stake for the query:
 
     - cross-entropy, ``softmax(score) - p^power / Σ p^power``;
-    - of the mass that a budget catches, ``-(p - p̄) σ'``: σ' is a bell around the score of the
-      last key that a budget selects, p̄ the mean of p under it, so that the number of selected keys
+    - of the mass that a budget catches, ``(mean - p) bell``: a bell around the score of the last
+      key that a budget selects, and the mean of p under it, so that the number of selected keys
       stays. Budgets are drawn log-uniformly. It sets in when the codes have settled.
 
     Signs pass gradients as ``tanh(slope x)`` would, the quantized query as if it were not. Keys and
@@ -46,7 +46,7 @@ class HataRecipe(Recipe):
         mass_from: Share of the steps after which it sets in.
         budget_first: The smallest budget, as a share of the keys.
         budget_last: The largest.
-        width: Of σ', in standard deviations of a query's scores.
+        width: Of the bell, in standard deviations of a query's scores.
     """
 
     name: ClassVar[str] = "hata"
@@ -102,7 +102,7 @@ class HataFit(Fit):
         self.query_scale = torch.nn.Buffer(1 / _projected_size(data.q.sum(3), self.query_weights))
         self.log_sums = torch.nn.Buffer(_log_sums(data), persistent=False)
         with torch.no_grad():
-            self.log_temperature += self._first_temperature(data)
+            self.log_temperature.copy_(self._first_temperature(data))
 
     def optimizer(self) -> torch.optim.Optimizer:
         """Adam; `step` sets the rates."""

@@ -172,7 +172,8 @@ class PaperFit(Fit):
         """Returns which pairs an epoch trains on: ``[num_sequences, num_rows, seq_len]``, bool."""
         if self._drawn[0] != epoch:
             recipe = self.recipe
-            chunks = self.pairs.split(recipe.chunk_pairs)
+            whole = max(len(self.pairs) // recipe.chunk_pairs, 1) * recipe.chunk_pairs
+            chunks = self.pairs[:whole].split(recipe.chunk_pairs)
             order = torch.randperm(len(chunks), generator=generator_of(recipe.seed, epoch + 1))
             chosen = [chunks[i] for i in order[: recipe.chunks_per_epoch].tolist()]
             drawn = torch.zeros_like(self._drawn[1])
