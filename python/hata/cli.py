@@ -54,9 +54,17 @@ def demo(
         float, typer.Option(help="Where in the prose the fact stands, 0 (first) to 1 (last).")
     ] = 0.5,
     top_k: Annotated[int, typer.Option(help="Positions each KV head attends to.")] = 128,
-    num_bits: Annotated[int, typer.Option(help="Bits of a key's code: 32, 64, ... 256.")] = 128,
-    query_bits: Annotated[int, typer.Option(help="Bits of a query's projection, 1 to 4.")] = 4,
-    seed: Annotated[int, typer.Option(help="Seed of the hash weights and of the fact.")] = 0,
+    weights: Annotated[
+        str | None,
+        typer.Option(help="File of hash weights, or random; by default the package's own."),
+    ] = None,
+    num_bits: Annotated[
+        int | None, typer.Option(help="Bits of a key's code; by default what the weights have.")
+    ] = None,
+    query_bits: Annotated[
+        int | None, typer.Option(help="Bits of a query's projection, 1 to 4; 4 by default.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of random hash weights and of the fact.")] = 0,
     max_new_tokens: Annotated[int, typer.Option(help="The longest answer, in tokens.")] = 32,
     device: Annotated[
         str | None, typer.Option(help="cpu, cuda or cuda:N; by default a GPU where there is one.")
@@ -84,6 +92,7 @@ def demo(
             context=context,
             depth=depth,
             top_k=top_k,
+            weights=weights,
             num_bits=num_bits,
             query_bits=query_bits,
             seed=seed,

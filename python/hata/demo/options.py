@@ -21,9 +21,10 @@ class DemoOptions:
         context: Tokens of prompt and answer together.
         depth: Where in the prose the fact stands, 0 to 1.
         top_k: Positions that each KV head attends to.
-        num_bits: Bits of a key's code.
-        query_bits: Bits of a query's projection.
-        seed: Seed of the hash weights and of the fact.
+        weights: File of hash weights, or "random"; None is the package's own for the model.
+        num_bits: Bits of a key's code; None is what the weights have.
+        query_bits: Bits of a query's projection; None is what the weights were trained for.
+        seed: Seed of random hash weights and of the fact.
         max_new_tokens: The longest answer.
         device: Where to run; None is a GPU where there is one.
         dtype: float32, bfloat16 or float16; None is float32 on a CPU and bfloat16 on a GPU.
@@ -37,8 +38,9 @@ class DemoOptions:
     context: int = 2048
     depth: float = 0.5
     top_k: int = 128
-    num_bits: int = 128
-    query_bits: int = 4
+    weights: str | None = None
+    num_bits: int | None = None
+    query_bits: int | None = None
     seed: int = 0
     max_new_tokens: int = 32
     device: str | None = None
@@ -66,8 +68,13 @@ class DemoOptions:
             check(fits, WHERE, "--plot", rule, self.plot)
 
     def config(self) -> HataConfig:
-        """Returns hata's settings: the defaults but for codes and budget."""
-        return HataConfig(num_bits=self.num_bits, query_bits=self.query_bits, top_k=self.top_k)
+        """Returns hata's settings: the defaults but for what is given."""
+        default = HataConfig()
+        return HataConfig(
+            num_bits=default.num_bits if self.num_bits is None else self.num_bits,
+            query_bits=default.query_bits if self.query_bits is None else self.query_bits,
+            top_k=self.top_k,
+        )
 
     def torch_device(self) -> torch.device:
         """Returns the device to run on."""

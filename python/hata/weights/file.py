@@ -3,13 +3,15 @@
 Where all layers have codes of one length the file holds ``key_weights`` ``[num_layers,
 num_kv_heads, head_dim, num_bits]``; else ``key_weights.0``, ``key_weights.1``, ..., one
 ``[num_kv_heads, head_dim, num_bits]`` a layer, and ``num_bits`` in the metadata lists the layers'
-numbers: "32,64,64". The same for ``query_weights``, where they are not the key weights.
+numbers: "32,64,64". The same for ``query_weights``, where they are not the key weights. The tensors
+are float32, or float16 in half the space; in memory weights are float32.
 """
 
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -18,9 +20,12 @@ from hata.checks import check, check_type
 from hata.weights.hash_weights import RESERVED, SHAPE_NAMES, HashWeights
 
 _FORMAT = "hata.hash_weights"
+_DTYPES = (torch.float32, torch.float16)
 
 
-def save_weights(path: str | os.PathLike[str], weights: HashWeights) -> None:
+def save_weights(
+    path: str | os.PathLike[str], weights: HashWeights, *, dtype: torch.dtype = torch.float32
+) -> None:
     """Saves hash weights as safetensors, with the model's shape in the file's metadata.
 
     An existing file is replaced only once the new one is complete.
@@ -28,19 +33,23 @@ def save_weights(path: str | os.PathLike[str], weights: HashWeights) -> None:
     Args:
         path: The file to write, in an existing folder.
         weights: The weights; columns that a layer does not use are left out.
+        dtype: torch.float32, or torch.float16 to round them to half the space.
 
     Raises:
         TypeError: ``weights`` is no HashWeights.
-        ValueError: The folder does not exist.
+        ValueError: The folder does not exist, or the dtype is another one.
     """
     where = "save_weights"
     check_type(isinstance(weights, HashWeights), where, "weights", "be HashWeights", weights)
     path = Path(path)
     check(path.parent.is_dir(), where, "path", "lie in an existing folder", path)
     check(not path.is_dir(), where, "path", "name a file", path)
+    rule = f"be one of {', '.join(map(str, _DTYPES))}"
+    check(dtype in _DTYPES, where, "dtype", rule, dtype)
     tensors = _tensors("key_weights", weights.key_weights, weights.layer_bits)
     if weights.query_weights is not None:
         tensors |= _tensors("query_weights", weights.query_weights, weights.layer_bits)
+    tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
     shape = dict(zip(SHAPE_NAMES, _shape(weights), strict=True))
     partial = path.with_name(path.name + ".partial")
     save_file(tensors, partial, metadata={**weights.metadata, "format": _FORMAT, **shape})
@@ -77,7 +86,7 @@ def load_weights(
     try:
         with safe_open(path, framework="pt") as file:
             metadata: dict[str, str] = dict(file.metadata() or {})
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(
             f"hata.{where}: path must be a safetensors file, got {path}: {error}"
@@ -85,6 +94,7 @@ def load_weights(
 
     kind = metadata.get("format")
     check(kind == _FORMAT, where, "path", f'have "format": "{_FORMAT}" in its metadata', kind)
+    tensors = {name: x.float() if x.dtype in _DTYPES else x for name, x in stored.items()}
     key_layers = _layers("key_weights", tensors)
     check(bool(key_layers), where, "path", "hold key_weights", sorted(tensors))
     weights = HashWeights.from_layers(

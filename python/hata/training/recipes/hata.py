@@ -51,10 +51,10 @@ class HataRecipe(Recipe):
 
     name: ClassVar[str] = "hata"
 
-    num_steps: int = 300
-    num_queries: int = 128
+    num_steps: int = 800
+    num_queries: int = 64
     num_keys: int = 2048
-    learning_rate: float = 0.16
+    learning_rate: float = 0.25
     slope_first: float = 1.0
     slope_last: float = 4.0
     power: float = 0.7
