@@ -63,7 +63,7 @@ def train(
         ),
     ] = None,
     model: capturing.Model = None,
-    num_sequences: capturing.NumSequences = 10,
+    num_sequences: capturing.NumSequences = 16,
     seq_len: capturing.SeqLen = 8192,
     num_queries: capturing.NumQueries = 256,
     first_query: capturing.FirstQuery = 0.5,

@@ -51,7 +51,7 @@ class HataRecipe(Recipe):
 
     name: ClassVar[str] = "hata"
 
-    num_steps: int = 800
+    num_steps: int = 1200
     num_queries: int = 64
     num_keys: int = 2048
     learning_rate: float = 0.25
@@ -199,7 +199,7 @@ class HataFit(Fit):
         """Returns minus the gradient of the mass that the best ``share`` of the keys catch."""
         count = max(1, round(share * hidden.shape[-1]))
         cut = hidden.topk(count, -1).values[..., -1:]
-        width = self.recipe.width * logits.std(-1, keepdim=True)
+        width = self.recipe.width * logits[..., ::8].std(-1, keepdim=True)
         bell = torch.sigmoid((hidden - cut) / width)
         bell = bell * (1 - bell)
         mean = (p * bell).sum(-1, keepdim=True) / bell.sum(-1, keepdim=True)
