@@ -17,6 +17,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from hata.checks import check
 from hata.commands import capture as capturing
 from hata.commands.device import torch_device
+from hata.commands.extras import need
 from hata.config import HataConfig
 
 if TYPE_CHECKING:
@@ -84,6 +85,7 @@ def train(
     ] = None,
 ) -> None:
     """Learns hash weights for a model: captures its queries and keys, then trains on them."""
+    need(_WHERE, "transformers", "matplotlib")
     from hata.training.capture import CaptureOptions
     from hata.training.report import plot_layers, print_layers
     from hata.training.source import SyntheticSource
@@ -135,10 +137,13 @@ def train(
         metadata.update(described)
 
     seq_len = source.shape[4]
+    rule = f"be at most {seq_len // 64}, the smallest budget of {seq_len} tokens"
+    fits = test is None or num_sink + num_recent <= seq_len // 64
+    check(fits, _WHERE, "--num-sink + --num-recent", rule, num_sink + num_recent)
     options_ = TrainOptions(
         chosen,
         budgets=(seq_len // 64, seq_len // 32, seq_len // 16),
-        memory_limit_gb=memory_limit_gb or _MEMORY_GB[where.type],
+        memory_limit_gb=_MEMORY_GB[where.type] if memory_limit_gb is None else memory_limit_gb,
         device=where,
     )
     start = time.perf_counter()

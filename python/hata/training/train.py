@@ -29,6 +29,9 @@ class TrainOptions:
         memory_limit_gb: GB for the data and the steps of the layers trained at once.
         device: Where.
         checkpoint_every: Steps from one checkpoint to the next.
+
+    Raises:
+        ValueError: The limit is not positive.
     """
 
     recipe: Recipe
@@ -36,6 +39,11 @@ class TrainOptions:
     memory_limit_gb: float
     device: torch.device
     checkpoint_every: int = 50
+
+    def __post_init__(self) -> None:
+        """Checks the limit."""
+        limit = self.memory_limit_gb
+        check(limit > 0, _WHERE, "memory_limit_gb", "be positive", limit)
 
 
 def train(
