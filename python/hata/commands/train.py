@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 _WHERE = "train"
 _DEFAULTS = HataConfig()
-_MEMORY_GB = {"cpu": 1.0, "cuda": 16.0}  # on a CPU small chunks are faster: they stay in the cache
+_CUDA_MEMORY_GB = 16.0  # a CPU trains one layer at a time: its numbers stay in the caches
 
 
 def train(
@@ -93,6 +93,8 @@ def train(
     from hata.training.train import train as train_layers
 
     where = torch_device(device, _WHERE)
+    if memory_limit_gb is None and where.type == "cuda":
+        memory_limit_gb = _CUDA_MEMORY_GB
     check(not out.exists(), _WHERE, "--out", "not exist yet", out)
     chosen = _recipe(
         recipe,
@@ -143,7 +145,7 @@ def train(
     options_ = TrainOptions(
         chosen,
         budgets=(seq_len // 64, seq_len // 32, seq_len // 16),
-        memory_limit_gb=_MEMORY_GB[where.type] if memory_limit_gb is None else memory_limit_gb,
+        memory_limit_gb=memory_limit_gb,
         device=where,
     )
     start = time.perf_counter()
