@@ -66,6 +66,7 @@ class HataRecipe(Recipe):
 
     def __post_init__(self) -> None:
         """Checks the rules of this recipe."""
+        super().__post_init__()
         rule = "be False: recipe hata learns scores without norms"
         check(not self.key_norms, "train", "key_norms", rule, self.key_norms)
         check_int("train", "num_steps", self.num_steps, 1)
