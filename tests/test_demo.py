@@ -1,18 +1,24 @@
 """The demo: an honest prompt, dense and hata side by side, and the numbers it prints."""
 
 import pydoc_data.topics
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+import hata
 from hata.config import HataConfig
 from hata.demo import model as demo_model
 from hata.demo.options import DemoOptions
 from hata.demo.prompt import NEEDLE, build_prompt
 from hata.demo.report import Bytes, agreement
 from hata.demo.run import run_demo
+from hata.demo.weights import choose_weights, config_for
+from hata.weights import HashWeights, save_weights
 from tiny_folder import save_tiny_llama
+
+SHAPE = {"num_layers": 4, "num_kv_heads": 2, "head_dim": 32}
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +40,41 @@ def test_the_bundled_model_answers_as_dense_when_everything_is_selected(device, 
     assert min(result.mass.values()) == pytest.approx(1.0, abs=1e-5)  # float32 sum of a softmax
     said = capsys.readouterr().out
     assert "outputs agree: yes" in said
-    assert "untrained" in said
+    assert "hash weights: recipe hata" in " ".join(said.split())
+
+
+def test_a_model_without_weights_of_its_own_gets_random_ones(tiny_llama, capsys):
+    run_demo(DemoOptions(model=tiny_llama, context=640, max_new_tokens=4, device="cpu"))
+    said = " ".join(capsys.readouterr().out.split())
+    assert "hash weights: random orthogonal, seed 0: untrained" in said
+    assert "128-bit keys, 4-bit queries" in said
+
+
+def test_weights_of_a_file_say_how_they_are_used(tiny_llama, tmp_path, capsys):
+    metadata = {"recipe": "paper", "origin": "recipe paper", "query_bits": "1", "key_norms": "true"}
+    drawn = HashWeights.random(num_layers=4, num_kv_heads=2, head_dim=32, num_bits=96)
+    file = tmp_path / "weights.safetensors"
+    save_weights(file, HashWeights(drawn.key_weights, metadata=metadata))
+    options = DemoOptions(model=tiny_llama, context=640, weights=str(file), device="cpu")
+    weights = choose_weights(options, "tiny", SHAPE)
+    config = config_for(options, weights)
+    assert (config.num_bits, config.query_bits, config.key_norms) == (96, 1, True)
+    assert config_for(replace(options, query_bits=3), weights).query_bits == 3
+    run_demo(replace(options, max_new_tokens=4))
+    assert "hash weights: recipe paper: trained" in " ".join(capsys.readouterr().out.split())
+    with pytest.raises(ValueError, match="num_bits must be 64, as asked for, got 96"):
+        choose_weights(replace(options, num_bits=64), "tiny", SHAPE)
+
+
+def test_random_weights_can_be_asked_for():
+    name = hata.pretrained_names()[0]
+    shape = {"num_layers": 30, "num_kv_heads": 3, "head_dim": 64}
+    assert choose_weights(DemoOptions(), name, shape).metadata["recipe"] == "hata"
+    drawn = choose_weights(DemoOptions(weights="random", seed=5), name, shape)
+    assert drawn.metadata == {"origin": "random orthogonal, seed 5"}
+    assert drawn.num_bits == 128
+    other = choose_weights(DemoOptions(num_bits=96), name, shape)
+    assert (other.num_bits, "recipe" in other.metadata) == (96, False)
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])

@@ -42,13 +42,14 @@ def lost(recipe: Recipe, data: TrainingData, weights: tuple[Tensor, Tensor]) -> 
 
 @pytest.mark.parametrize("query_bits", [1, 2, 4])
 @pytest.mark.parametrize("key_norms", [False, True])
-def test_evaluation_selects_as_the_reference_operators_do(query_bits, key_norms):
-    data = make_data(num_layers=1, seq_len=90, num_queries=9)
+def test_evaluation_selects_as_the_reference_operators_do(device, query_bits, key_norms):
+    sizes = {"num_layers": 1, "seq_len": 90, "num_queries": 9}
+    data = make_data(**sizes)
     key_weights, query_weights = torch.randn(2, data.heads, data.head_dim, 64)
     found = evaluate(
-        data,
-        key_weights,
-        query_weights,
+        make_data(**sizes, device=device),
+        key_weights.to(device),
+        query_weights.to(device),
         query_bits=query_bits,
         key_norms=key_norms,
         budgets=BUDGETS,
@@ -113,11 +114,11 @@ def test_quantized_queries_are_those_of_the_reference(query_bits):
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_a_fit_does_not_depend_on_the_layers_beside_it(name):
+def test_a_fit_does_not_depend_on_the_layers_beside_it(device, name):
     changes: dict[str, Any] = {"num_steps": 5, "num_keys": 64} if name == "hata" else {}
     changes |= {"num_epochs": 1, "num_pairs": 4000} if name == "paper" else {}
     recipe = RECIPES[name](num_bits=32, **changes)
-    both = make_data()
+    both = make_data(device=device)
     second = TrainingData(
         (1,), both.q[:, 2:], both.k[:, 2:], both.positions, both.softmax_scale, 2, 3
     )
@@ -222,7 +223,7 @@ def test_the_mass_gradient_is_that_of_the_softly_selected_mass():
     fit = HataRecipe(num_bits=32).fit(make_data(num_layers=1))
     scores = torch.randn(1, 1, 60, dtype=torch.float64)
     p = torch.rand(1, 1, 60, dtype=torch.float64)
-    width = fit.recipe.width * scores.std(-1, keepdim=True)
+    width = fit.recipe.width * scores[..., ::8].std(-1, keepdim=True)
     cut = scores.topk(6, -1).values[..., -1:]
     count = torch.sigmoid((scores - cut) / width).sum()
 
@@ -245,8 +246,9 @@ def test_the_mass_gradient_is_that_of_the_softly_selected_mass():
 
 
 @pytest.mark.parametrize("query_bits", [1, 4])
-def test_distilled_weights_beat_random_ones(query_bits):
-    train, heldout = make_data(num_sequences=6, num_queries=80), make_data(seed=1)
+def test_distilled_weights_beat_random_ones(device, query_bits):
+    train = make_data(num_sequences=6, num_queries=80, device=device)
+    heldout = make_data(seed=1, device=device)
     recipe = HataRecipe(num_bits=32, query_bits=query_bits, num_steps=60, num_queries=80)
     weights = trained(recipe, train)
     random = RECIPES["random"](num_bits=32, query_bits=query_bits)

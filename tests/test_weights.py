@@ -229,3 +229,13 @@ def test_rejects_a_file_whose_layers_are_not_those_of_its_metadata(tmp_path: Pat
     save_file(tensors, path, metadata={**METADATA, "num_bits": "32,64"})
     with pytest.raises(ValueError, match="num_bits must be 32,96 in the metadata, got 32,64"):
         load_weights(path)
+
+
+def test_half_the_space_costs_only_rounding(tmp_path: Path) -> None:
+    weights = HashWeights(key_weights(), key_weights())
+    save_weights(tmp_path / "hash.safetensors", weights, dtype=torch.float16)
+    loaded = load_weights(tmp_path / "hash.safetensors", **SHAPE)
+    assert_equal(loaded.key_weights, weights.key_weights.half().float())
+    assert (tmp_path / "hash.safetensors").stat().st_size < 0.6 * weights.key_weights.nbytes * 2
+    with pytest.raises(ValueError, match=r"save_weights: dtype must be one of .* got torch.int8"):
+        save_weights(tmp_path / "hash.safetensors", weights, dtype=torch.int8)

@@ -16,6 +16,7 @@ def make_data(
     seq_len: int = 200,
     num_queries: int = 40,
     seed: int = 0,
+    device: str = "cpu",
 ) -> TrainingData:
     """Draws layers ``0..num_layers - 1``; the directions that matter do not depend on the seed."""
     heads = num_layers * num_kv_heads
@@ -36,4 +37,5 @@ def make_data(
         ]
     )
     layers = tuple(range(num_layers))
-    return TrainingData(layers, q, k, positions + seq_len // 2, head_dim**-0.5, 2, 3)
+    on_device = (x.to(device) for x in (q, k, positions + seq_len // 2))
+    return TrainingData(layers, *on_device, head_dim**-0.5, 2, 3)

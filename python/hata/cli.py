@@ -5,7 +5,6 @@ Whatever a user can get wrong is answered with one line, "error: <argument> must
 """
 
 import importlib
-import importlib.util
 import re
 import sys
 from pathlib import Path
@@ -15,6 +14,7 @@ import typer
 
 from hata.checks import check
 from hata.commands.capture import capture, corpus
+from hata.commands.extras import need
 from hata.commands.recall import recall
 from hata.commands.train import train
 from hata.version import VERSION
@@ -78,11 +78,7 @@ def demo(
     ] = None,
 ) -> None:
     """Generates an answer from a long prompt twice: with dense attention and with hata."""
-    missing = [name for name in ("transformers", "matplotlib") if not _is_installed(name)]
-    rule = "be installed (pip install 'hata-attention[transformers]')"
-    check(
-        not missing, "demo", "transformers and matplotlib", rule, f"no {' and no '.join(missing)}"
-    )
+    need("demo", "transformers", "matplotlib")
     from hata.demo.options import DemoOptions
     from hata.demo.run import run_demo
 
@@ -123,10 +119,6 @@ app.command()(corpus)
 app.command()(capture)
 app.command()(train)
 app.command()(recall)
-
-
-def _is_installed(name: str) -> bool:
-    return importlib.util.find_spec(name) is not None
 
 
 def _user_error(error: Exception) -> str | None:

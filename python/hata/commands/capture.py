@@ -1,13 +1,17 @@
 """``hata capture`` and ``hata corpus``."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from hata.commands.device import torch_device, torch_dtype
+from hata.commands.extras import need
+
+if TYPE_CHECKING:
+    from hata.training.capture import CaptureOptions
 
 Texts = Annotated[list[Path], typer.Argument(help="Text files, or folders of them.")]
 Model = Annotated[
@@ -61,6 +65,7 @@ def capture(
     dtype: Dtype = None,
 ) -> None:
     """Runs a model over text and writes its queries and keys, to train hash weights on."""
+    need("capture", "transformers")
     from hata.training.capture import CaptureOptions
 
     options = CaptureOptions(
@@ -79,17 +84,22 @@ def capture_to(
     folder: Path,
     texts: list[Path],
     model: Path | None,
-    options: object,
+    options: "CaptureOptions",
     device: str | None,
     dtype: str | None,
 ) -> None:
     """Loads a model and captures with a progress bar."""
-    from hata.demo.model import bundled_model, check_model_folder, load_model
-    from hata.training.capture import CaptureOptions, capture
+    from transformers.utils import logging as transformers_logging
 
-    assert isinstance(options, CaptureOptions)
+    from hata.demo.model import bundled_model, check_model_folder, load_model
+    from hata.training.capture import capture
+    from hata.training.texts import text_files
+
     where = torch_device(device, "capture")
     kind = torch_dtype(dtype, where, "capture")
+    text_files(texts, "capture")  # before a model is loaded
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
     model_folder = model or bundled_model()
     check_model_folder(model_folder, 0)
     terminal = Console(stderr=True)

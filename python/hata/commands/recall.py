@@ -1,6 +1,5 @@
 """``hata recall``."""
 
-import importlib.util
 import shlex
 import sys
 from pathlib import Path
@@ -8,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from hata.checks import check
 from hata.commands.device import torch_device
+from hata.commands.extras import need
 from hata.config import HataConfig
 
 _DEFAULT = HataConfig()
@@ -80,9 +79,7 @@ def recall(
 ) -> None:
     """Measures how much of the attention hash weights and other selectors find."""
     if plot is not None:
-        installed = importlib.util.find_spec("matplotlib") is not None
-        rule = "be installed for --plot (pip install 'hata-attention[transformers]')"
-        check(installed, "recall", "matplotlib", rule, "no such package")
+        need("recall", "matplotlib")
     from hata.meter.options import RecallOptions
     from hata.meter.run import run_recall
 

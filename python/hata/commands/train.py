@@ -1,7 +1,6 @@
 """``hata train``."""
 
 import dataclasses
-import re
 import resource
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +16,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from hata.checks import check
 from hata.commands import capture as capturing
 from hata.commands.device import torch_device
+from hata.commands.extras import need
 from hata.config import HataConfig
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 _WHERE = "train"
 _DEFAULTS = HataConfig()
-_MEMORY_GB = {"cpu": 1.0, "cuda": 16.0}  # on a CPU small chunks are faster: they stay in the cache
+_CUDA_MEMORY_GB = 16.0  # a CPU trains one layer at a time: its numbers stay in the caches
 
 
 def train(
@@ -63,7 +63,7 @@ def train(
         ),
     ] = None,
     model: capturing.Model = None,
-    num_sequences: capturing.NumSequences = 10,
+    num_sequences: capturing.NumSequences = 16,
     seq_len: capturing.SeqLen = 8192,
     num_queries: capturing.NumQueries = 256,
     first_query: capturing.FirstQuery = 0.5,
@@ -75,7 +75,8 @@ def train(
         int, typer.Option(help="Last positions that are always selected.")
     ] = _DEFAULTS.num_recent,
     memory_limit_gb: Annotated[
-        float | None, typer.Option(help="GB for the layers in training; 1, on a GPU 16.")
+        float | None,
+        typer.Option(help="GB for the layers trained at once; by default one layer, on a GPU 16."),
     ] = None,
     device: capturing.Device = None,
     dtype: capturing.Dtype = None,
@@ -84,13 +85,16 @@ def train(
     ] = None,
 ) -> None:
     """Learns hash weights for a model: captures its queries and keys, then trains on them."""
+    need(_WHERE, "transformers", "matplotlib")
     from hata.training.capture import CaptureOptions
     from hata.training.report import plot_layers, print_layers
-    from hata.training.source import SyntheticSource
+    from hata.training.source_options import captured_sources, synthetic_source
     from hata.training.train import TrainOptions
     from hata.training.train import train as train_layers
 
     where = torch_device(device, _WHERE)
+    if memory_limit_gb is None and where.type == "cuda":
+        memory_limit_gb = _CUDA_MEMORY_GB
     check(not out.exists(), _WHERE, "--out", "not exist yet", out)
     chosen = _recipe(
         recipe,
@@ -103,42 +107,38 @@ def train(
     always = {"num_sink": num_sink, "num_recent": num_recent}
     metadata = {name: str(count) for name, count in always.items()}
     source: Source
-    test: Source | None
+    test: Source | None = None
     if synthetic is not None:
-        layers, heads, num_kv_heads, head_dim = _sizes(synthetic)
-        source, test = (
-            SyntheticSource(
-                layers,
-                heads,
-                num_kv_heads,
-                head_dim,
-                num_sequences=num_sequences,
-                seq_len=seq_len,
-                num_queries=num_queries,
-                **always,
-            ),
-            None,
-        )
-        metadata["model"] = f"random numbers, {synthetic}"
-    else:
-        options = CaptureOptions(
+        source = synthetic_source(
+            synthetic,
             num_sequences=num_sequences,
             seq_len=seq_len,
             num_queries=num_queries,
-            first_query=first_query,
-            seed=seed,
+            **always,
         )
+        metadata["model"] = f"random numbers, {synthetic}"
+    else:
         folder = captures or out.with_name(out.name + ".captures")
         if texts:
+            options = CaptureOptions(
+                num_sequences=num_sequences,
+                seq_len=seq_len,
+                num_queries=num_queries,
+                first_query=first_query,
+                seed=seed,
+            )
             capturing.capture_to(folder, texts, model, options, device, dtype)
-        source, test, described = _sources(folder, heldout, always)
-        metadata.update(described)
+        source, test, described = captured_sources(folder, heldout, **always)
+        metadata |= described
 
     seq_len = source.shape[4]
+    rule = f"be at most {seq_len // 64}, the smallest budget of {seq_len} tokens"
+    fits = test is None or num_sink + num_recent <= seq_len // 64
+    check(fits, _WHERE, "--num-sink + --num-recent", rule, num_sink + num_recent)
     options_ = TrainOptions(
         chosen,
         budgets=(seq_len // 64, seq_len // 32, seq_len // 16),
-        memory_limit_gb=memory_limit_gb or _MEMORY_GB[where.type],
+        memory_limit_gb=memory_limit_gb,
         device=where,
     )
     start = time.perf_counter()
@@ -174,49 +174,6 @@ def _recipe(name: str, **settings: Any) -> "Recipe":
     # The rules of codes, checked where they are written down.
     HataConfig(num_bits=found.num_bits, query_bits=found.query_bits, key_norms=found.key_norms)
     return found
-
-
-def _sizes(text: str) -> tuple[int, int, int, int]:
-    found = re.fullmatch(r"(\d+)x(\d+)x(\d+)x(\d+)", text)
-    rule = "be layers x heads x KV heads x head_dim, such as 32x32x8x128"
-    check(found is not None, _WHERE, "--synthetic", rule, text)
-    assert found is not None  # check has made sure of it, for the type checker
-    layers, heads, num_kv_heads, head_dim = map(int, found.groups())
-    whole = min(layers, num_kv_heads, head_dim) > 0 and heads % max(num_kv_heads, 1) == 0 < heads
-    check(whole, _WHERE, "--synthetic", rule, text)
-    return layers, heads, num_kv_heads, head_dim
-
-
-def _sources(
-    folder: Path, heldout: Path | None, always: dict[str, int]
-) -> tuple["Source", "Source", dict[str, str]]:
-    """Returns what to train on, what to evaluate on, and what to note about them."""
-    from hata.training.captures import Captures
-    from hata.training.source import CapturedSource
-
-    found = Captures.open(folder)
-    count = found.info.num_sequences
-    if heldout is None:
-        rule = "be given where the captures hold one sequence"
-        check(count > 1, _WHERE, "--heldout", rule, "nothing")
-        train_on, other, test_on = range(count - 1), found, range(count - 1, count)
-    else:
-        other = Captures.open(heldout)
-        train_on, test_on = range(count), range(other.info.num_sequences)
-        sizes = ("num_layers", "num_heads", "num_kv_heads", "head_dim")
-        for size in sizes:
-            wanted, got = getattr(found.info, size), getattr(other.info, size)
-            check(wanted == got, _WHERE, f"{size} of --heldout", f"be {wanted}", got)
-    described = {
-        "model": found.info.model,
-        "trained_on": " | ".join(found.info.texts[i] for i in train_on),
-        "heldout": " | ".join(other.info.texts[i] for i in test_on),
-    }
-    return (
-        CapturedSource(found, train_on, **always),
-        CapturedSource(other, test_on, **always),
-        described,
-    )
 
 
 @contextmanager

@@ -46,24 +46,19 @@ class TrainingData:
     ) -> "TrainingData":
         """Reads these layers and sequences of a capture."""
         info = captures.info
-        queries, keys = [], []
-        for layer_idx in layers:
+        count, width = len(sequences), info.num_kv_heads
+        shape = (count, len(layers) * width)
+        inside = slice(sequences.start, sequences.stop)
+        q = torch.empty(*shape, info.num_queries, info.group, info.head_dim, device=device)
+        k = torch.empty(*shape, info.seq_len, info.head_dim, device=device)
+        for i, layer_idx in enumerate(layers):  # copied in place: no layer is there twice
             found = captures.layer(layer_idx)
-            inside = slice(sequences.start, sequences.stop)
-            q = found.q[inside].to(device, torch.float32)
-            q = q.unflatten(2, (info.num_kv_heads, info.group))
-            queries.append(q.permute(0, 2, 1, 3, 4))
-            keys.append(found.k[inside].to(device, torch.float32).transpose(1, 2))
+            heads = slice(i * width, (i + 1) * width)
+            groups = found.q[inside].unflatten(2, (width, info.group))
+            q[:, heads].copy_(groups.permute(0, 2, 1, 3, 4))
+            k[:, heads].copy_(found.k[inside].transpose(1, 2))
             positions = found.positions[inside].to(device)
-        return cls(
-            tuple(layers),
-            torch.cat(queries, 1).contiguous(),
-            torch.cat(keys, 1).contiguous(),
-            positions,
-            info.softmax_scale,
-            num_sink,
-            num_recent,
-        )
+        return cls(tuple(layers), q, k, positions, info.softmax_scale, num_sink, num_recent)
 
     @property
     def heads(self) -> int:

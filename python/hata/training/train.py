@@ -26,16 +26,25 @@ class TrainOptions:
     Attributes:
         recipe: What is trained.
         budgets: Values of ``top_k`` that held-out queries are evaluated with.
-        memory_limit_gb: GB for the data and the steps of the layers trained at once.
+        memory_limit_gb: GB for the data and the steps of the layers trained at once; None trains
+            one layer at a time.
         device: Where.
         checkpoint_every: Steps from one checkpoint to the next.
+
+    Raises:
+        ValueError: The limit is not positive.
     """
 
     recipe: Recipe
     budgets: tuple[int, ...]
-    memory_limit_gb: float
+    memory_limit_gb: float | None
     device: torch.device
     checkpoint_every: int = 50
+
+    def __post_init__(self) -> None:
+        """Checks the limit."""
+        limit = self.memory_limit_gb
+        check(limit is None or limit > 0, _WHERE, "memory_limit_gb", "be positive", limit)
 
 
 def train(
@@ -110,11 +119,12 @@ def layer_bytes(source: Source, recipe: Recipe) -> int:
 
 def _chunks(source: Source, options: TrainOptions) -> list[Sequence[int]]:
     """Splits the layers into as few equal chunks as the memory limit allows."""
-    one = layer_bytes(source, options.recipe)
-    at_once = int(options.memory_limit_gb * 1e9 / one)
-    rule = f"be at least {one / 1e9:.2f}, what one layer needs"
-    check(at_once >= 1, _WHERE, "memory_limit_gb", rule, options.memory_limit_gb)
-    layers = range(source.num_layers)
+    layers, at_once = range(source.num_layers), 1
+    if options.memory_limit_gb is not None:
+        one = layer_bytes(source, options.recipe)
+        at_once = int(options.memory_limit_gb * 1e9 / one)
+        rule = f"be at least {one / 1e9:.2f}, what one layer needs"
+        check(at_once >= 1, _WHERE, "memory_limit_gb", rule, options.memory_limit_gb)
     return [layers[i : i + at_once] for i in range(0, len(layers), at_once)]
 
 

@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from hata.checks import check_int
 from hata.training.data import TrainingData
 from hata.weights import HashWeights
 
@@ -70,6 +71,10 @@ class Recipe(ABC):
     query_bits: int = 4
     key_norms: bool = False
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Checks the seed; `hata.HataConfig` checks the rest."""
+        check_int("train", "seed", self.seed, 0)
 
     @abstractmethod
     def fit(self, data: TrainingData) -> Fit:

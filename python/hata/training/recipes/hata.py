@@ -51,7 +51,7 @@ class HataRecipe(Recipe):
 
     name: ClassVar[str] = "hata"
 
-    num_steps: int = 800
+    num_steps: int = 1200
     num_queries: int = 64
     num_keys: int = 2048
     learning_rate: float = 0.25
@@ -66,6 +66,7 @@ class HataRecipe(Recipe):
 
     def __post_init__(self) -> None:
         """Checks the rules of this recipe."""
+        super().__post_init__()
         rule = "be False: recipe hata learns scores without norms"
         check(not self.key_norms, "train", "key_norms", rule, self.key_norms)
         check_int("train", "num_steps", self.num_steps, 1)
@@ -199,7 +200,7 @@ class HataFit(Fit):
         """Returns minus the gradient of the mass that the best ``share`` of the keys catch."""
         count = max(1, round(share * hidden.shape[-1]))
         cut = hidden.topk(count, -1).values[..., -1:]
-        width = self.recipe.width * logits.std(-1, keepdim=True)
+        width = self.recipe.width * logits[..., ::8].std(-1, keepdim=True)
         bell = torch.sigmoid((hidden - cut) / width)
         bell = bell * (1 - bell)
         mean = (p * bell).sum(-1, keepdim=True) / bell.sum(-1, keepdim=True)

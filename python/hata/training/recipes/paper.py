@@ -128,19 +128,17 @@ class PaperFit(Fit):
         squared = torch.zeros(data.heads, device=data.k.device)
         sums = torch.zeros(data.heads, 1, self.recipe.num_bits, device=data.k.device)
         for sequence_idx, rows in enumerate(self.rows):
-            labels = self.labels[:, :, sequence_idx] * drawn[sequence_idx]
-            a = self._code(data.q[sequence_idx, :, rows])  # [heads, num_rows, group, num_bits]
+            inside = drawn[sequence_idx]
+            labels = (self.labels[:, :, sequence_idx] * inside).flatten(1, 2)
+            a = self._code(data.q[sequence_idx, :, rows].transpose(1, 2))  # as the labels
             b = self._code(data.k[sequence_idx])  # [heads, seq_len, num_bits]
-            a = a.transpose(1, 2)  # as the labels: group, then rows
-            of_row = drawn[sequence_idx].sum(1).to(b.dtype)
-            of_key = drawn[sequence_idx].sum(0).to(b.dtype)
-            sums = sums + (a * of_row[:, None]).sum(2)
-            sums = sums + (b * of_key[:, None]).sum(1, keepdim=True)
-            a = a.flatten(1, 2)
-            flat = labels.flatten(1, 2)  # [heads, group * num_rows, seq_len]
-            squared = squared + (flat.sum(2) * a.square().sum(-1)).sum(1)
-            squared = squared + (flat.sum(1) * b.square().sum(-1)).sum(1)
-            squared = squared - 2 * (torch.bmm(flat, b) * a).sum((1, 2))
+            of_row = inside.sum(1).to(b.dtype).expand(data.heads, a.shape[1], 1, -1)
+            of_key = inside.sum(0).to(b.dtype).expand(data.heads, 1, -1)
+            sums = sums + (of_row @ a).squeeze(2) + of_key @ b
+            a = a.flatten(1, 2)  # [heads, group * num_rows, num_bits]
+            squared = squared + (labels.sum(2)[:, None] @ a.square()).sum((1, 2))
+            squared = squared + (labels.sum(1)[:, None] @ b.square()).sum((1, 2))
+            squared = squared - 2 * ((labels @ b) * a).sum((1, 2))
         loss = self._loss(data, squared / num_pairs, sums / (num_pairs * self.recipe.num_bits))
         loss.sum().backward()
         optimizer.step()
@@ -164,9 +162,8 @@ class PaperFit(Fit):
 
     def _code(self, x: Tensor) -> Tensor:
         """h(x), equation 7: ``2 sigmoid(slope y) - 1 = tanh(slope y / 2)``."""
-        weights = self.key_weights
-        y = torch.bmm(x.flatten(1, -2), weights).unflatten(1, x.shape[1:-1])
-        return torch.tanh(0.5 * self.recipe.slope * y)
+        weights = 0.5 * self.recipe.slope * self.key_weights
+        return torch.bmm(x.flatten(1, -2), weights).unflatten(1, x.shape[1:-1]).tanh()
 
     def _pairs_of(self, epoch: int) -> Tensor:
         """Returns which pairs an epoch trains on: ``[num_sequences, num_rows, seq_len]``, bool."""
