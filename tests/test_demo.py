@@ -1,48 +1,30 @@
 """The demo: an honest prompt, dense and hata side by side, and the numbers it prints."""
 
 import pydoc_data.topics
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
+import hata
 from hata.config import HataConfig
 from hata.demo import model as demo_model
 from hata.demo.options import DemoOptions
 from hata.demo.prompt import NEEDLE, build_prompt
 from hata.demo.report import Bytes, agreement
 from hata.demo.run import run_demo
+from hata.demo.weights import choose_weights, config_for
+from hata.weights import HashWeights, save_weights
+from tiny_folder import save_tiny_llama
 
-NUM_LAYERS = 4
+SHAPE = {"num_layers": 4, "num_kv_heads": 2, "head_dim": 64}
 
 
 @pytest.fixture(scope="module")
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Returns a folder with a random Llama of 4/2 heads whose tokens are single bytes."""
-    folder = tmp_path_factory.mktemp("tiny_llama")
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    bytewise = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
-    bytewise.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bytewise.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=bytewise).save_pretrained(folder)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(alphabet),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=NUM_LAYERS,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=64,
-        max_position_embeddings=1024,
-        initializer_range=0.2,  # large, so that the logits of different tokens lie far apart
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
+    return save_tiny_llama(tmp_path_factory.mktemp("tiny_llama"))
 
 
 @pytest.fixture
@@ -59,7 +41,41 @@ def test_the_bundled_model_answers_as_dense_when_everything_is_selected(device, 
     assert min(result.mass.values()) == pytest.approx(1.0, abs=1e-5)  # float32 sum of a softmax
     said = capsys.readouterr().out
     assert "outputs agree: yes" in said
-    assert "untrained" in said
+    assert "hash weights: recipe hata" in " ".join(said.split())
+
+
+def test_a_model_without_weights_of_its_own_gets_random_ones(tiny_llama, capsys):
+    run_demo(DemoOptions(model=tiny_llama, context=640, max_new_tokens=4, device="cpu"))
+    said = " ".join(capsys.readouterr().out.split())
+    assert "hash weights: random orthogonal, seed 0: untrained" in said
+    assert "128-bit keys, 4-bit queries" in said
+
+
+def test_weights_of_a_file_say_how_they_are_used(tiny_llama, tmp_path, capsys):
+    metadata = {"recipe": "paper", "origin": "recipe paper", "query_bits": "1", "key_norms": "true"}
+    drawn = HashWeights.random(num_layers=4, num_kv_heads=2, head_dim=64, num_bits=96)
+    file = tmp_path / "weights.safetensors"
+    save_weights(file, HashWeights(drawn.key_weights, metadata=metadata))
+    options = DemoOptions(model=tiny_llama, context=640, weights=str(file), device="cpu")
+    weights = choose_weights(options, "tiny", SHAPE)
+    config = config_for(options, weights)
+    assert (config.num_bits, config.query_bits, config.key_norms) == (96, 1, True)
+    assert config_for(replace(options, query_bits=3), weights).query_bits == 3
+    run_demo(replace(options, max_new_tokens=4))
+    assert "hash weights: recipe paper: trained" in " ".join(capsys.readouterr().out.split())
+    with pytest.raises(ValueError, match="num_bits must be 64, as asked for, got 96"):
+        choose_weights(replace(options, num_bits=64), "tiny", SHAPE)
+
+
+def test_random_weights_can_be_asked_for():
+    name = hata.pretrained_names()[0]
+    shape = {"num_layers": 30, "num_kv_heads": 3, "head_dim": 64}
+    assert choose_weights(DemoOptions(), name, shape).metadata["recipe"] == "hata"
+    drawn = choose_weights(DemoOptions(weights="random", seed=5), name, shape)
+    assert drawn.metadata == {"origin": "random orthogonal, seed 5"}
+    assert drawn.num_bits == 128
+    other = choose_weights(DemoOptions(num_bits=96), name, shape)
+    assert (other.num_bits, "recipe" in other.metadata) == (96, False)
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])

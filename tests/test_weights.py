@@ -98,6 +98,13 @@ def test_rejects_a_layer_that_is_not_there(layer_idx: int) -> None:
         ),
         ([torch.zeros(1, 1, 8, 32), None, {"a": 1}], TypeError, "must hold strings by name"),
         ([torch.zeros(1, 1, 8, 32), None, {"num_bits": "1"}], ValueError, "must not name any of"),
+        (
+            [torch.zeros(2, 1, 8, 64), None, {}, (64,)],
+            ValueError,
+            "layer_bits must have num_layers=2 entries, got (64,)",
+        ),
+        ([torch.zeros(1, 1, 8, 64), None, {}, (96,)], ValueError, "layer_bits must be in 32..64"),
+        ([torch.zeros(1, 1, 8, 64), None, {}, (40,)], ValueError, "must be multiples of 32"),
     ],
 )
 def test_rejects_what_are_no_weights(
@@ -158,3 +165,77 @@ def test_rejects_the_weights_of_another_model(tmp_path: Path, size: str) -> None
     rule = f"{size} must be {SHAPE[size] + 1}, as asked for, got {SHAPE[size]} in"
     with pytest.raises(ValueError, match=rule):
         load_weights(path, **{size: SHAPE[size] + 1})
+
+
+def layers_of(num_bits: tuple[int, ...]) -> list[Tensor]:
+    return [torch.randn(3, 40, bits) for bits in num_bits]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("num_bits", [(32, 96, 64), (64, 64)])
+def test_layers_of_different_bits_are_saved_and_loaded(
+    tmp_path: Path, num_bits: tuple[int, ...], tied: bool
+) -> None:
+    keys, queries = layers_of(num_bits), None if tied else layers_of(num_bits)
+    weights = HashWeights.from_layers(keys, queries, {"origin": "a test"})
+    assert weights.layer_bits == num_bits
+    assert weights.num_bits == max(num_bits)
+    save_weights(tmp_path / "hash.safetensors", weights)
+    loaded = load_weights(tmp_path / "hash.safetensors", num_layers=len(num_bits))
+    assert loaded.layer_bits == num_bits
+    assert loaded.metadata == {"origin": "a test"}
+    for i, key_layer in enumerate(keys):
+        found = loaded.layer(i, torch.float32, torch.device("cpu"))
+        assert_equal(found[0], key_layer)
+        assert_equal(found[1], key_layer if queries is None else queries[i])
+
+
+def test_a_layer_can_use_fewer_columns_than_there_are(tmp_path: Path) -> None:
+    weights = HashWeights(key_weights(), None, {}, (64, 64))
+    found, _ = weights.layer(1, torch.float32, torch.device("cpu"))
+    assert_equal(found, weights.key_weights[1, ..., :64])
+    save_weights(tmp_path / "hash.safetensors", weights)
+    assert load_weights(tmp_path / "hash.safetensors", num_bits=64).num_bits == 64
+
+
+def test_random_weights_of_different_bits() -> None:
+    weights = HashWeights.random(**{**SHAPE, "num_bits": (32, 96)})
+    assert weights.layer_bits == (32, 96)
+    assert weights.shape == tuple(SHAPE.values())
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        (([],), "key_weights must hold [num_kv_heads, head_dim, num_bits] tensors"),
+        (
+            ([*layers_of((32,)), torch.zeros(2, 40, 32)],),
+            "num_bits alone varying, got [[3, 40, 32]",
+        ),
+        ((layers_of((32, 64)), layers_of((32, 96))), "query_weights must have the num_bits of key"),
+    ],
+)
+def test_rejects_layers_that_do_not_go_together(layers: tuple[Any, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        HashWeights.from_layers(*layers)
+
+
+def test_rejects_a_file_whose_layers_are_not_those_of_its_metadata(tmp_path: Path) -> None:
+    path = tmp_path / "hash.safetensors"
+    save_weights(path, HashWeights.from_layers(layers_of((32, 96))))
+    with pytest.raises(ValueError, match="num_bits must be 32,64, as asked for, got 32,96 in"):
+        load_weights(path, num_bits=(32, 64))
+    tensors = {f"key_weights.{i}": layer for i, layer in enumerate(layers_of((32, 96)))}
+    save_file(tensors, path, metadata={**METADATA, "num_bits": "32,64"})
+    with pytest.raises(ValueError, match="num_bits must be 32,96 in the metadata, got 32,64"):
+        load_weights(path)
+
+
+def test_half_the_space_costs_only_rounding(tmp_path: Path) -> None:
+    weights = HashWeights(key_weights(), key_weights())
+    save_weights(tmp_path / "hash.safetensors", weights, dtype=torch.float16)
+    loaded = load_weights(tmp_path / "hash.safetensors", **SHAPE)
+    assert_equal(loaded.key_weights, weights.key_weights.half().float())
+    assert (tmp_path / "hash.safetensors").stat().st_size < 0.6 * weights.key_weights.nbytes * 2
+    with pytest.raises(ValueError, match=r"save_weights: dtype must be one of .* got torch.int8"):
+        save_weights(tmp_path / "hash.safetensors", weights, dtype=torch.int8)

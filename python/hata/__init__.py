@@ -26,6 +26,7 @@ from hata.ops import (
     select_topk,
     workspace_size,
 )
+from hata.pretrained import pretrained_names, pretrained_weights
 from hata.weights import HashWeights, load_weights, save_weights
 
 __all__ = [
@@ -46,6 +47,8 @@ __all__ = [
     "num_planes",
     "plane_weight_sum",
     "prefill",
+    "pretrained_names",
+    "pretrained_weights",
     "save_weights",
     "score_select",
     "select_topk",

@@ -8,6 +8,7 @@ from torch import Tensor
 from hata import ops
 from hata.cache import HataCache
 from hata.checks import check, check_int, check_type
+from hata.decode_buffers import DecodeBuffers, LastStep
 from hata.dense import check_queries, dense_attention
 from hata.weights import HashWeights
 
@@ -77,9 +78,14 @@ def decode_attention(
     selected; where a sequence has at most ``top_k`` positions, that is all of them and the result
     is dense attention's. Inference only: no gradients.
 
+    Sequences of fewer than ``config.min_sparse_len`` positions, the new ones included, attend
+    densely in every layer, and get dense attention's result. Each sequence of a batch is judged by
+    its own length, as the host knows it; a batch with both kinds runs both paths.
+
     A CUDA graph can capture the sparse layers: call `HataCache.extend` and this function once to
     warm up, capture this function, and then, for every further token, call `HataCache.extend` and
-    replay.
+    replay. What is captured is the sparse path, whatever the lengths, since a replay cannot choose;
+    so warm up with a sequence of at least ``min_sparse_len`` positions, which runs that path.
 
     Source: HATA, arXiv 2506.02572, algorithm 3.
 
@@ -109,40 +115,63 @@ def decode_attention(
     num_heads = check_queries(where, q, cache, k.shape[1])
     scale = _scale(cache, softmax_scale)
     config = cache.config
+    capturing = q.is_cuda and torch.cuda.is_current_stream_capturing()
     if layer_idx < config.num_dense_layers:
-        capturing = q.is_cuda and torch.cuda.is_current_stream_capturing()
         rule = (
             f"be at least num_dense_layers={config.num_dense_layers} while a CUDA graph is captured"
         )
         check(not capturing, where, "layer_idx", rule, layer_idx)
         cache.append(layer_idx, k, v, key_weights)
         return dense_attention(q, cache, layer_idx, new, scale)
+
     with cache.filling(where, layer_idx, new):
         buffers = cache.decode_buffers.get(layer_idx, q.shape[1], num_heads)
-        ops.decode_step(
-            q,
-            k,
-            v,
-            key_weights,
-            query_weights,
-            cache.k_cache[layer_idx],
-            cache.v_cache[layer_idx],
-            cache.code_cache[layer_idx],
-            cache.block_table,
-            cache.cache_seqlens,
-            query_bits=config.query_bits,
-            top_k=config.top_k,
-            num_sink=config.num_sink,
-            num_recent=config.num_recent,
-            norm_cache=cache.norm_cache[layer_idx],
-            softmax_scale=scale,
-            workspace=buffers.workspace,
-            indices=buffers.indices,
-            num_selected=buffers.num_selected,
-            out=buffers.out,
-            lse=buffers.lse,
-        )
+        min_sparse_len = 0 if capturing else config.min_sparse_len
+        dense_lens = {b: n for b, n in enumerate(cache.seq_lens) if n < min_sparse_len}
+        if len(dense_lens) == cache.batch:
+            cache.append(layer_idx, k, v, key_weights)
+        else:
+            _sparse_step(q, k, v, cache, layer_idx, (key_weights, query_weights), scale, buffers)
+    if dense_lens:
+        tokens = [count if b in dense_lens else 0 for b, count in enumerate(new)]
+        dense_attention(q, cache, layer_idx, tokens, scale, buffers.out)
+    cache.decode_buffers.last[layer_idx] = LastStep(buffers, dense_lens)
     return buffers.out
+
+
+def _sparse_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cache: HataCache,
+    layer_idx: int,
+    weights: tuple[Tensor, Tensor],
+    softmax_scale: float,
+    buffers: DecodeBuffers,
+) -> None:
+    config = cache.config
+    ops.decode_step(
+        q,
+        k,
+        v,
+        *weights,
+        cache.k_cache[layer_idx],
+        cache.v_cache[layer_idx],
+        cache.code_cache[layer_idx],
+        cache.block_table,
+        cache.cache_seqlens,
+        query_bits=config.query_bits,
+        top_k=cache.layer_top_k[layer_idx],
+        num_sink=config.num_sink,
+        num_recent=config.num_recent,
+        norm_cache=cache.norm_cache[layer_idx],
+        softmax_scale=softmax_scale,
+        workspace=buffers.workspace,
+        indices=buffers.indices,
+        num_selected=buffers.num_selected,
+        out=buffers.out,
+        lse=buffers.lse,
+    )
 
 
 def _checked_weights(
@@ -151,9 +180,8 @@ def _checked_weights(
     check_type(isinstance(cache, HataCache), function, "cache", "be a HataCache", cache)
     check_type(isinstance(weights, HashWeights), function, "weights", "be HashWeights", weights)
     check_int(function, "layer_idx", layer_idx, 0, cache.num_layers - 1)
-    shape = (cache.num_layers, cache.num_kv_heads, cache.head_dim, cache.config.num_bits)
-    rule = f"have the shape of cache and config, {list(shape)}"
-    check(weights.shape == shape, function, "weights", rule, list(weights.shape))
+    sizes = (cache.num_layers, cache.num_kv_heads, cache.head_dim)
+    weights.check_fits(function, "cache and config", sizes, cache.layer_bits)
     return weights.layer(layer_idx, cache.dtype, cache.device)
 
 

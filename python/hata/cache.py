@@ -12,9 +12,7 @@ from hata.config import HataConfig
 from hata.decode_buffers import DecodeBufferPool
 from hata.pages import page_pool
 from hata.sequences import Sequences
-from hata.storage import PageStorage
-
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+from hata.storage import PageStorage, check_dtype
 
 
 class HataCache:
@@ -31,6 +29,7 @@ class HataCache:
         norm_cache: Per layer ``[num_pages, num_kv_heads, page_size]``, float16; or None.
         block_table: ``[batch, max_pages]``, int32; -1 where a sequence has no page yet.
         cache_seqlens: ``[batch]``, int32: positions in use, those of the last step included.
+        layer_bits, layer_top_k: Bits of codes and budget of each layer, ``[num_layers]``.
 
     Args:
         config: The settings; they fix the codes' size and whether norms are kept.
@@ -72,8 +71,9 @@ class HataCache:
         check_int(where, "head_dim", head_dim, 1, 256)
         check_int(where, "batch", batch, 1)
         check_int(where, "max_seq_len", max_seq_len, 1, 2**30)
-        floats = _FLOATS if torch.device(device).type == "cpu" else _FLOATS[:2]
-        check(dtype in floats, where, "dtype", f"be one of {floats} on {device}", dtype)
+        check_dtype(where, dtype, device)
+        self.layer_bits = config.layer_bits(num_layers)
+        self.layer_top_k = config.layer_top_k(num_layers)
         pool = page_pool(where, batch, max_seq_len, page_size, num_pages)
         num_pages, page_size = (pool.num_pages, pool.page_size) if pool else (batch, max_seq_len)
 
@@ -109,7 +109,7 @@ class HataCache:
             num_kv_heads=num_kv_heads,
             head_dim=head_dim,
             capacity=self.block_table.shape[1] * page_size,
-            top_k=config.top_k,
+            top_k=self.layer_top_k,
             dtype=dtype,
             device=self.device,
         )
@@ -256,22 +256,22 @@ class HataCache:
         return k[:, : lengths[0]], v[:, : lengths[0]]
 
     def last_selection(self, layer_idx: int) -> tuple[Tensor, Tensor]:
-        """Returns what the layer's last sparse decoding step selected.
+        """Returns the positions that the layer's last decoding step attended to.
 
         Args:
             layer_idx: A sparse layer that has decoded.
 
         Returns:
             indices and num_selected as `hata.decode_step` gives them: buffers that the layer's next
-            step overwrites.
+            step overwrites. Where a sequence was below ``config.min_sparse_len``, wider copies,
+            with all positions that its tokens see.
 
         Raises:
             ValueError: The layer has not decoded sparsely.
         """
-        rule = "be a sparse layer that has decoded"
-        last = self.decode_buffers.last
+        last, rule = self.decode_buffers.last, "be a sparse layer that has decoded"
         check(layer_idx in last, "HataCache.last_selection", "layer_idx", rule, layer_idx)
-        return last[layer_idx].indices, last[layer_idx].num_selected
+        return last[layer_idx].selection()
 
     def filling(
         self, function: str, layer_idx: int, new: list[int]

@@ -5,7 +5,6 @@ Whatever a user can get wrong is answered with one line, "error: <argument> must
 """
 
 import importlib
-import importlib.util
 import re
 import sys
 from pathlib import Path
@@ -14,6 +13,10 @@ from typing import Annotated
 import typer
 
 from hata.checks import check
+from hata.commands.capture import capture, corpus
+from hata.commands.extras import need
+from hata.commands.recall import recall
+from hata.commands.train import train
 from hata.version import VERSION
 
 app = typer.Typer(
@@ -51,9 +54,17 @@ def demo(
         float, typer.Option(help="Where in the prose the fact stands, 0 (first) to 1 (last).")
     ] = 0.5,
     top_k: Annotated[int, typer.Option(help="Positions each KV head attends to.")] = 128,
-    num_bits: Annotated[int, typer.Option(help="Bits of a key's code: 32, 64, ... 256.")] = 128,
-    query_bits: Annotated[int, typer.Option(help="Bits of a query's projection, 1 to 4.")] = 4,
-    seed: Annotated[int, typer.Option(help="Seed of the hash weights and of the fact.")] = 0,
+    weights: Annotated[
+        str | None,
+        typer.Option(help="File of hash weights, or random; by default the package's own."),
+    ] = None,
+    num_bits: Annotated[
+        int | None, typer.Option(help="Bits of a key's code; by default what the weights have.")
+    ] = None,
+    query_bits: Annotated[
+        int | None, typer.Option(help="Bits of a query's projection, 1 to 4; 4 by default.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of random hash weights and of the fact.")] = 0,
     max_new_tokens: Annotated[int, typer.Option(help="The longest answer, in tokens.")] = 32,
     device: Annotated[
         str | None, typer.Option(help="cpu, cuda or cuda:N; by default a GPU where there is one.")
@@ -67,11 +78,7 @@ def demo(
     ] = None,
 ) -> None:
     """Generates an answer from a long prompt twice: with dense attention and with hata."""
-    missing = [name for name in ("transformers", "matplotlib") if not _is_installed(name)]
-    rule = "be installed (pip install 'hata-attention[transformers]')"
-    check(
-        not missing, "demo", "transformers and matplotlib", rule, f"no {' and no '.join(missing)}"
-    )
+    need("demo", "transformers", "matplotlib")
     from hata.demo.options import DemoOptions
     from hata.demo.run import run_demo
 
@@ -81,6 +88,7 @@ def demo(
             context=context,
             depth=depth,
             top_k=top_k,
+            weights=weights,
             num_bits=num_bits,
             query_bits=query_bits,
             seed=seed,
@@ -107,8 +115,10 @@ def bench(context: typer.Context) -> None:
     raise typer.Exit(status if isinstance(status, int) else 0)
 
 
-def _is_installed(name: str) -> bool:
-    return importlib.util.find_spec(name) is not None
+app.command()(corpus)
+app.command()(capture)
+app.command()(train)
+app.command()(recall)
 
 
 def _user_error(error: Exception) -> str | None:

@@ -26,7 +26,12 @@ def check_queries(function: str, q: Tensor, cache: HataCache, q_len: int | None 
 
 
 def dense_attention(
-    q: Tensor, cache: HataCache, layer_idx: int, new: list[int], softmax_scale: float
+    q: Tensor,
+    cache: HataCache,
+    layer_idx: int,
+    new: list[int],
+    softmax_scale: float,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Attends densely and causally over what the cache holds, with torch's attention.
 
@@ -39,14 +44,17 @@ def dense_attention(
         layer_idx: The layer.
         new: How many of a sequence's last query tokens are real, ``[batch]``; the rest is padding.
         softmax_scale: Factor of the logits.
+        out: Where the result goes, but for padding; None allocates it.
 
     Returns:
-        ``[batch, q_len, num_heads, head_dim]`` in q's dtype; zeros for padding.
+        ``[batch, q_len, num_heads, head_dim]`` in q's dtype; padding is 0, or as in ``out``.
     """
     q_len = q.shape[1]
     if new == [q_len] * cache.batch and len(set(cache.seq_lens)) == 1:
-        return _attend(q, *cache.keys_values(layer_idx), softmax_scale)
-    out = torch.zeros_like(q)
+        result = _attend(q, *cache.keys_values(layer_idx), softmax_scale)
+        return result if out is None else out.copy_(result)
+    if out is None:
+        out = torch.zeros_like(q)
     for b, count in enumerate(new):
         if count > 0:
             tokens = (slice(b, b + 1), slice(q_len - count, q_len))

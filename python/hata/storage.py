@@ -5,7 +5,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hata.checks import check
 from hata.config import HataConfig
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
 @dataclass(frozen=True)
@@ -15,7 +18,8 @@ class PageStorage:
     Attributes:
         k_cache: Per layer ``[num_pages, page_size, num_kv_heads, head_dim]``.
         v_cache: The same shapes.
-        code_cache: Per layer ``[num_pages, num_kv_heads, page_size, num_words]``, int32.
+        code_cache: Per layer ``[num_pages, num_kv_heads, page_size, num_words]``, int32; num_words
+            is the layer's own.
         norm_cache: Per layer ``[num_pages, num_kv_heads, page_size]``, float16; or None.
     """
 
@@ -39,16 +43,18 @@ class PageStorage:
     ) -> "PageStorage":
         """Allocates the pages of all layers; norms only where the config keeps them."""
         rows = (num_pages, page_size, num_kv_heads, head_dim)
-        codes = (num_pages, num_kv_heads, page_size, config.num_words)
+        slots = (num_pages, num_kv_heads, page_size)
+        codes = [(*slots, num_bits // 32) for num_bits in config.layer_bits(num_layers)]
 
-        def per_layer(shape: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
-            return [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+        def pages(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
 
-        norms: list[Tensor | None] = [None] * num_layers
-        if config.key_norms:
-            norms = [*per_layer(codes[:3], torch.float16)]
-        keys, values = per_layer(rows, dtype), per_layer(rows, dtype)
-        return cls(keys, values, per_layer(codes, torch.int32), norms)
+        return cls(
+            k_cache=[pages(rows, dtype) for _ in codes],
+            v_cache=[pages(rows, dtype) for _ in codes],
+            code_cache=[pages(shape, torch.int32) for shape in codes],
+            norm_cache=[pages(slots, torch.float16) if config.key_norms else None for _ in codes],
+        )
 
     def gather(self, layer_idx: int, pages: Tensor) -> tuple[Tensor, Tensor]:
         """Copies a layer's keys and values together.
@@ -79,3 +85,9 @@ class PageStorage:
         pages += [cache[:, :, :used] for cache in self.norm_cache if cache is not None]
         for cache in pages:
             cache.index_copy_(0, copies.long(), cache.index_select(0, sources))
+
+
+def check_dtype(function: str, dtype: torch.dtype, device: torch.device | str) -> None:
+    """Raises ValueError unless the operators take caches of this dtype on this device."""
+    floats = _FLOATS if torch.device(device).type == "cpu" else _FLOATS[:2]
+    check(dtype in floats, function, "dtype", f"be one of {floats} on {device}", dtype)

@@ -6,9 +6,9 @@ from pathlib import Path
 import torch
 
 from hata.checks import check
+from hata.commands.device import torch_device, torch_dtype
 from hata.config import HataConfig
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 WHERE = "demo"
 
 
@@ -21,12 +21,13 @@ class DemoOptions:
         context: Tokens of prompt and answer together.
         depth: Where in the prose the fact stands, 0 to 1.
         top_k: Positions that each KV head attends to.
-        num_bits: Bits of a key's code.
-        query_bits: Bits of a query's projection.
-        seed: Seed of the hash weights and of the fact.
+        weights: File of hash weights, or "random"; None is the package's own for the model.
+        num_bits: Bits of a key's code; None is what the weights have.
+        query_bits: Bits of a query's projection; None is what the weights were trained for.
+        seed: Seed of random hash weights and of the fact.
         max_new_tokens: The longest answer.
         device: Where to run; None is a GPU where there is one.
-        dtype: A key of `DTYPES`; None is float32 on a CPU and bfloat16 on a GPU.
+        dtype: float32, bfloat16 or float16; None is float32 on a CPU and bfloat16 on a GPU.
         plot: PNG file for the attention mass.
 
     Raises:
@@ -37,8 +38,9 @@ class DemoOptions:
     context: int = 2048
     depth: float = 0.5
     top_k: int = 128
-    num_bits: int = 128
-    query_bits: int = 4
+    weights: str | None = None
+    num_bits: int | None = None
+    query_bits: int | None = None
     seed: int = 0
     max_new_tokens: int = 32
     device: str | None = None
@@ -59,35 +61,25 @@ class DemoOptions:
         rule = f"be more than --max-new-tokens={self.max_new_tokens}"
         check(self.context > self.max_new_tokens, WHERE, "--context", rule, self.context)
         self.config()
-        self.torch_device()
-        if self.dtype is not None:
-            check(
-                self.dtype in DTYPES, WHERE, "--dtype", f"be one of {', '.join(DTYPES)}", self.dtype
-            )
+        self.torch_dtype()
         if self.plot is not None:
             rule = "name a .png file in an existing folder"
             fits = self.plot.suffix == ".png" and self.plot.parent.is_dir()
             check(fits, WHERE, "--plot", rule, self.plot)
 
     def config(self) -> HataConfig:
-        """Returns hata's settings: the defaults but for codes and budget."""
-        return HataConfig(num_bits=self.num_bits, query_bits=self.query_bits, top_k=self.top_k)
+        """Returns hata's settings: the defaults but for what is given."""
+        default = HataConfig()
+        return HataConfig(
+            num_bits=default.num_bits if self.num_bits is None else self.num_bits,
+            query_bits=default.query_bits if self.query_bits is None else self.query_bits,
+            top_k=self.top_k,
+        )
 
     def torch_device(self) -> torch.device:
         """Returns the device to run on."""
-        name = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        rule = "be cpu, cuda or cuda:N, a device that torch sees"
-        try:
-            device = torch.device(name)
-        except RuntimeError as error:
-            raise ValueError(f"hata.{WHERE}: --device must {rule}, got {name}") from error
-        count = torch.cuda.device_count()
-        seen = device.type == "cpu" or (device.type == "cuda" and (device.index or 0) < count)
-        check(seen, WHERE, "--device", rule, name)
-        return device
+        return torch_device(self.device, WHERE)
 
     def torch_dtype(self) -> torch.dtype:
         """Returns the dtype to run in."""
-        if self.dtype is not None:
-            return DTYPES[self.dtype]
-        return torch.float32 if self.torch_device().type == "cpu" else torch.bfloat16
+        return torch_dtype(self.dtype, self.torch_device(), WHERE)

@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from transformers.utils import logging as transformers_logging
 
+from hata.config import HataConfig
 from hata.demo.generate import Generation, generate
 from hata.demo.mass import MassRecorder
 from hata.demo.model import bundled_model, check_model_folder, load_model
@@ -17,6 +18,8 @@ from hata.demo.options import DemoOptions
 from hata.demo.plot import plot_mass
 from hata.demo.prompt import NEEDLE, Prompt, build_prompt
 from hata.demo.report import Bytes, agreement, print_answers, print_mass
+from hata.demo.weights import choose_weights, config_for
+from hata.integrations.model_shape import model_shape, softmax_scale
 from hata.integrations.transformers import enable
 from hata.weights import HashWeights
 
@@ -63,22 +66,24 @@ def run_demo(options: DemoOptions) -> DemoResult:
         folder = options.model or bundled_model()
         check_model_folder(folder, options.context)
         model, tokenizer = load_model(folder, options.torch_device(), options.torch_dtype())
+        weights = choose_weights(options, folder.name, model_shape(model))
+        config = config_for(options, weights)
         prompt = build_prompt(
             tokenizer, options.context - options.max_new_tokens, options.depth, options.seed
         )
-        _describe(console, options, folder.name, model, prompt)
+        _describe(console, options, folder.name, model, prompt, weights, config)
         progress.remove_task(task)
-        dense, hata, mass = _generate_both(progress, options, model, prompt)
+        dense, hata, mass = _generate_both(progress, options, model, prompt, weights, config)
 
     generations = {"dense": dense, "hata": hata}
     texts = {
         name: tokenizer.decode(run.token_ids, skip_special_tokens=True)
         for name, run in generations.items()
     }
-    shape = _shape(model)
+    shape = model_shape(model)
     last_step = len(prompt.token_ids) + len(hata.token_ids) - 1
     itemsize = options.torch_dtype().itemsize
-    read = Bytes.of_step(options.config(), **shape, itemsize=itemsize, seq_len=last_step)
+    read = Bytes.of_step(config, **shape, itemsize=itemsize, seq_len=last_step)
     print_answers(console, texts, prompt.number, generations, read)
     console.print(f"outputs agree: {agreement(dense.token_ids, hata.token_ids)}\n")
     print_mass(console, mass, shape["num_layers"])
@@ -90,13 +95,15 @@ def run_demo(options: DemoOptions) -> DemoResult:
 
 
 def _generate_both(
-    progress: Progress, options: DemoOptions, model: Any, prompt: Prompt
+    progress: Progress,
+    options: DemoOptions,
+    model: Any,
+    prompt: Prompt,
+    weights: HashWeights,
+    config: HataConfig,
 ) -> tuple[Generation, Generation, dict[int, float]]:
-    shape = _shape(model)
-    weights = HashWeights.random(**shape, num_bits=options.num_bits, seed=options.seed)
-    scales = (m.scaling for m in model.modules() if isinstance(getattr(m, "scaling", None), float))
-    recorder = MassRecorder(next(scales, shape["head_dim"] ** -0.5))
-    cache = enable(model, options.config(), weights, max_seq_len=options.context, observer=recorder)
+    recorder = MassRecorder(softmax_scale(model))
+    cache = enable(model, config, weights, max_seq_len=options.context, observer=recorder)
 
     def run(attention: str, name: str, past_key_values: Any) -> Generation:
         model.set_attn_implementation(attention)
@@ -115,21 +122,17 @@ def _generate_both(
     return dense, hata, recorder.mass_per_layer(cache.hata_cache)
 
 
-def _shape(model: Any) -> dict[str, int]:
-    config = model.config
-    heads: int = config.num_attention_heads
-    return {
-        "num_layers": config.num_hidden_layers,
-        "num_kv_heads": getattr(config, "num_key_value_heads", None) or heads,
-        "head_dim": getattr(config, "head_dim", None) or config.hidden_size // heads,
-    }
-
-
 def _describe(
-    console: Console, options: DemoOptions, name: str, model: Any, prompt: Prompt
+    console: Console,
+    options: DemoOptions,
+    name: str,
+    model: Any,
+    prompt: Prompt,
+    weights: HashWeights,
+    config: HataConfig,
 ) -> None:
-    shape = _shape(model)
-    config = options.config()
+    shape = model_shape(model)
+    recipe, origin = weights.metadata.get("recipe"), weights.metadata.get("origin", "unknown")
     fact = NEEDLE.format(key=prompt.key, number=prompt.number).strip()
     heads = f"{model.config.num_attention_heads} query and {shape['num_kv_heads']} KV heads"
     dtype = str(options.torch_dtype()).removeprefix("torch.")
@@ -142,7 +145,7 @@ def _describe(
         "hata": f"top_k {config.top_k} (the first {config.num_sink} and last {config.num_recent} "
         f"positions always), {config.num_bits}-bit keys, {config.query_bits}-bit queries; "
         f"the prompt and the first {config.num_dense_layers} layers are dense",
-        "hash weights": f"random orthogonal, seed {options.seed}: untrained",
+        "hash weights": f"{origin}: {'trained' if recipe not in (None, 'random') else 'untrained'}",
     }
     for label, text in lines.items():
         console.print(f"[bold]{label}:[/bold] {escape(text)}")

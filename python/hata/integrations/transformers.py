@@ -17,6 +17,7 @@ from transformers.masking_utils import AttentionMaskInterface, causal_mask_funct
 
 from hata.checks import check, check_int, check_type
 from hata.config import HataConfig
+from hata.integrations.model_shape import model_shape
 from hata.integrations.transformers_layer import DecodeObserver, HataLayer, LayerGroup
 from hata.pages import check_page_size
 from hata.weights import HashWeights
@@ -102,7 +103,8 @@ def enable(
 
     The prompt is attended to densely and exactly, as with "sdpa"; each token after it (every
     forward pass of one token) is decoded sparsely, except in the first
-    ``config.num_dense_layers`` layers::
+    ``config.num_dense_layers`` layers, and densely too while the sequence is shorter than
+    ``config.min_sparse_len``::
 
         cache = enable(model, HataConfig(top_k=256), max_seq_len=4096)
         model.generate(**inputs, max_new_tokens=100, past_key_values=cache)
@@ -143,11 +145,12 @@ def enable(
         check_page_size(where, page_size)
     callable_observer = observer is None or callable(observer)
     check_type(callable_observer, where, "observer", "be callable", observer)
-    shape = (num_layers, num_kv_heads, head_dim, config.num_bits)
+    layer_bits = config.layer_bits(num_layers)
+    config.layer_top_k(num_layers)  # raises where it names another number of layers
     if weights is not None:
         check_type(isinstance(weights, HashWeights), where, "weights", "be HashWeights", weights)
-        rule = f"have the shape of model and config, {list(shape)}"
-        check(weights.shape == shape, where, "weights", rule, list(weights.shape))
+        sizes = (num_layers, num_kv_heads, head_dim)
+        weights.check_fits(where, "model and config", sizes, layer_bits)
     else:
         warnings.warn(
             f"hata.{where}: weights is None, so keys are hashed with random orthogonal weights "
@@ -158,7 +161,7 @@ def enable(
             num_layers=num_layers,
             num_kv_heads=num_kv_heads,
             head_dim=head_dim,
-            num_bits=config.num_bits,
+            num_bits=layer_bits,
         )
     group = LayerGroup(config, weights, max_seq_len, page_size, observer)
     cache = HataTransformersCache(group)
@@ -188,10 +191,8 @@ def _model_shape(function: str, model: PreTrainedModel) -> tuple[int, int, int]:
     sizes = ("num_hidden_layers", "num_attention_heads", "hidden_size", "max_position_embeddings")
     missing = [size for size in sizes if not isinstance(getattr(settings, size, None), int)]
     check(not missing, function, "model", "name its sizes in its config", f"no {missing}")
-    heads: int = settings.num_attention_heads
-    num_kv_heads: int = getattr(settings, "num_key_value_heads", None) or heads
-    head_dim: int = getattr(settings, "head_dim", None) or settings.hidden_size // heads
-    return settings.num_hidden_layers, num_kv_heads, head_dim
+    shape = model_shape(model)
+    return shape["num_layers"], shape["num_kv_heads"], shape["head_dim"]
 
 
 def _attend(

@@ -1,0 +1,1 @@
+"""The subcommands of `hata`, one a file."""

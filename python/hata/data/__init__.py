@@ -1,0 +1,1 @@
+"""Hash weights as package data, one safetensors file a model."""

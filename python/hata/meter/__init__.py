@@ -1,0 +1,1 @@
+"""The meter: how much of the attention selectors find, on captures of held-out text."""

@@ -1,0 +1,120 @@
+"""How well selections of growing size stand in for dense attention."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hata.selectors.selector import logits, visible_softmax
+
+_NOT_RANKED = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Three figures of merit, each ``[num_kv_heads, num_budgets]``, float64.
+
+    Attributes:
+        recall: Share of the exact top-k set that is selected.
+        attention_mass: Share of the dense softmax that the selected positions hold.
+        output_error: ``|out - dense| / |dense|``, Euclidean, of the attention output over the
+            selected positions; None without values.
+    """
+
+    recall: Tensor
+    attention_mass: Tensor
+    output_error: Tensor | None
+
+    def __add__(self, other: "Quality") -> "Quality":
+        """Adds the sums over other query tokens."""
+        errors = None
+        if self.output_error is not None and other.output_error is not None:
+            errors = self.output_error + other.output_error
+        mass = self.attention_mass + other.attention_mass
+        return Quality(self.recall + other.recall, mass, errors)
+
+    def mean(self, num_tokens: int) -> "Quality":
+        """Turns sums over query tokens into means, on the CPU."""
+        errors = None if self.output_error is None else (self.output_error / num_tokens).cpu()
+        mass = self.attention_mass / num_tokens
+        return Quality((self.recall / num_tokens).cpu(), mass.cpu(), errors)
+
+
+class DenseAttention:
+    """Dense attention of some query tokens: what selections are compared with.
+
+    Args:
+        q: ``[num_queries, num_kv_heads, group, head_dim]``, float32.
+        k: ``[seq_len, num_kv_heads, head_dim]``.
+        v: The same shape, or None.
+        positions: ``[num_queries]``, int64: query i sees ``0..positions[i]``.
+        softmax_scale: Factor of the logits.
+    """
+
+    def __init__(
+        self, q: Tensor, k: Tensor, v: Tensor | None, positions: Tensor, softmax_scale: float
+    ) -> None:
+        self._seq_len, self._num_seen = k.shape[0], positions[:, None] + 1
+        self._heads = torch.arange(k.shape[1], device=k.device)[:, None]
+        self._shares = visible_softmax(logits(q, k) * softmax_scale, positions)
+        self._values = None if v is None else v.float().transpose(0, 1)  # [kv_heads, seq_len, dim]
+        if self._values is not None:
+            self._out = torch.einsum("qhgs,hsd->qhgd", self._shares, self._values)
+
+    def ranks(self, order: Tensor) -> Tensor:
+        """Turns an order into each position's rank in it.
+
+        Args:
+            order: ``[num_queries, num_kv_heads, count]``, as `hata.selectors.rank` gives it.
+
+        Returns:
+            ``[num_queries, num_kv_heads, seq_len + 1]``, int32: behind all others where a position
+            has no rank; the last column stands for -1.
+        """
+        shape = (*order.shape[:2], self._seq_len + 1)
+        unranked = torch.full(shape, _NOT_RANKED, dtype=torch.int32, device=order.device)
+        found = torch.arange(order.shape[-1], dtype=torch.int32, device=order.device)
+        ranks = unranked.scatter(2, order.where(order >= 0, self._seq_len), found.expand_as(order))
+        ranks[..., self._seq_len] = _NOT_RANKED
+        return ranks
+
+    def quality(
+        self, order: Tensor, exact_ranks: Tensor, budgets: Sequence[int], page_size: int
+    ) -> Quality:
+        """Compares the selections of several budgets.
+
+        Args:
+            order: ``[num_queries, num_kv_heads, count]``, as `hata.selectors.rank` gives it for at
+                least the largest budget.
+            exact_ranks: `ranks` of the exact selector's order.
+            budgets: Numbers of positions, ascending.
+            page_size: Positions that are selected together.
+
+        Returns:
+            Sums over the query tokens of means over a group's heads.
+        """
+        hit_ranks = exact_ranks.gather(2, order.where(order >= 0, self._seq_len))
+        rows = order.clamp(min=0)
+        group = self._shares.shape[2]
+        shares = self._shares.gather(3, rows[:, :, None].expand(-1, -1, group, -1))
+        shares = shares * (order >= 0)[:, :, None]
+
+        recalls, masses, errors = [], [], []
+        mass, out = shares.new_zeros(shares.shape[:3]), shares.new_zeros(())
+        start = 0
+        for budget in budgets:
+            stop = min(budget // page_size * page_size, order.shape[-1])
+            mass = mass + shares[..., start:stop].sum(-1)
+            masses.append(mass.double().mean(2).sum(0))
+            hits = (hit_ranks[..., :stop] < budget).sum(-1)
+            recalls.append((hits.double() / self._num_seen.clamp(max=budget)).sum(0))
+            if self._values is not None:
+                values = self._values[self._heads, rows[..., start:stop]]
+                out = out + torch.einsum("qhgk,qhkd->qhgd", shares[..., start:stop], values)
+                difference = out / mass[..., None].clamp(min=1e-30) - self._out
+                error = difference.norm(dim=-1) / self._out.norm(dim=-1)
+                errors.append(error.double().mean(2).sum(0))
+            start = stop
+        error_sums = torch.stack(errors, -1) if errors else None
+        return Quality(torch.stack(recalls, -1), torch.stack(masses, -1), error_sums)

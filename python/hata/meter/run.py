@@ -1,0 +1,104 @@
+"""``hata recall`` from options to printed results, files and pictures."""
+
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from hata.meter.frontier import Frontier
+from hata.meter.frontier_report import print_frontier, write_frontier
+from hata.meter.lineup import baseline_selectors, trained_selectors
+from hata.meter.measure import Measurement, MeterOptions, measure
+from hata.meter.options import RecallOptions
+from hata.meter.results import Results
+from hata.meter.rows import (
+    HEAD_COLUMNS,
+    MEAN_COLUMNS,
+    head_rows,
+    mean_rows,
+    origin,
+    write_rows,
+)
+from hata.meter.table import print_layers, print_means
+from hata.selectors import ExactSelector, Selector
+from hata.training.captures import Captures
+
+_FILE_WIDTH = 300  # where the output is not a terminal: no table is wider
+
+
+def run_recall(options: RecallOptions) -> Results:
+    """Measures, prints and writes what the options ask for.
+
+    Args:
+        options: What to do.
+
+    Returns:
+        What was measured on the held-out captures.
+
+    Raises:
+        ValueError: An option does not fit the captures, or a file is not what it should be.
+    """
+    captures = Captures.open(options.captures)
+    info = captures.info
+    how = options.meter_options(info)
+    calibration = None if options.calibration is None else Captures.open(options.calibration)
+    trained = trained_selectors(info, options.weights, options.query_bits, options.key_norms)
+    selectors: list[Selector] = [ExactSelector(), *trained]
+    if options.baselines:
+        others = baseline_selectors(
+            info,
+            calibration,
+            how.device,
+            random_bits=options.random_bits,
+            channels=options.channels or (info.head_dim // 4, info.head_dim // 2),
+            page_size=options.page_size,
+        )
+        selectors = [ExactSelector(), *others, *trained]
+
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = _FILE_WIDTH
+    measurements = _measure(captures, selectors, how, "held-out text")
+    results = Results(info, measurements, how.budgets, options.num_dense_layers)
+    print_means(console, results)
+    codes = [x for x in measurements if x.selector.name in ("exact", "hata")]
+    print_layers(console, results.only(codes))
+
+    made = origin(options.command)
+    if options.csv is not None:
+        write_rows(options.csv, MEAN_COLUMNS, mean_rows(results), made)
+    if options.per_head is not None:
+        write_rows(options.per_head, HEAD_COLUMNS, head_rows(results), made)
+    frontiers = None
+    if options.frontier is not None:
+        frontier = chosen_on = Frontier(results.only(measurements[-len(trained) :]))
+        if calibration is not None:
+            found = _measure(calibration, trained, how, "calibration text")
+            chosen_on = Frontier(results.only(found))
+        print_frontier(console, chosen_on, frontier)
+        write_frontier(options.frontier, info, chosen_on, frontier, made)
+        frontiers = chosen_on, frontier
+    if options.plot is not None:
+        from hata.meter import plots  # matplotlib is an extra
+
+        plots.plot_budgets(options.plot / "budgets.png", results)
+        plots.plot_bits(options.plot / "num_bits.png", results)
+        plots.plot_heat_map(options.plot / "heat_map.png", results)
+        if frontiers is not None:
+            plots.plot_frontier(options.plot / "frontier.png", info, *frontiers)
+    return results
+
+
+def _measure(
+    captures: Captures, selectors: Sequence[Selector], how: MeterOptions, text: str
+) -> list[Measurement]:
+    terminal = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=terminal, disable=not terminal.is_terminal) as progress:
+        task = progress.add_task(f"{text}: layers", total=captures.info.num_layers)
+        return measure(captures, selectors, how, lambda: progress.advance(task))

@@ -1,0 +1,1 @@
+"""Learning hash weights: capture a model's queries and keys, train on them, ship the result."""

@@ -1,0 +1,190 @@
+"""Captures a model's queries and keys over text: what hash weights are trained on."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hata.checks import check, check_int
+from hata.integrations.model_shape import model_shape, softmax_scale
+from hata.training.captures import CaptureInfo, Captures, CaptureWriter
+from hata.training.recorder import Recorder
+from hata.training.texts import text_files, token_sequences
+
+_WHERE = "capture"
+_SMALLEST_CHUNK = 256
+
+
+@dataclass(frozen=True)
+class CaptureOptions:
+    """What to capture.
+
+    Attributes:
+        num_sequences: Sequences, each from other documents.
+        seq_len: Tokens of each.
+        num_queries: Query positions sampled from each, without replacement.
+        first_query: The first position that may be sampled, as a share of ``seq_len``.
+        values: Whether to capture the values too.
+        seed: Chooses texts and positions.
+        memory_limit_gb: GB that model, cache and activations may take together; less than a whole
+            sequence needs runs it in chunks. None sets no limit.
+
+    Raises:
+        TypeError: A value has another type.
+        ValueError: A value breaks its rule.
+    """
+
+    num_sequences: int = 8
+    seq_len: int = 8192
+    num_queries: int = 512
+    first_query: float = 0.5
+    values: bool = False
+    seed: int = 0
+    memory_limit_gb: float | None = None
+
+    def __post_init__(self) -> None:
+        """Checks every rule."""
+        check_int(_WHERE, "num_sequences", self.num_sequences, 1)
+        check_int(_WHERE, "seq_len", self.seq_len, 2)
+        check_int(_WHERE, "seed", self.seed, 0)
+        check(
+            0.0 <= self.first_query < 1.0, _WHERE, "first_query", "be in [0, 1)", self.first_query
+        )
+        check_int(_WHERE, "num_queries", self.num_queries, 1, self.seq_len - self.first_position)
+        limit = self.memory_limit_gb
+        check(limit is None or limit > 0, _WHERE, "memory_limit_gb", "be positive", limit)
+
+    @property
+    def first_position(self) -> int:
+        """The first position whose query may be sampled."""
+        return int(self.first_query * self.seq_len)
+
+    def positions(self, sequence_idx: int) -> Tensor:
+        """Draws a sequence's query positions: ``[num_queries]``, int64, ascending."""
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + sequence_idx)
+        room = self.seq_len - self.first_position
+        drawn = torch.randperm(room, generator=generator)[: self.num_queries]
+        return drawn.sort().values + self.first_position
+
+
+def capture(
+    model: Any,
+    tokenizer: Any,
+    texts: list[Path],
+    folder: Path,
+    options: CaptureOptions,
+    *,
+    name: str,
+    on_layer: Callable[[], None] = lambda: None,
+) -> Captures:
+    """Runs a model over text and writes the queries and keys of every layer.
+
+    A sequence runs through the model once, with torch's attention: no matrix of scores ever
+    exists. Each layer is written as soon as it is known. The same call continues an interrupted
+    capture; finished layers are kept.
+
+    Args:
+        model: A transformers decoder that takes attention functions and has no logit cap: the
+            Llama, Qwen, Mistral and Gemma families, and others.
+        tokenizer: Its tokenizer.
+        texts: Files and folders of text.
+        folder: Where to write.
+        options: What to capture.
+        name: Of the model, noted in the capture.
+        on_layer: Called after each layer of each sequence.
+
+    Returns:
+        The capture.
+
+    Raises:
+        ValueError: The text is too short, the model is not as above, a tensor has NaN or infinite
+            numbers, the disk or the memory does not suffice, or the folder holds something else.
+    """
+    shape = model_shape(model)
+    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if isinstance(limit, int):
+        check_int(_WHERE, "seq_len", options.seq_len, 2, limit)
+    recorder = Recorder(model, _chunk(model, options))
+    sequences = token_sequences(
+        tokenizer,
+        text_files(texts, _WHERE),
+        num_sequences=options.num_sequences,
+        seq_len=options.seq_len,
+        seed=options.seed,
+        where=_WHERE,
+    )
+    config = model.config.get_text_config(decoder=True)
+    layer_types = getattr(config, "layer_types", None) or ["full_attention"] * shape["num_layers"]
+    info = CaptureInfo(
+        model=name,
+        num_heads=config.num_attention_heads,
+        softmax_scale=softmax_scale(model),
+        seq_len=options.seq_len,
+        num_queries=options.num_queries,
+        dtype=str(model.dtype).removeprefix("torch."),
+        seed=options.seed,
+        has_values=options.values,
+        texts=tuple(sequence.text for sequence in sequences),
+        layer_types=tuple(layer_types),
+        **shape,
+    )
+    writer = CaptureWriter(folder, info)
+    for sequence_idx, sequence in enumerate(sequences):
+        if all(writer.has(sequence_idx, i) for i in range(info.num_layers)):
+            for _ in range(info.num_layers):
+                on_layer()
+            continue
+        positions = options.positions(sequence_idx)
+
+        def write(
+            layer_idx: int,
+            q: Tensor,
+            k: Tensor,
+            v: Tensor,
+            scale: float,
+            sequence_idx: int = sequence_idx,
+            positions: Tensor = positions,
+        ) -> None:
+            same = abs(scale - info.softmax_scale) < 1e-6 * scale
+            rule = f"be {info.softmax_scale} in every layer"
+            check(same, _WHERE, "the model's softmax scale", rule, scale)
+            if not writer.has(sequence_idx, layer_idx):
+                values = v if info.has_values else None
+                writer.write(sequence_idx, layer_idx, q=q, k=k, v=values, positions=positions)
+            on_layer()
+
+        recorder.run(sequence.token_ids, positions, write)
+    return Captures.open(folder)
+
+
+def _chunk(model: Any, options: CaptureOptions) -> int:
+    """Returns how many tokens may run at once within the memory limit."""
+    chunk = options.seq_len
+    if options.memory_limit_gb is None:
+        return chunk
+    while (need := _memory(model, options.seq_len, chunk)) > options.memory_limit_gb * 1e9:
+        rule = f"be at least {need / 1e9:.2f}, what {chunk} tokens at once need"
+        smallest = chunk <= _SMALLEST_CHUNK
+        check(not smallest, _WHERE, "memory_limit_gb", rule, options.memory_limit_gb)
+        chunk = max(chunk // 2, _SMALLEST_CHUNK)
+    return chunk
+
+
+def _memory(model: Any, seq_len: int, chunk: int) -> int:
+    """Estimates the bytes of a model that runs ``chunk`` tokens at once, rounded up."""
+    config = model.config.get_text_config(decoder=True)
+    shape = model_shape(model)
+    itemsize = model.dtype.itemsize
+    row = shape["num_kv_heads"] * shape["head_dim"] * itemsize
+    heads = config.num_attention_heads * shape["head_dim"] * itemsize
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    wide = max(getattr(config, "intermediate_size", 0), 4 * config.hidden_size)
+    activations = chunk * ((6 * config.hidden_size + 4 * wide) * itemsize + 3 * heads + 4 * row)
+    if chunk == seq_len:
+        return weights + activations
+    cache = 2 * seq_len * row * (shape["num_layers"] + 1)  # one layer's are copied while they grow
+    repeated = 2 * seq_len * heads  # SDPA with a mask repeats keys and values for the group
+    return weights + activations + cache + repeated + 5 * chunk * seq_len  # and the mask

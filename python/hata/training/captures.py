@@ -1,0 +1,273 @@
+"""Captured queries and keys of a model: a folder of safetensors, one file a sequence and layer.
+
+``captures.json`` holds what all files share. Reading touches one layer at a time.
+"""
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from hata.checks import check, check_int
+
+_FORMAT = "hata.captures"
+_INFO_FILE = "captures.json"
+
+
+@dataclass(frozen=True)
+class CaptureInfo:
+    """What the files of a capture share.
+
+    Attributes:
+        model: Name of the model.
+        num_layers: Layers of the model; all are captured.
+        num_heads: Query heads of a layer.
+        num_kv_heads: KV heads of a layer.
+        head_dim: Channels of a head.
+        softmax_scale: Factor of the model's logits.
+        seq_len: Tokens of each sequence.
+        num_queries: Query positions sampled from each sequence.
+        dtype: Of queries, keys and values: "float32", "bfloat16" or "float16".
+        seed: Chose texts and positions.
+        has_values: Whether the values were captured too.
+        texts: Where the tokens of each sequence come from, one line a sequence.
+        layer_types: transformers' name of each layer's kind, such as "full_attention".
+    """
+
+    model: str
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    softmax_scale: float
+    seq_len: int
+    num_queries: int
+    dtype: str
+    seed: int
+    has_values: bool
+    texts: tuple[str, ...]
+    layer_types: tuple[str, ...]
+
+    @property
+    def num_sequences(self) -> int:
+        """Captured sequences."""
+        return len(self.texts)
+
+    @property
+    def group(self) -> int:
+        """Query heads that share a KV head."""
+        return self.num_heads // self.num_kv_heads
+
+
+@dataclass(frozen=True)
+class LayerCapture:
+    """One layer's queries and keys, after the rotary embedding.
+
+    The query token at position p sees the keys 0..p.
+
+    Attributes:
+        q: ``[num_sequences, num_queries, num_heads, head_dim]``.
+        k: ``[num_sequences, seq_len, num_kv_heads, head_dim]``.
+        v: The same, or None.
+        positions: ``[num_sequences, num_queries]``, int64, ascending.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor | None
+    positions: Tensor
+
+
+def shard_path(folder: Path, sequence_idx: int, layer_idx: int) -> Path:
+    """Returns the file of one sequence and layer."""
+    return folder / f"sequence-{sequence_idx:04d}-layer-{layer_idx:03d}.safetensors"
+
+
+@dataclass(frozen=True)
+class CaptureWriter:
+    """Writes a capture, file by file; a file stands under its name only once it is complete.
+
+    Opening a folder that an interrupted capture has left continues it.
+
+    Attributes:
+        folder: Where the files lie; made if it does not exist.
+        info: What the files share.
+
+    Raises:
+        ValueError: The folder holds a capture of something else, or another folder's files.
+    """
+
+    folder: Path
+    info: CaptureInfo
+
+    def __post_init__(self) -> None:
+        """Writes ``captures.json``, or checks the one that stands."""
+        where = "capture"
+        check(not self.folder.is_file(), where, "folder", "name a folder", self.folder)
+        file = self.folder / _INFO_FILE
+        if file.exists():
+            found = _read_info(self.folder, where)
+            new, old = dataclasses.asdict(self.info), dataclasses.asdict(found)
+            differing = {name: old[name] for name in new if new[name] != old[name]}
+            rule = "be new, or hold a capture with these settings"
+            check(not differing, where, "folder", rule, f"{self.folder} with {differing}")
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        check(not any(self.folder.iterdir()), where, "folder", "be empty", self.folder)
+        text = json.dumps({"format": _FORMAT, **dataclasses.asdict(self.info)}, indent=2)
+        partial = file.with_suffix(".partial")
+        partial.write_text(text + "\n")
+        partial.replace(file)
+
+    def has(self, sequence_idx: int, layer_idx: int) -> bool:
+        """Whether this file stands already."""
+        return shard_path(self.folder, sequence_idx, layer_idx).is_file()
+
+    def write(
+        self,
+        sequence_idx: int,
+        layer_idx: int,
+        *,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor | None,
+        positions: Tensor,
+    ) -> None:
+        """Writes one layer of one sequence.
+
+        Args:
+            sequence_idx: The sequence.
+            layer_idx: The layer.
+            q: ``[num_queries, num_heads, head_dim]``.
+            k: ``[seq_len, num_kv_heads, head_dim]``.
+            v: The same as k where ``info.has_values``, else None.
+            positions: ``[num_queries]``, int64.
+
+        Raises:
+            ValueError: A tensor has NaN or infinities, or the disk is full; the files of other
+                layers stay.
+        """
+        where = "capture"
+        tensors = {"q": q, "k": k, **({} if v is None else {"v": v})}
+        for name, tensor in tensors.items():
+            finite = bool(tensor.isfinite().all())
+            got = f"NaN or infinity in layer {layer_idx} of sequence {sequence_idx}"
+            check(finite, where, name, f"be finite in {self.info.dtype}", got)
+        tensors = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
+        path = shard_path(self.folder, sequence_idx, layer_idx)
+        partial = path.with_suffix(".partial")
+        try:
+            save_file({**tensors, "positions": positions}, partial)
+            partial.replace(path)
+        except (OSError, SafetensorError) as error:
+            partial.unlink(missing_ok=True)
+            raise ValueError(
+                f"hata.{where}: folder must have room for {path.name}, got {error}; "
+                "run the same command again to continue"
+            ) from error
+
+
+@dataclass(frozen=True)
+class Captures:
+    """A capture on disk.
+
+    Attributes:
+        folder: Where its files lie.
+        info: What they share.
+    """
+
+    folder: Path
+    info: CaptureInfo
+
+    @classmethod
+    def open(cls, folder: str | os.PathLike[str]) -> "Captures":
+        """Opens a complete capture.
+
+        Args:
+            folder: What `hata capture` wrote.
+
+        Returns:
+            The capture; no tensor is read yet.
+
+        Raises:
+            ValueError: The folder holds no capture, or an incomplete one.
+        """
+        where, folder = "Captures.open", Path(folder)
+        found = cls(folder, _read_info(folder, where))
+        missing = [path.name for path in found._shards() if not path.is_file()]
+        rule = "hold a complete capture (run hata capture again)"
+        got = f"{folder} without {len(missing)} files, the first {missing[:1]}"
+        check(not missing, where, "folder", rule, got)
+        return found
+
+    def layer(self, layer_idx: int, *, with_values: bool = False) -> LayerCapture:
+        """Reads one layer.
+
+        Args:
+            layer_idx: The layer.
+            with_values: Whether to read the values too, where they were captured.
+
+        Returns:
+            Its tensors, on the CPU, as `LayerCapture` describes them.
+
+        Raises:
+            TypeError: ``layer_idx`` is no int.
+            ValueError: There is no such layer, or a file is damaged.
+        """
+        where, info = "Captures.layer", self.info
+        check_int(where, "layer_idx", layer_idx, 0, info.num_layers - 1)
+        shards = [
+            self._read(shard_path(self.folder, i, layer_idx), with_values and info.has_values)
+            for i in range(info.num_sequences)
+        ]
+        stacked = {name: torch.stack([shard[name] for shard in shards]) for name in shards[0]}
+        return LayerCapture(stacked["q"], stacked["k"], stacked.get("v"), stacked["positions"])
+
+    def _read(self, path: Path, with_values: bool) -> dict[str, Tensor]:
+        info = self.info
+        row = (info.seq_len, info.num_kv_heads, info.head_dim)
+        shapes: dict[str, tuple[int, ...]] = {
+            "q": (info.num_queries, info.num_heads, info.head_dim),
+            "k": row,
+            **({"v": row} if with_values else {}),
+            "positions": (info.num_queries,),
+        }
+        try:
+            with safe_open(path, framework="pt") as file:
+                tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in shapes}
+        except (OSError, SafetensorError) as error:
+            raise ValueError(
+                f"hata.Captures.layer: {path} must be readable, got {error}"
+            ) from error
+        for name, shape in shapes.items():
+            got = tuple(tensors[name].shape)
+            check(got == shape, "Captures.layer", f"{name} of {path}", f"have shape {shape}", got)
+        return tensors
+
+    def _shards(self) -> Iterator[Path]:
+        for sequence_idx in range(self.info.num_sequences):
+            for layer_idx in range(self.info.num_layers):
+                yield shard_path(self.folder, sequence_idx, layer_idx)
+
+
+def _read_info(folder: Path, function: str) -> CaptureInfo:
+    file = folder / _INFO_FILE
+    check(file.is_file(), function, "folder", f"hold a capture ({_INFO_FILE})", folder)
+    try:
+        found: dict[str, Any] = json.loads(file.read_text())
+        check(found.pop("format", None) == _FORMAT, function, "folder", "hold a capture", folder)
+        for name in ("texts", "layer_types"):
+            found[name] = tuple(found[name])
+        return CaptureInfo(**found)
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(
+            f"hata.{function}: {file} must be as hata capture wrote it, got {error}"
+        ) from error

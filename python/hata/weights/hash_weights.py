@@ -1,0 +1,223 @@
+"""Hash weights: the projections whose signs are the bits of a key's code."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from hata.checks import check, check_int, check_type
+
+SHAPE_NAMES = ("num_layers", "num_kv_heads", "head_dim", "num_bits")
+RESERVED = ("format", *SHAPE_NAMES)  # what a file's metadata says besides HashWeights.metadata
+
+_BITS = "be a multiple of 32 from 32 to 256"
+
+
+@dataclass(frozen=True, eq=False)
+class HashWeights:
+    """The hash weights of a model (HATA, arXiv 2506.02572, section 3).
+
+    Attributes:
+        key_weights: ``[num_layers, num_kv_heads, head_dim, num_bits]``, float32. Bit i of a key's
+            code is 1 iff ``k @ key_weights[layer, head, :, i] > 0``, k after the rotary embedding.
+        query_weights: The same shape and dtype, for queries; None uses the key weights.
+        metadata: Where the weights come from, strings by name; saved with them.
+        layer_bits: Bits of each layer's codes, ``[num_layers]``: a layer uses its first columns.
+            By default all layers use all of them.
+
+    Raises:
+        TypeError: An argument has another type.
+        ValueError: A shape, dtype, number of bits or metadata name is not as above.
+    """
+
+    key_weights: Tensor = field(repr=False)
+    query_weights: Tensor | None = field(default=None, repr=False)
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    layer_bits: tuple[int, ...] = ()
+    _layers: dict[tuple[int, torch.dtype, torch.device], tuple[Tensor, Tensor]] = field(
+        default_factory=dict, init=False, repr=False
+    )
+
+    def __post_init__(self) -> None:
+        """Checks every rule."""
+        where = "HashWeights"
+        _check_projections(where, "key_weights", self.key_weights)
+        num_layers, num_bits = self.key_weights.shape[0], self.num_bits
+        check(num_bits % 32 == 0 and 32 <= num_bits <= 256, where, "num_bits", _BITS, num_bits)
+        if self.query_weights is not None:
+            _check_projections(where, "query_weights", self.query_weights)
+            shape = list(self.query_weights.shape)
+            rule = f"have the shape of key_weights, {list(self.shape)}"
+            check(shape == list(self.shape), where, "query_weights", rule, shape)
+        for name, text in self.metadata.items():
+            strings = isinstance(name, str) and isinstance(text, str)
+            check_type(strings, where, "metadata", "hold strings by name", text)
+            check(name not in RESERVED, where, "metadata", f"not name any of {RESERVED}", name)
+        object.__setattr__(self, "layer_bits", tuple(self.layer_bits) or (num_bits,) * num_layers)
+        rule = f"have num_layers={num_layers} entries"
+        check(len(self.layer_bits) == num_layers, where, "layer_bits", rule, self.layer_bits)
+        for bits in self.layer_bits:
+            check_int(where, "layer_bits", bits, 32, num_bits)
+            check(bits % 32 == 0, where, "layer_bits", "be multiples of 32", bits)
+
+    @classmethod
+    def from_layers(
+        cls,
+        key_weights: Sequence[Tensor],
+        query_weights: Sequence[Tensor] | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> "HashWeights":
+        """Puts together layers whose codes may have different numbers of bits.
+
+        Args:
+            key_weights: Per layer ``[num_kv_heads, head_dim, num_bits]``, float32; num_bits is the
+                layer's own.
+            query_weights: The same shapes, for queries; None uses the key weights.
+            metadata: Where the weights come from.
+
+        Returns:
+            The weights; columns that a layer does not use are zeros.
+
+        Raises:
+            TypeError: A layer is no tensor.
+            ValueError: There is no layer, or their shapes or dtypes are not as above.
+        """
+        where = "HashWeights.from_layers"
+        queries = None if query_weights is None else _pad(where, "query_weights", query_weights)
+        bits = tuple(layer.shape[-1] for layer in key_weights)
+        if query_weights is not None:
+            query_bits = tuple(layer.shape[-1] for layer in query_weights)
+            rule = f"have the num_bits of key_weights, {bits}"
+            check(query_bits == bits, where, "query_weights", rule, query_bits)
+        return cls(_pad(where, "key_weights", key_weights), queries, metadata or {}, bits)
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """``(num_layers, num_kv_heads, head_dim, num_bits)``."""
+        num_layers, num_kv_heads, head_dim, num_bits = self.key_weights.shape
+        return num_layers, num_kv_heads, head_dim, num_bits
+
+    @property
+    def num_bits(self) -> int:
+        """Bits of a key's code; those of the longest where the layers' differ."""
+        return self.key_weights.shape[3]
+
+    def check_fits(
+        self, function: str, owner: str, sizes: tuple[int, int, int], layer_bits: Sequence[int]
+    ) -> None:
+        """Raises ValueError unless the weights are of this shape, for a public function.
+
+        Args:
+            function: The public function that checks.
+            owner: What prescribes the shape.
+            sizes: num_layers, num_kv_heads, head_dim.
+            layer_bits: Bits of each layer's codes, ``[num_layers]``.
+        """
+        wanted = _shown(sizes, layer_bits)
+        got = _shown(self.shape[:3], self.layer_bits)
+        check(got == wanted, function, "weights", f"have the shape of {owner}, {wanted}", got)
+
+    @classmethod
+    def random(
+        cls,
+        *,
+        num_layers: int,
+        num_kv_heads: int,
+        head_dim: int,
+        num_bits: int | Sequence[int],
+        seed: int = 0,
+    ) -> "HashWeights":
+        """Draws untrained weights: random orthogonal projections, the same for keys and queries.
+
+        The columns are orthonormal in blocks of ``head_dim``, uniformly distributed (the QR
+        decomposition of Gaussian matrices).
+
+        Args:
+            num_layers: Layers of the model, at least 1.
+            num_kv_heads: KV heads of each layer, at least 1.
+            head_dim: Channels of a head, at least 1.
+            num_bits: Bits of a code, a multiple of 32 from 32 to 256; or one number for each layer.
+            seed: Seed of the generator; the same seed gives the same weights.
+
+        Returns:
+            The weights, on the CPU; ``metadata["origin"]`` names method and seed.
+
+        Raises:
+            TypeError: An argument is no int.
+            ValueError: An argument is out of range.
+        """
+        where = "HashWeights.random"
+        check_int(where, "num_layers", num_layers, 1)
+        check_int(where, "num_kv_heads", num_kv_heads, 1)
+        check_int(where, "head_dim", head_dim, 1)
+        layer_bits = (num_bits,) * num_layers if isinstance(num_bits, int) else tuple(num_bits)
+        for bits in layer_bits:
+            check_int(where, "num_bits", bits, 32, 256)
+        check_int(where, "seed", seed, 0)
+        generator = torch.Generator().manual_seed(seed)
+        longest = max(layer_bits)
+        blocks = math.ceil(longest / head_dim)
+        shape = (num_layers, num_kv_heads, blocks, head_dim, head_dim)
+        q, r = torch.linalg.qr(torch.randn(shape, generator=generator))
+        q = q * r.diagonal(dim1=-2, dim2=-1).sign()[..., None, :]  # makes the decomposition unique
+        key_weights = q.transpose(2, 3).flatten(3)[..., :longest].contiguous()
+        metadata = {"origin": f"random orthogonal, seed {seed}"}
+        return cls(key_weights, metadata=metadata, layer_bits=layer_bits)
+
+    def layer(
+        self, layer_idx: int, dtype: torch.dtype, device: torch.device
+    ) -> tuple[Tensor, Tensor]:
+        """Returns one layer's weights as the operators take them; copies are kept for later calls.
+
+        Args:
+            layer_idx: The layer, 0 to ``num_layers - 1``.
+            dtype: The dtype of the keys.
+            device: The device of the keys.
+
+        Returns:
+            Key and query weights, each ``[num_kv_heads, head_dim, num_bits]``, contiguous; num_bits
+            is ``layer_bits[layer_idx]``.
+
+        Raises:
+            TypeError: ``layer_idx`` is no int.
+            ValueError: There is no such layer.
+        """
+        found = self._layers.get((layer_idx, dtype, device))
+        if found is None:
+            check_int("HashWeights.layer", "layer_idx", layer_idx, 0, self.shape[0] - 1)
+            used = (layer_idx, ..., slice(self.layer_bits[layer_idx]))
+            key_weights = self.key_weights[used].to(device, dtype).contiguous()
+            query_weights = key_weights
+            if self.query_weights is not None:
+                query_weights = self.query_weights[used].to(device, dtype).contiguous()
+            found = self._layers[layer_idx, dtype, device] = (key_weights, query_weights)
+        return found
+
+
+def _check_projections(function: str, name: str, tensor: object) -> None:
+    check_type(isinstance(tensor, Tensor), function, name, "be a tensor", tensor)
+    assert isinstance(tensor, Tensor)  # check_type has made sure of it, for the type checker
+    rule = "have shape [num_layers, num_kv_heads, head_dim, num_bits]"
+    check(tensor.dim() == 4, function, name, rule, list(tensor.shape))
+    check(tensor.dtype == torch.float32, function, name, "be torch.float32", tensor.dtype)
+    check(bool(tensor.isfinite().all()), function, name, "be finite", "infinite values or NaN")
+
+
+def _pad(function: str, name: str, layers: Sequence[Tensor]) -> Tensor:
+    """Stacks ``[num_kv_heads, head_dim, num_bits]`` tensors, with zero columns up to the widest."""
+    tensors = all(isinstance(layer, Tensor) for layer in layers)
+    check_type(tensors, function, name, "hold tensors", layers)
+    shapes = [list(layer.shape) for layer in layers]
+    fits = bool(shapes) and all(len(s) == 3 and s[:2] == shapes[0][:2] for s in shapes)
+    rule = "hold [num_kv_heads, head_dim, num_bits] tensors, num_bits alone varying"
+    check(fits, function, name, rule, shapes)
+    longest = max(shape[2] for shape in shapes)
+    return torch.stack([pad(layer, (0, longest - layer.shape[2])) for layer in layers])
+
+
+def _shown(sizes: tuple[int, int, int], layer_bits: Sequence[int]) -> list[object]:
+    bits = list(layer_bits)
+    return [*sizes, bits[0] if len(set(bits)) == 1 else bits]

@@ -1,0 +1,277 @@
+"""Capturing: the model's own queries and keys, whatever interrupts it."""
+
+import dataclasses
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import (
+    AttentionInterface,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+)
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+import hata.training.captures
+from closeness import assert_equal
+from hata.training.capture import CaptureOptions, capture
+from hata.training.captures import CaptureInfo, Captures, CaptureWriter, shard_path
+from hata.training.texts import text_files, token_sequences
+from tiny_folder import bytewise_tokenizer
+from tiny_models import MODELS, make_model
+
+SEQ_LEN = 96
+OPTIONS = CaptureOptions(num_sequences=2, seq_len=SEQ_LEN, num_queries=7, values=True)
+WORDS = ("hash", "attention", "keys", "of", "the", "long", "context", "a", "query", "sees")
+
+
+def write_texts(folder: Path, count: int = 6, words: int = 60) -> list[Path]:
+    chosen = random.Random(0)
+    for i in range(count):
+        home = folder / f"kind{i % 2}"
+        home.mkdir(parents=True, exist_ok=True)
+        text = " ".join(chosen.choices(WORDS, k=words))
+        (home / f"document{i}.txt").write_text(text)
+    return [folder]
+
+
+def tiny(name: str = "llama-group4", **changes: Any) -> Any:
+    return make_model(name, vocab_size=256, **changes)
+
+
+def run(tmp_path: Path, model: Any, options: CaptureOptions = OPTIONS, **settings: Any) -> Captures:
+    texts = write_texts(tmp_path / "texts")
+    folder = tmp_path / "captures"
+    return capture(model, bytewise_tokenizer(), texts, folder, options, name="tiny", **settings)
+
+
+def tensors_of(found: Captures) -> list[Tensor]:
+    layers = [found.layer(i, with_values=True) for i in range(found.info.num_layers)]
+    return [x for layer in layers for x in (layer.q, layer.k, layer.v, layer.positions)]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_queries_and_keys_are_those_that_attention_sees(tmp_path, name):
+    seen: dict[int, tuple[Tensor, ...]] = {}
+
+    def spy(module: Any, q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> Any:
+        seen[module.layer_idx] = (q, k, v)
+        return AttentionInterface()["sdpa"](module, q, k, v, *args, **kwargs)
+
+    model = tiny(name)
+    found = run(tmp_path, model)
+    files = text_files([tmp_path / "texts"], "test")
+    sequences = token_sequences(
+        bytewise_tokenizer(), files, num_sequences=2, seq_len=SEQ_LEN, seed=0, where="test"
+    )
+    AttentionInterface.register("spy", spy)
+    for i, sequence in enumerate(sequences):
+        model.set_attn_implementation("spy")
+        with torch.no_grad():
+            model(torch.tensor([sequence.token_ids]))
+        for layer_idx, (q, k, v) in seen.items():
+            layer = found.layer(layer_idx, with_values=True)
+            assert_equal(layer.k[i], k[0].transpose(0, 1))
+            assert layer.v is not None
+            assert_equal(layer.v[i], v[0].transpose(0, 1))
+            assert_equal(layer.q[i], q[0].transpose(0, 1)[layer.positions[i]])
+            assert bool((layer.positions[i].diff() > 0).all())
+            assert int(layer.positions[i].min()) >= SEQ_LEN // 2
+    assert sorted(seen) == list(range(found.info.num_layers))
+
+
+def test_the_model_attends_as_before_when_it_is_captured(tmp_path):
+    model = tiny()
+    before = model.config._attn_implementation
+    run(tmp_path, model)
+    assert model.config._attn_implementation == before
+
+
+def test_the_same_seed_gives_the_same_capture_and_another_one_does_not(tmp_path):
+    model = tiny()
+    first, again = (tensors_of(run(tmp_path / name, model)) for name in "ab")
+    other = run(tmp_path / "c", model, dataclasses.replace(OPTIONS, seed=1))
+    for a, b in zip(first, again, strict=True):
+        assert_equal(a, b)
+    assert not torch.equal(first[3], other.layer(0).positions)
+
+
+def test_chunks_capture_what_a_whole_pass_captures(tmp_path, monkeypatch):
+    monkeypatch.setattr(hata.training.capture, "_SMALLEST_CHUNK", 32)
+    model = tiny()
+    whole = run(tmp_path / "whole", model)
+    need = hata.training.capture._memory(model, SEQ_LEN, 32) / 1e9
+    options = dataclasses.replace(OPTIONS, memory_limit_gb=need)
+    chunks = run(tmp_path / "chunks", model, options)
+    for a, b in zip(tensors_of(whole), tensors_of(chunks), strict=True):
+        # float32 sums in another order, through three layers
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_an_interrupted_capture_continues_and_keeps_finished_layers(tmp_path):
+    class Killed(Exception):
+        pass
+
+    def kill() -> None:
+        done.append(1)
+        if len(done) == 4:
+            raise Killed
+
+    model = tiny()
+    done: list[int] = []
+    whole = tensors_of(run(tmp_path / "whole", model))
+    with pytest.raises(Killed):
+        run(tmp_path / "killed", model, on_layer=kill)
+    folder = tmp_path / "killed" / "captures"
+    files = sorted(folder.glob("*.safetensors"))
+    assert len(files) == 4
+    times = [file.stat().st_mtime_ns for file in files]
+    with pytest.raises(ValueError, match="hold a complete capture"):
+        Captures.open(folder)
+    continued = run(tmp_path / "killed", model)
+    assert [file.stat().st_mtime_ns for file in files] == times
+    for a, b in zip(whole, tensors_of(continued), strict=True):
+        assert_equal(a, b)
+
+
+def test_a_full_disk_is_said_and_loses_nothing(tmp_path, monkeypatch):
+    def fail(tensors: dict[str, Tensor], path: Path) -> None:
+        if "layer-001" in path.name:
+            path.write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        save_file(tensors, path)
+
+    save_file = hata.training.captures.save_file
+    monkeypatch.setattr(hata.training.captures, "save_file", fail)
+    model = tiny()
+    with pytest.raises(ValueError, match=r"folder must have room .* No space left .* continue"):
+        run(tmp_path, model)
+    left = [file.name for file in (tmp_path / "captures").glob("sequence*")]
+    assert left == ["sequence-0000-layer-000.safetensors"]
+    monkeypatch.setattr(hata.training.captures, "save_file", save_file)
+    assert run(tmp_path, model).info.num_sequences == 2
+
+
+def test_short_text_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match=r"hata\.capture: texts must hold 900 x 96 tokens, got"):
+        run(tmp_path, tiny(), dataclasses.replace(OPTIONS, num_sequences=900))
+    with pytest.raises(ValueError, match="texts must name existing files or folders, got no/such"):
+        text_files([Path("no/such")], "capture")
+
+
+def test_nan_is_an_error(tmp_path):
+    model = tiny()
+    model.model.layers[1].self_attn.k_proj.weight.data[0, 0] = torch.nan
+    with pytest.raises(ValueError, match=r"k must be finite in float32, got NaN .* layer 1"):
+        run(tmp_path, model)
+
+
+def test_a_model_without_the_interface_is_an_error(tmp_path):
+    class Old(GPT2LMHeadModel):
+        _supports_attention_backend = False
+
+    model = Old(GPT2Config(n_layer=1, n_head=2, n_embd=32, vocab_size=256, n_positions=128))
+    with pytest.raises(ValueError, match=r"model must take attention functions .* got Old"):
+        run(tmp_path, model)
+
+
+def test_sliding_windows_are_captured_whole(tmp_path):
+    config = Gemma3TextConfig(
+        vocab_size=256,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
+        max_position_embeddings=128,
+        sliding_window=16,
+        layer_types=["sliding_attention", "full_attention"],
+    )
+    found = run(tmp_path, Gemma3ForCausalLM(config).eval())
+    assert found.info.layer_types == ("sliding_attention", "full_attention")
+    assert found.info.softmax_scale == pytest.approx(config.query_pre_attn_scalar**-0.5)
+    assert found.layer(0).k.shape == (2, SEQ_LEN, 1, 32)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_sequences": 0}, "num_sequences must be at least 1, got 0"),
+        ({"num_queries": 100}, "num_queries must be in 1..48, got 100"),
+        ({"first_query": 1.0}, r"first_query must be in \[0, 1\), got 1.0"),
+        ({"memory_limit_gb": -1.0}, "memory_limit_gb must be positive, got -1.0"),
+        ({"memory_limit_gb": 1e-6}, "memory_limit_gb must be at least .* what .* tokens .* need"),
+        ({"seq_len": 400}, "seq_len must be in 2..160, got 400"),
+    ],
+)
+def test_options_are_checked(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path, tiny(), dataclasses.replace(OPTIONS, **changes))
+
+
+def test_another_capture_is_not_overwritten(tmp_path):
+    model = tiny()
+    run(tmp_path, model)
+    with pytest.raises(ValueError, match=r"hold a capture with these settings, got .*'seed': 0"):
+        run(tmp_path, model, dataclasses.replace(OPTIONS, seed=1))
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "file").write_text("mine")
+    info = Captures.open(tmp_path / "captures").info
+    with pytest.raises(ValueError, match="folder must be empty"):
+        CaptureWriter(tmp_path / "other", info)
+
+
+def test_a_damaged_file_is_named(tmp_path):
+    found = run(tmp_path, tiny())
+    shard_path(found.folder, 1, 2).write_bytes(b"no safetensors")
+    with pytest.raises(ValueError, match=r"sequence-0001-layer-002.safetensors must be readable"):
+        found.layer(2)
+
+
+def test_settings_that_no_version_has_written_are_an_error(tmp_path):
+    (tmp_path / "captures.json").write_text('{"format": "hata.captures"}')
+    with pytest.raises(ValueError, match="must be as hata capture wrote it"):
+        Captures.open(tmp_path)
+
+
+def test_long_documents_come_first_and_folders_take_turns(tmp_path):
+    write_texts(tmp_path, count=4, words=10)
+    for kind in (0, 1):
+        (tmp_path / f"kind{kind}" / "long.txt").write_text("word " * 200)
+    files = text_files([tmp_path], "test")
+    sequences = token_sequences(
+        bytewise_tokenizer(), files, num_sequences=2, seq_len=100, seed=0, where="test"
+    )
+    assert all(sequence.text.startswith("long.txt[") for sequence in sequences)
+    assert all(len(sequence.token_ids) == 100 for sequence in sequences)
+
+
+def test_info_counts_the_group(tmp_path):
+    info = run(tmp_path, tiny()).info
+    assert isinstance(info, CaptureInfo)
+    assert (info.group, info.num_sequences, info.has_values) == (4, 2, True)
+
+
+def test_rotated_keys_are_captured(tmp_path):
+    # The first token stands at position 0, where the rotary embedding is the identity.
+    model = tiny("llama-group1")
+    found = run(tmp_path, model)
+    files = text_files([tmp_path / "texts"], "test")
+    sequence = token_sequences(
+        bytewise_tokenizer(), files, num_sequences=1, seq_len=SEQ_LEN, seed=0, where="test"
+    )[0]
+    ids = torch.tensor([sequence.token_ids])
+    decoder = model.model
+    with torch.no_grad():
+        layer = decoder.layers[0]
+        hidden = layer.input_layernorm(decoder.embed_tokens(ids))
+        k = layer.self_attn.k_proj(hidden).unflatten(-1, (2, 64)).transpose(1, 2)
+        cos, sin = decoder.rotary_emb(hidden, torch.arange(SEQ_LEN)[None])
+        _, rotated = apply_rotary_pos_emb(k, k, cos, sin)
+    torch.testing.assert_close(found.layer(0).k[0], rotated[0].transpose(0, 1))

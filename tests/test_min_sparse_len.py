@@ -1,0 +1,120 @@
+"""Sequences shorter than `HataConfig.min_sparse_len` are decoded densely, each on its own."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import hata
+from attention_model import DENSE, FEW, SPARSE, assert_attends, fill, queries
+from cache_model import WEIGHTS, contents, make_cache, new_tokens
+from closeness import assert_equal
+from hata import HataCache, HataConfig
+
+
+def routed(min_sparse_len: int) -> HataConfig:
+    return replace(FEW, min_sparse_len=min_sparse_len)
+
+
+def visible(cache: HataCache, batch_idx: int, q_len: int) -> torch.Tensor:
+    return torch.arange(cache.seq_lens[batch_idx] - q_len + 1, cache.seq_lens[batch_idx] + 1)
+
+
+@pytest.mark.parametrize("page_size", [None, 16])
+@pytest.mark.parametrize("lengths", [[30, 30, 30], [30, 12, 1]], ids=["equal", "ragged"])
+@pytest.mark.parametrize("q_len", [1, 3])
+def test_short_sequences_get_dense_attention(
+    device: str, dtype: torch.dtype, q_len: int, lengths: list[int], page_size: int | None
+) -> None:
+    cache = make_cache(device, dtype, config=routed(30 + q_len + 1), page_size=page_size)
+    fill(cache, 30, lengths)
+    q, (k, v) = queries(cache, q_len), new_tokens(cache, q_len)
+    for layer_idx in (DENSE, SPARSE):
+        out = hata.decode_attention(q, k, v, cache, layer_idx, WEIGHTS)
+        assert_attends(out, q, cache, layer_idx)
+    assert cache.seq_lens == [length + q_len for length in lengths]
+
+
+@pytest.mark.parametrize("q_len", [1, 3])
+def test_a_sequence_is_routed_by_its_own_length(
+    device: str, dtype: torch.dtype, q_len: int
+) -> None:
+    """Sequence 0 is long, 1 just long enough, 2 one short of it."""
+    cache = make_cache(device, dtype, config=routed(20 + q_len))
+    sparse = make_cache(device, dtype, config=FEW)
+    for each in (cache, sparse):
+        torch.manual_seed(1)
+        fill(each, 40, [40, 20, 19])
+        q, (k, v) = queries(each, q_len), new_tokens(each, q_len)
+        for layer_idx in (DENSE, SPARSE):
+            out = hata.decode_attention(q, k, v, each, layer_idx, WEIGHTS)
+        if each is cache:
+            routed_out = out
+    indices, num_selected = cache.last_selection(SPARSE)
+    sparse_indices, sparse_selected = sparse.last_selection(SPARSE)
+    assert_equal(routed_out[:2], out[:2])
+    assert_equal(num_selected[:2], sparse_selected[:2])
+    assert_equal(indices[:2, ..., : FEW.top_k], sparse_indices[:2])
+    assert (indices[:2, ..., FEW.top_k :] == -1).all()
+    assert_attends(routed_out, q, cache, SPARSE, indices)
+    assert (num_selected[2].cpu() == visible(cache, 2, q_len)[:, None]).all()
+    for now, then in zip(contents(cache), contents(sparse), strict=True):
+        assert_equal(now, then)  # dense steps hash their keys too
+
+
+def test_the_selection_of_a_dense_step_is_every_visible_position(device: str) -> None:
+    cache = make_cache(device, torch.float16, config=routed(25))
+    fill(cache, 20, [20, 5, 0])
+    q, (k, v) = queries(cache, 2), new_tokens(cache, 2)
+    for layer_idx in (DENSE, SPARSE):
+        hata.decode_attention(q, k, v, cache, layer_idx, WEIGHTS)
+    indices, num_selected = cache.last_selection(SPARSE)
+    assert indices.shape == (3, 2, 2, 22)
+    for b, seq_len in enumerate(cache.seq_lens):
+        for j in range(2):
+            count = seq_len - 1 + j
+            assert (num_selected[b, j] == count).all()
+            assert (indices[b, j, :, :count].cpu() == torch.arange(count)).all()
+            assert (indices[b, j, :, count:] == -1).all()
+    mass = hata.attention_mass(q, cache, SPARSE, indices)
+    torch.testing.assert_close(mass, torch.ones_like(mass))
+
+
+def test_a_growing_sequence_turns_sparse(device: str) -> None:
+    cache = make_cache(device, torch.float16, config=routed(23))
+    fill(cache, 20)
+    counts = []
+    for _ in range(4):
+        q, (k, v) = queries(cache, 1), new_tokens(cache, 1)
+        for layer_idx in (DENSE, SPARSE):
+            hata.decode_attention(q, k, v, cache, layer_idx, WEIGHTS)
+        counts.append(cache.last_selection(SPARSE)[1].flatten().tolist())
+    assert counts == [[21] * 6, [22] * 6, [FEW.top_k] * 6, [FEW.top_k] * 6]
+
+
+def test_a_failed_dense_step_changes_nothing(device: str) -> None:
+    cache = make_cache(device, torch.float16, config=routed(1000))
+    fill(cache, 10)
+    before = [t.clone() for t in contents(cache)]
+    q, (k, v) = queries(cache, 1), new_tokens(cache, 1)
+    with pytest.raises(RuntimeError, match="k must be contiguous in its last"):
+        hata.decode_attention(q, k.mT.contiguous().mT, v, cache, SPARSE, WEIGHTS)
+    assert cache.seq_lens == [10, 10, 10]
+    for now, then in zip(contents(cache), before, strict=True):
+        assert_equal(now, then)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_what_a_graph_captures_is_sparse() -> None:
+    cache = make_cache("cuda", torch.bfloat16, config=routed(25))
+    fill(cache, 30)
+    q, (k, v) = queries(cache, 1), new_tokens(cache, 1)
+    for layer_idx in (DENSE, SPARSE):
+        hata.decode_attention(q, k, v, cache, layer_idx, WEIGHTS)
+    graph = torch.cuda.CUDAGraph()
+    cache.truncate(10)
+    cache.extend(1)
+    with torch.cuda.graph(graph):
+        hata.decode_attention(q, k, v, cache, SPARSE, WEIGHTS)
+    graph.replay()
+    assert (cache.last_selection(SPARSE)[1] == FEW.top_k).all()

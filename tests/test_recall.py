@@ -1,0 +1,138 @@
+"""The command `hata recall` on tiny captures."""
+
+import csv
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import hata.cli
+from capture_cases import NUM_KV_HEADS, NUM_LAYERS, SHAPE, make_captures
+from hata import HashWeights, HataConfig, save_weights
+
+COLUMNS = (
+    "torch,commit,date,model,context,selector,recipe,num_bits,query_bits,key_norms,channels,top_k,"
+    "bytes_per_token,recall,attention_mass,output_error,command"
+)
+BUDGETS = ["--top-k", "20", "--top-k", "40", "--top-k", "60"]
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def run(capsys: pytest.CaptureFixture[str], *args: object) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as exited:
+        hata.cli.main(["recall", *map(str, args)])
+    said = capsys.readouterr()
+    return exited.value.code, said.out, said.err
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Held-out and training captures, and weights of 32 and 64 bits."""
+    make_captures(tmp_path / "heldout")
+    make_captures(tmp_path / "train")
+    metadata = {"recipe": "ours", "query_bits": "4", "key_norms": "false"}
+    for num_bits in (32, 64):
+        weights = HashWeights.random(**SHAPE, num_bits=num_bits, seed=1)
+        trained = HashWeights(weights.key_weights, metadata=metadata)
+        save_weights(tmp_path / f"ours-{num_bits}.safetensors", trained)
+    return tmp_path
+
+
+def weights_of(folder: Path) -> list[object]:
+    return [x for n in (32, 64) for x in ("--weights", folder / f"ours-{n}.safetensors")]
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_writes_every_file(folder: Path, device: str, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "plots").mkdir()
+    args = ["--calibration", folder / "train", *weights_of(folder), *BUDGETS, "--device", device]
+    files = ["--csv", folder / "means.csv", "--per-head", folder / "heads.csv"]
+    files += ["--plot", folder / "plots", "--frontier", folder / "frontier.json"]
+    code, out, _ = run(capsys, folder / "heldout", *args, *files)
+    assert code == 0
+    for said in ("exact: softmax", "hata: ours, 64 bits, query 4", "loki: 8 channels", "Frontier"):
+        assert said in out
+
+    assert (folder / "means.csv").read_text().splitlines()[0] == COLUMNS
+    means = rows_of(folder / "means.csv")
+    names = ["exact"] * 2 + ["hata"] * 2 + ["loki"] * 2 + ["quest"] + ["sparq"] * 2 + ["hata"] * 2
+    assert [row["selector"] for row in means[::3]] == names
+    ours = means[-3]
+    assert (ours["recipe"], ours["num_bits"], ours["query_bits"]) == ("ours", "64", "4")
+    assert (ours["key_norms"], ours["channels"], ours["top_k"]) == ("0", "", "20")
+    assert (ours["bytes_per_token"], ours["torch"]) == ("8", torch.__version__)
+
+    heads = rows_of(folder / "heads.csv")
+    assert len(heads) == len(means) * NUM_LAYERS * NUM_KV_HEADS
+    same = [x for x in heads if x["num_bits"] == "64" and x["top_k"] == "20" and x["layer"] == "2"]
+    mean = sum(float(row["attention_mass"]) for row in same) / NUM_KV_HEADS
+    assert mean == pytest.approx(float(ours["attention_mass"]), abs=1e-4)  # five digits are kept
+
+    levels = json.loads((folder / "frontier.json").read_text())["levels"]
+    for level in levels:
+        HataConfig(**level["uniform"])
+        assert len(HataConfig(**level["per_layer"]).layer_bits(NUM_LAYERS)) == NUM_LAYERS
+    pictures = sorted(path.name for path in (folder / "plots").iterdir())
+    assert pictures == ["budgets.png", "frontier.png", "heat_map.png", "num_bits.png"]
+    assert all((folder / "plots" / name).read_bytes().startswith(PNG) for name in pictures)
+
+
+def test_weights_alone(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    args = [*weights_of(folder), *BUDGETS, "--no-baselines", "--query-bits", 1, "--key-norms"]
+    code, out, _ = run(capsys, folder / "heldout", *args)
+    assert code == 0
+    assert "hata: ours, 64 bits, query 1, norms" in out
+    assert "exact: softmax" in out  # the bound is always measured
+    assert "quest" not in out
+
+
+def test_without_calibration_there_is_no_loki(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, _ = run(capsys, folder / "heldout", *BUDGETS, "--num-queries", 2)
+    assert code == 0
+    assert "quest" in out
+    assert "loki" not in out
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ("nowhere", "folder must hold a capture .* got nowhere"),
+        ("HELDOUT --top-k 40 --weights nowhere", "path must name an existing file, got nowhere"),
+        ("HELDOUT --no-baselines", "--weights must be given with --no-baselines, got none"),
+        ("HELDOUT --frontier a.json", "--weights must be given with --frontier, got none"),
+        ("HELDOUT --csv no/such.csv", "--csv must name a file in an existing folder, got no/such"),
+        ("HELDOUT --plot no/such", "--plot must name an existing folder, got no/such"),
+        ("HELDOUT --query-bits 5", r"--query-bits must be in 1\.\.4, got 5"),
+        ("HELDOUT --num-dense-layers 3", "--num-dense-layers must be less than .* got 3"),
+        ("HELDOUT --top-k 10", r"top_k must be at least num_sink \+ num_recent=20, got 10"),
+        ("HELDOUT --top-k 40 --channels 33", r"channels must be in 1\.\.32, got 33"),
+        ("HELDOUT --top-k 40 --random-bits 48", "num_bits must be a multiple of 32"),
+        ("HELDOUT --top-k 40 --weights PLAIN", "query_bits of .* must be 1 to 4 in the metadata"),
+        (
+            "HELDOUT --top-k 40 --query-bits 4 --weights PLAIN",
+            "key_norms of .* must be True or False in the metadata",
+        ),
+        ("HELDOUT --top-k 40 --weights OTHER", "num_layers must be 3, as asked for, got 2 in"),
+        ("HELDOUT --device tpu", "--device must be cpu, cuda or cuda:N"),
+    ],
+)
+def test_mistakes_are_one_line(
+    folder: Path, capsys: pytest.CaptureFixture[str], args: str, message: str
+) -> None:
+    save_weights(folder / "plain.safetensors", HashWeights.random(**SHAPE, num_bits=32))
+    other = HashWeights.random(**{**SHAPE, "num_layers": 2}, num_bits=32)
+    save_weights(folder / "other.safetensors", other)
+    paths = {"HELDOUT": "heldout", "PLAIN": "plain.safetensors", "OTHER": "other.safetensors"}
+    words = [str(folder / paths[word]) if word in paths else word for word in args.split()]
+    code, _, err = run(capsys, *words)
+    assert code == 2
+    assert err.count("\n") == 1
+    assert re.match(f"error: .*{message}", err), err

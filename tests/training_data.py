@@ -1,0 +1,41 @@
+"""Random queries and keys that a hash can learn from: queries use a quarter of the directions."""
+
+import torch
+from torch import Tensor
+
+from hata.training.data import TrainingData
+
+
+def make_data(
+    *,
+    num_layers: int = 2,
+    num_kv_heads: int = 2,
+    group: int = 2,
+    head_dim: int = 32,
+    num_sequences: int = 2,
+    seq_len: int = 200,
+    num_queries: int = 40,
+    seed: int = 0,
+    device: str = "cpu",
+) -> TrainingData:
+    """Draws layers ``0..num_layers - 1``; the directions that matter do not depend on the seed."""
+    heads = num_layers * num_kv_heads
+    fixed = torch.Generator().manual_seed(1234)
+    generator = torch.Generator().manual_seed(seed)
+    needed = torch.where(torch.arange(head_dim) < head_dim // 4, 2.5, 0.1)
+    turned = torch.linalg.qr(torch.randn(heads, head_dim, head_dim, generator=fixed)).Q
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    k = 1.5 * draw(num_sequences, heads, seq_len, head_dim) @ turned
+    q = draw(num_sequences, heads, num_queries, group, head_dim) * needed @ turned[:, None]
+    positions = torch.stack(
+        [
+            torch.randperm(seq_len // 2, generator=generator)[:num_queries].sort().values
+            for _ in range(num_sequences)
+        ]
+    )
+    layers = tuple(range(num_layers))
+    on_device = (x.to(device) for x in (q, k, positions + seq_len // 2))
+    return TrainingData(layers, *on_device, head_dim**-0.5, 2, 3)
