@@ -56,7 +56,11 @@ def test_help_lists_both_subcommands(capsys):
         ("--device tpu", "--device must be cpu, cuda or cuda:N, a device that torch sees, got tpu"),
         ("--device cuda:99", "--device must be .* got cuda:99"),
         ("--dtype int8", "--dtype must be one of float32, bfloat16, float16, got int8"),
-        ("--weights no/such.safetensors", "path must name an existing file, got no/such"),
+        pytest.param(
+            "--weights no/such.safetensors",
+            "path must name an existing file, got no/such",
+            marks=pytest.mark.model,  # looked at once the model is there
+        ),
         ("--plot no/such/plot.png", "--plot must name a .png file in an existing folder, got no"),
         ("--plot plot.jpeg", "--plot must name a .png file in an existing folder, got plot.jpeg"),
         ("--context many", "[Ii]nvalid value for '--context'"),

@@ -6,7 +6,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-NUM_LAYERS, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, POSITIONS = 4, 4, 2, 32, 1024
+NUM_LAYERS, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, POSITIONS = 4, 4, 2, 64, 1024
 
 
 def bytewise_tokenizer() -> PreTrainedTokenizerFast:

@@ -19,9 +19,11 @@ __global__ void __launch_bounds__(kThreads)
   const float lse_a = p.lse_a[row], lse_b = p.lse_b[row];
   const float lse = log_add_exp(lse_a, lse_b);
   const float weight_a = state_weight(lse_a, lse), weight_b = state_weight(lse_b, lse);
-  static_cast<T*>(p.out)[i] =
-      static_cast<T>(weight_a * static_cast<float>(static_cast<const T*>(p.out_a)[i]) +
-                     weight_b * static_cast<float>(static_cast<const T*>(p.out_b)[i]));
+  // What an empty state holds may be anything, NaN too.
+  float out = 0.0f;
+  if (weight_a > 0.0f) out += weight_a * static_cast<float>(static_cast<const T*>(p.out_a)[i]);
+  if (weight_b > 0.0f) out += weight_b * static_cast<float>(static_cast<const T*>(p.out_b)[i]);
+  static_cast<T*>(p.out)[i] = static_cast<T>(out);
   if (i % p.head_dim == 0) p.lse[row] = lse;
 }
 

@@ -192,6 +192,7 @@ __global__ void __launch_bounds__(kManyThreads, 1)
           find_cut(cluster, shared.fine + warp * kFineBins,
                    shared.fine_groups + warp * (kFineBins / kGroupBins),
                    ceil_div(1 << bins.shift, kGroupBins), num_competing - coarse.above);
+      __syncwarp();  // all lanes have read the coarse cut
       if (threadIdx.x % kWarpSize == 0) {
         shared.cuts[warp] = {coarse.bin << bins.shift | fine.bin, coarse.above + fine.above,
                              fine.ties, coarse.above_before + fine.above_before, fine.ties_before};

@@ -84,7 +84,11 @@ class HataSelector(Selector):
             # Integers below 2**24: exact in float32, in any order.
             code = self._query_code(q, query_weights)
             scores = torch.einsum("qhi,shi->qhs", code, signs.float())
-            return (scores / self.num_bits * norms).half().float() if self.key_norms else scores
+            if not self.key_norms:
+                return scores
+            # By a tensor: CUDA divides by a number through its reciprocal, which rounds otherwise.
+            divisor = torch.full_like(scores, self.num_bits)
+            return (scores / divisor * norms).half().float()
 
         return score
 
