@@ -26,7 +26,9 @@ from tiny_folder import bytewise_tokenizer
 from tiny_models import MODELS, make_model
 
 SEQ_LEN = 96
-OPTIONS = CaptureOptions(num_sequences=2, seq_len=SEQ_LEN, num_queries=7, values=True)
+OPTIONS = CaptureOptions(
+    num_sequences=2, seq_len=SEQ_LEN, num_queries=7, first_query=0.5, values=True
+)
 WORDS = ("hash", "attention", "keys", "of", "the", "long", "context", "a", "query", "sees")
 
 

@@ -65,8 +65,8 @@ def train(
     model: capturing.Model = None,
     num_sequences: capturing.NumSequences = 16,
     seq_len: capturing.SeqLen = 8192,
-    num_queries: capturing.NumQueries = 256,
-    first_query: capturing.FirstQuery = 0.5,
+    num_queries: capturing.NumQueries = 384,
+    first_query: capturing.FirstQuery = 0.0625,
     seed: capturing.Seed = 0,
     num_sink: Annotated[
         int, typer.Option(help="First positions that are always selected.")

@@ -39,8 +39,8 @@ class CaptureOptions:
 
     num_sequences: int = 8
     seq_len: int = 8192
-    num_queries: int = 512
-    first_query: float = 0.5
+    num_queries: int = 384
+    first_query: float = 0.0625
     values: bool = False
     seed: int = 0
     memory_limit_gb: float | None = None

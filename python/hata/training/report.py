@@ -11,7 +11,7 @@ from rich.table import Table
 
 from hata.training.parts import LayerPart
 
-_SMOOTHED = 20  # steps whose mean is shown as first and last loss
+_SMOOTHED = 20  # steps whose mean is shown: each sees one sequence, and sequences differ
 
 
 def print_layers(
@@ -65,14 +65,19 @@ def plot_layers(path: Path, parts: Sequence[LayerPart], budgets: Sequence[int], 
         loss, mass, recall = figure.subplots(1, 3)
         for layer_idx, part in enumerate(parts):
             color = colors(layer_idx / max(len(parts) - 1, 1))
-            loss.plot(part.losses.numpy(), color=color, linewidth=0.7)
-        loss.set(xlabel="step", ylabel="loss", title="loss (dark: first layers)")
+            means = (
+                part.losses.unfold(0, _SMOOTHED, 1).mean(1)
+                if len(part.losses) > 99
+                else part.losses
+            )
+            loss.plot(means.numpy(), color=color, linewidth=0.7)
+        loss.set(xlabel="step", title="loss (dark: first layers)")
         for i, top_k in enumerate(budgets):
             excess = scores[:, 0, i] - scores[:, 1, i]
             mass.plot(layers, excess.numpy(), marker=".", label=f"top_k {top_k}")
             recall.plot(layers, scores[:, 2, i].numpy(), marker=".", label=f"top_k {top_k}")
-        mass.set(xlabel="layer", title="held-out mass lost beyond the exact top-k", ylim=(0, None))
-        recall.set(xlabel="layer", title="held-out recall of the exact top-k", ylim=(0, 1))
+        mass.set(xlabel="layer", title="held-out mass lost, excess", ylim=(0, None))
+        recall.set(xlabel="layer", title="held-out recall", ylim=(0, 1))
         mass.legend()
         figure.suptitle(title)
         figure.savefig(path, dpi=150)

@@ -13,6 +13,7 @@ from hata.training.data import TrainingData
 from hata.training.recipes.fit import Fit, Recipe, generator_of, orthogonal
 
 _WARM_UP = 10  # steps until the learning rate has its full height
+_HIDDEN = -1e30  # the logit of a key that is not contested; finite, for queries without any
 _LOGSUMEXP_ROWS = 128  # query tokens at once, which bounds memory
 
 
@@ -44,7 +45,7 @@ class HataRecipe(Recipe):
         power: Of the teacher's probabilities; below 1 the less likely keys count more.
         mass_weight: Of the second gradient.
         mass_from: Share of the steps after which it sets in.
-        budget_first: The smallest budget, as a share of the keys.
+        budget_first: The smallest budget, as a share of the keys that a query sees.
         budget_last: The largest.
         width: Of the bell, in standard deviations of a query's scores.
     """
@@ -127,17 +128,18 @@ class HataFit(Fit):
         logits = self._logits(data, sequence_idx, rows, keys, slope)
         with torch.no_grad():
             at_stake = p.sum(-1, keepdim=True)
-            hidden = logits.masked_fill(~contested, -torch.inf)
+            shown = logits.masked_fill(~contested, _HIDDEN)
             target = p**recipe.power
             target *= at_stake / target.sum(-1, keepdim=True).clamp(min=1e-30)
-            log_q = hidden.log_softmax(-1)
+            log_q = shown.log_softmax(-1)
             gradient = log_q.exp() * at_stake - target
-            loss = -(target * log_q.masked_fill_(~contested, 0.0)).sum(-1).mean(-1)
+            loss = -(target * log_q).sum(-1).mean(-1)
             if done >= recipe.mass_from and recipe.mass_weight > 0:
                 draw = float(torch.rand((), generator=generator))
                 span = recipe.budget_last / recipe.budget_first
                 share = recipe.budget_first * span**draw
-                caught = self._mass_gradient(hidden, logits, p, share)
+                counts = (share * contested.sum(-1)).long().clamp(min=1)
+                caught = self._mass_gradient(shown, logits, p, counts)
                 gradient.lerp_(caught, recipe.mass_weight)
             gradient /= at_stake.mean((1, 2), keepdim=True).clamp(min=1e-30) * len(rows)
         optimizer.zero_grad()
@@ -196,12 +198,12 @@ class HataFit(Fit):
         score = torch.bmm(c, _Sign.apply(x, slope).transpose(1, 2))
         return score * self.log_temperature.exp()
 
-    def _mass_gradient(self, hidden: Tensor, logits: Tensor, p: Tensor, share: float) -> Tensor:
-        """Returns minus the gradient of the mass that the best ``share`` of the keys catch."""
-        count = max(1, round(share * hidden.shape[-1]))
-        cut = hidden.topk(count, -1).values[..., -1:]
+    def _mass_gradient(self, shown: Tensor, logits: Tensor, p: Tensor, counts: Tensor) -> Tensor:
+        """Returns minus the gradient of the mass that each row's ``counts`` best keys catch."""
+        best = shown.topk(int(counts.max()), -1).values
+        cut = best.gather(-1, (counts[:, None] - 1).expand(len(p), -1, -1))
         width = self.recipe.width * logits[..., ::8].std(-1, keepdim=True)
-        bell = torch.sigmoid((hidden - cut) / width)
+        bell = torch.sigmoid((shown - cut) / width)
         bell = bell * (1 - bell)
         mean = (p * bell).sum(-1, keepdim=True) / bell.sum(-1, keepdim=True)
         return (mean - p) * bell * 4
