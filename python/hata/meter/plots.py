@@ -116,8 +116,8 @@ def plot_heat_map(path: Path, results: Results) -> None:
             axes.set_title(measurement.selector.variant, fontsize=9)
             axes.set(ylabel="KV head", yticks=range(info.num_kv_heads))
         grid[-1].set(xlabel="layer", xticks=range(0, info.num_layers, 2))
-        figure.colorbar(image, ax=list(grid), label="mass lost beyond exact top-k")
-        figure.suptitle(_title(results))
+        figure.colorbar(image, ax=list(grid))
+        figure.suptitle(f"Attention mass lost beyond exact top-k: {_title(results)}")
         figure.savefig(path, dpi=130)
 
 
