@@ -1,12 +1,9 @@
 """What a benchmark hands over: one table on the terminal and one CSV file."""
 
-import contextlib
 import csv
 import datetime
-import os
 import platform
 import re
-import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +13,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from hata.checkout import commit
 from hata.checks import check
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -43,17 +41,6 @@ def slug(device: torch.device) -> str:
     name = device_name(device).removeprefix("NVIDIA ")
     name = re.split(r"[ -](?=\d+GB|SXM|PCIe|HBM|NVL)", name)[0]
     return re.sub(r"[^a-z0-9]+", "_", name.lower())
-
-
-def commit() -> str:
-    """Returns this checkout's commit; HATA_COMMIT names it where git does not."""
-    if (ROOT / ".git").exists():
-        describe = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
-        with contextlib.suppress(OSError, subprocess.CalledProcessError):
-            return subprocess.run(
-                describe, check=True, capture_output=True, text=True
-            ).stdout.strip()
-    return os.environ.get("HATA_COMMIT", "unknown")
 
 
 def origin(device: torch.device, command: str) -> Row:

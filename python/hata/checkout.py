@@ -9,8 +9,11 @@ from pathlib import Path
 def commit() -> str:
     """Returns the checkout's commit, "-dirty" where files have changed.
 
-    Where hata does not lie in a checkout, HATA_COMMIT names it, or it is "unknown".
+    HATA_COMMIT, where it is set, names it instead: for a copy of the files whose git does not know.
+    Where hata does not lie in a checkout it is "unknown".
     """
+    if named := os.environ.get("HATA_COMMIT"):
+        return named
     root = Path(__file__).resolve().parents[2]
     if (root / ".git").exists():
         describe = ["git", "-C", str(root), "describe", "--always", "--dirty"]
@@ -18,4 +21,4 @@ def commit() -> str:
             return subprocess.run(
                 describe, check=True, capture_output=True, text=True
             ).stdout.strip()
-    return os.environ.get("HATA_COMMIT", "unknown")
+    return "unknown"
