@@ -11,6 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from hata.checks import check
 from hata.training.data import TrainingData
 from hata.training.recipes.fit import Fit, Recipe, generator_of
 
@@ -180,14 +181,22 @@ class PaperFit(Fit):
 
 
 def _rows(data: TrainingData, num_pairs: int, seed: int) -> list[Tensor]:
-    """Draws the same number of query tokens from each sequence, for ``num_pairs`` pairs in all."""
-    seen = data.positions.double().mean().item() + 1
-    num_queries = data.positions.shape[1]
-    count = min(max(round(num_pairs / (seen * data.num_sequences)), 1), num_queries)
-    return [
-        torch.randperm(num_queries, generator=generator_of(seed, -1 - i))[:count].sort().values
-        for i in range(data.num_sequences)
-    ]
+    """Draws as many query tokens from each sequence, for ``num_pairs`` pairs in all.
+
+    From its second half, as appendix B.1 has it.
+    """
+    second_half = data.positions >= data.seq_len // 2
+    available = [int(sees.sum()) for sees in second_half]
+    rule = f"have queries of each sequence's second half, from position {data.seq_len // 2} on"
+    check(min(available) > 0, "train", "captures for recipe paper", rule, available)
+    seen = float(data.positions[second_half].double().mean()) + 1
+    count = max(round(num_pairs / (seen * data.num_sequences)), 1)
+    rows = []
+    for i, sees in enumerate(second_half):
+        order = torch.randperm(available[i], generator=generator_of(seed, -1 - i))
+        chosen = order[: min(count, *available)].sort().values
+        rows.append(sees.nonzero()[:, 0].cpu()[chosen])
+    return rows
 
 
 def _labels(data: TrainingData, sequence_idx: int, rows: Tensor) -> Tensor:
