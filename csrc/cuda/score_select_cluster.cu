@@ -1,26 +1,15 @@
 #include "cuda/score_select_cluster.h"
 
-#include <algorithm>
-
 #include "cuda/cluster_encode.cuh"
 #include "cuda/cluster_scan.cuh"
+#include "cuda/cluster_shape.cuh"
 #include "cuda/launch.cuh"
 #include "dispatch.h"
 
 namespace hata {
 namespace {
 
-// Threads of a block: two blocks share a multiprocessor, or one has it to itself.
-constexpr int kFewThreads = 384, kManyThreads = 768;
-constexpr int kMaxGridY = 65535;
-constexpr int kMaxCluster = 8;       // the largest that every GPU with clusters schedules
-constexpr int kSliceAlignment = 32;  // positions: a word of the candidates' bits
-// ClusterShared memory of a block for keys, and before that for hash weights: the most of which two
-// blocks fit, and the most there is.
-constexpr int kSharedKeyBytes = 80 * 1024;
-constexpr int kMostKeyBytes = 192 * 1024;
-
-constexpr int kKeyOffset = (sizeof(ClusterShared) + 15) / 16 * 16;
+constexpr int kMaxGridY = 65535;  // KV heads
 
 Bins bins_for(const ScoreSelectParams& p) {
   const int keys = p.code_cache.norms != nullptr
@@ -246,42 +235,6 @@ template <int kNumWords, bool kNorms>
 __global__ void score_select_kernel(const __grid_constant__ ClusterParams) {}
 
 #endif
-
-// How the work is cut: threads of a block, their shared memory for keys, blocks of a cluster.
-struct ClusterShape {
-  int threads;
-  int key_bytes;
-  int cluster_size;
-};
-
-// ClusterShared memory for the keys of one block's slice of a full cache, within what there is.
-int key_bytes_for(const ScoreSelectParams& p, int threads, int cluster_size) {
-  if (threads == kFewThreads) return kSharedKeyBytes;
-  const int64_t slice =
-      ceil_div(p.table.capacity, cluster_size * kSliceAlignment) * kSliceAlignment;
-  const int64_t bytes = slice * p.q_len * 2;
-  return static_cast<int>(std::clamp<int64_t>(bytes, kSharedKeyBytes, kMostKeyBytes));
-}
-
-// The shape with the most threads for which all clusters are resident at once: a second wave would
-// wait for the slowest of the first.
-template <typename Kernel>
-ClusterShape choose_shape(Kernel kernel, const ScoreSelectParams& p, const char* op) {
-  const int num_clusters = p.table.batch * p.num_kv_heads;
-  ClusterShape best{kFewThreads, kSharedKeyBytes, 1};
-  int most = 0;
-  for (const int threads : {kManyThreads, kFewThreads}) {
-    for (int size = 1; size <= kMaxCluster; ++size) {
-      const int key_bytes = key_bytes_for(p, threads, size);
-      if (num_clusters <= max_active_clusters(kernel, threads, kKeyOffset + key_bytes, size, op) &&
-          threads * size > most) {
-        most = threads * size;
-        best = {threads, key_bytes, size};
-      }
-    }
-  }
-  return best;
-}
 
 template <int kNumWords, bool kNorms>
 bool launch(ClusterParams& params, CudaStream stream) {

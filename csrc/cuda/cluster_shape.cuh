@@ -1,0 +1,58 @@
+#pragma once
+
+#include <algorithm>
+
+#include "cuda/cluster_scan.cuh"
+#include "cuda/launch.cuh"
+
+// How score_select by clusters is cut into blocks.
+namespace hata {
+
+// Threads of a block: two blocks share a multiprocessor, or one has it to itself.
+constexpr int kFewThreads = 384, kManyThreads = 768;
+constexpr int kMaxCluster = 8;       // the largest that every GPU with clusters schedules
+constexpr int kSliceAlignment = 32;  // positions: a word of the candidates' bits
+// Shared memory of a block for keys, and before that for hash weights: the most of which two
+// blocks fit, and the most there is.
+constexpr int kSharedKeyBytes = 80 * 1024;
+constexpr int kMostKeyBytes = 192 * 1024;
+
+constexpr int kKeyOffset = (sizeof(ClusterShared) + 15) / 16 * 16;
+
+// How the work is cut: threads of a block, their shared memory for keys, blocks of a cluster.
+struct ClusterShape {
+  int threads;
+  int key_bytes;
+  int cluster_size;
+};
+
+// Shared memory for the keys of one block's slice of a full cache, within what there is.
+inline int key_bytes_for(const ScoreSelectParams& p, int threads, int cluster_size) {
+  if (threads == kFewThreads) return kSharedKeyBytes;
+  const int64_t slice =
+      ceil_div(p.table.capacity, cluster_size * kSliceAlignment) * kSliceAlignment;
+  const int64_t bytes = slice * p.q_len * 2;
+  return static_cast<int>(std::clamp<int64_t>(bytes, kSharedKeyBytes, kMostKeyBytes));
+}
+
+// The shape with the most threads for which all clusters are resident at once: a second wave would
+// wait for the slowest of the first.
+template <typename Kernel>
+ClusterShape choose_shape(Kernel kernel, const ScoreSelectParams& p, const char* op) {
+  const int num_clusters = p.table.batch * p.num_kv_heads;
+  ClusterShape best{kFewThreads, kSharedKeyBytes, 1};
+  int most = 0;
+  for (const int threads : {kManyThreads, kFewThreads}) {
+    for (int size = 1; size <= kMaxCluster; ++size) {
+      const int key_bytes = key_bytes_for(p, threads, size);
+      if (num_clusters <= max_active_clusters(kernel, threads, kKeyOffset + key_bytes, size, op) &&
+          threads * size > most) {
+        most = threads * size;
+        best = {threads, key_bytes, size};
+      }
+    }
+  }
+  return best;
+}
+
+}  // namespace hata
