@@ -68,8 +68,7 @@ __device__ void append_row(const CacheAppendParams& p, int batch_idx, int kv_hea
 // where they fit, the queries of the group and the new keys as rows of row_pitch elements, then the
 // weights of per_pass words.
 struct EncodeScratch {
-  uint16_t*
-      rows;  // [q_len * group queries, then q_len keys, row_pitch]; null where they do not fit
+  uint16_t* rows;  // [q_len * group + q_len, row_pitch]: queries, then keys; null: do not fit
   int row_pitch;
   uint16_t* weights;  // [per_pass, head_dim, kWeightPitch]
   int per_pass;
@@ -80,6 +79,7 @@ struct EncodeScratch {
     const int row_bytes = p.q_len * (group + 1) * row_pitch * 2;
     rows = row_bytes <= kMostRowBytes ? reinterpret_cast<uint16_t*>(memory) : nullptr;
     weights = reinterpret_cast<uint16_t*>(memory + (rows != nullptr ? row_bytes : 0));
+    // Made, but not used, where nothing is encoded: head_dim is 0 then.
     per_pass = (bytes - (rows != nullptr ? row_bytes : 0)) / max(word_weight_bytes(p.head_dim), 1);
   }
 };

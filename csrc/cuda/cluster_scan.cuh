@@ -56,6 +56,7 @@ struct ClusterShared {
     float values[kMaxClusterTokens * kMaxWords * kWordBits];
   };
 };
+
 // Units that a thread scores at a time: at most 64 bytes and eight positions.
 constexpr int units_per_thread(int num_words) {
   return num_words <= 4 ? 2 : 1;

@@ -100,12 +100,18 @@ def hamming_score(
         signs = 2 * unpack_bits(code_cache[page, :, row]) - 1  # [seq_len, num_kv_heads, num_bits]
         score = (c[b, :, None] * signs).sum(-1, dtype=torch.int32)  # [q_len, seq_len, kv_heads]
         if norm_cache is not None:
-            divisor = torch.full_like(score, num_bits, dtype=torch.float32)
-            score = (score.float() / divisor * norm_cache[page, :, row].float()).half()
+            score = scale_by_norm(score, num_bits, norm_cache[page, :, row])
         for j in range(q_len):
             visible = min(max(seq_len - q_len + j + 1, 0), max_seq_len)
             scores[b, j, :, :visible] = score[j, :visible].T
     return scores
+
+
+def scale_by_norm(score: Tensor, num_bits: int, norms: Tensor) -> Tensor:
+    """Integer scores times their keys' float16 norms: in float32, rounded to float16 once."""
+    # By a tensor: CUDA divides by a number through its reciprocal, which rounds otherwise.
+    divisor = torch.full_like(score, num_bits, dtype=torch.float32)
+    return (score.float() / divisor * norms.float()).half()
 
 
 def select_topk(

@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from hata.commands.device import torch_device, torch_dtype
 from hata.commands.extras import need
+from hata.progress import terminal_progress
 
 if TYPE_CHECKING:
     from hata.training.capture import CaptureOptions
@@ -102,14 +102,7 @@ def capture_to(
     transformers_logging.disable_progress_bar()
     model_folder = model or bundled_model()
     check_model_folder(model_folder, 0)
-    terminal = Console(stderr=True)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=terminal, disable=not terminal.is_terminal) as progress:
+    with terminal_progress() as progress:
         loaded, tokenizer = load_model(model_folder, where, kind)
         total = options.num_sequences * loaded.config.num_hidden_layers
         task = progress.add_task("capturing layers", total=total)

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import torch
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from hata.checks import check
 from hata.commands import capture as capturing
 from hata.commands.device import torch_device
 from hata.commands.extras import need
 from hata.config import HataConfig
+from hata.progress import terminal_progress
 
 if TYPE_CHECKING:
     from hata.training.recipes import Recipe
@@ -179,13 +179,6 @@ def _recipe(name: str, **settings: Any) -> "Recipe":
 @contextmanager
 def _bar(total: int) -> Iterator[Callable[[int], None]]:
     """Shows a progress bar on the terminal and gives the function that advances it."""
-    terminal = Console(stderr=True)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=terminal, disable=not terminal.is_terminal) as progress:
+    with terminal_progress() as progress:
         task = progress.add_task("training", total=total)
         yield lambda layers: progress.advance(task, layers)

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from hata.meter.frontier import Frontier
 from hata.meter.frontier_report import print_frontier, write_frontier
@@ -20,6 +19,7 @@ from hata.meter.rows import (
     write_rows,
 )
 from hata.meter.table import print_layers, print_means
+from hata.progress import terminal_progress
 from hata.selectors import ExactSelector, Selector
 from hata.training.captures import Captures
 
@@ -92,13 +92,6 @@ def run_recall(options: RecallOptions) -> Results:
 def _measure(
     captures: Captures, selectors: Sequence[Selector], how: MeterOptions, text: str
 ) -> list[Measurement]:
-    terminal = Console(stderr=True)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=terminal, disable=not terminal.is_terminal) as progress:
+    with terminal_progress() as progress:
         task = progress.add_task(f"{text}: layers", total=captures.info.num_layers)
         return measure(captures, selectors, how, lambda: progress.advance(task))

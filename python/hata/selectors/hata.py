@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from hata.checks import check, check_int
-from hata.reference import MAX_NORM, quantize
+from hata.reference import MAX_NORM, quantize, scale_by_norm
 from hata.selectors.selector import Score, Selector
 from hata.weights import HashWeights
 
@@ -78,17 +78,13 @@ class HataSelector(Selector):
         keys = k.float()
         z = torch.einsum("shd,hdi->shi", keys, key_weights.float())
         signs = 2 * (z > 0).to(torch.int8) - 1  # a byte each: float32 is made per call
-        norms = keys.norm(dim=-1).clamp(max=MAX_NORM).half().float().T  # [num_kv_heads, seq_len]
+        norms = keys.norm(dim=-1).clamp(max=MAX_NORM).half().T  # [num_kv_heads, seq_len]
 
         def score(q: Tensor, positions: Tensor) -> Tensor:
             # Integers below 2**24: exact in float32, in any order.
             code = self._query_code(q, query_weights)
             scores = torch.einsum("qhi,shi->qhs", code, signs.float())
-            if not self.key_norms:
-                return scores
-            # By a tensor: CUDA divides by a number through its reciprocal, which rounds otherwise.
-            divisor = torch.full_like(scores, self.num_bits)
-            return (scores / divisor * norms).half().float()
+            return scale_by_norm(scores, self.num_bits, norms).float() if self.key_norms else scores
 
         return score
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from hata.ops import select_topk
+from hata.reference import MAX_NORM, scale_by_norm
 from hata.training.codes import query_vector, sign
 from hata.training.data import TrainingData
 
@@ -56,13 +57,13 @@ def evaluate(
     for sequence_idx in range(data.num_sequences):
         k = data.k[sequence_idx]
         signs = sign(torch.bmm(k, key_weights))
-        norms = k.norm(dim=-1).half().float()[:, None] if key_norms else None
+        norms = k.norm(dim=-1).clamp(max=MAX_NORM).half()[:, None] if key_norms else None
         for start in range(0, num_queries, _ROWS):
             rows = slice(start, min(start + _ROWS, num_queries))
             c = query_vector(data.q[sequence_idx, :, rows], query_weights, query_bits)
             scores = torch.bmm(c, signs.transpose(1, 2))
             if norms is not None:
-                scores = (scores / signs.shape[-1] * norms).half()
+                scores = scale_by_norm(scores, signs.shape[-1], norms)
             mass = data.attention(sequence_idx, rows)
             seqlens = (data.positions[sequence_idx, rows] + 1).int()
             for i, top_k in enumerate(budgets):
