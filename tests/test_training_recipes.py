@@ -43,12 +43,19 @@ def lost(recipe: Recipe, data: TrainingData, weights: tuple[Tensor, Tensor]) -> 
 
 @pytest.mark.parametrize("query_bits", [1, 2, 4])
 @pytest.mark.parametrize("key_norms", [False, True])
-def test_evaluation_selects_as_the_reference_operators_do(device, query_bits, key_norms):
+@pytest.mark.parametrize("num_bits", [64, 96])
+@pytest.mark.parametrize("longer", [1.0, 2.0**13])  # some norms then pass the largest float16
+def test_evaluation_selects_as_the_reference_operators_do(
+    device, query_bits, key_norms, num_bits, longer
+):
     sizes = {"num_layers": 1, "seq_len": 90, "num_queries": 9}
     data = make_data(**sizes)
-    key_weights, query_weights = torch.randn(2, data.heads, data.head_dim, 64)
+    data = replace(data, k=longer * data.k, q=data.q / longer)  # the same attention
+    key_weights, query_weights = torch.randn(2, data.heads, data.head_dim, num_bits)
     found = evaluate(
-        make_data(**sizes, device=device),
+        replace(
+            data, q=data.q.to(device), k=data.k.to(device), positions=data.positions.to(device)
+        ),
         key_weights.to(device),
         query_weights.to(device),
         query_bits=query_bits,
