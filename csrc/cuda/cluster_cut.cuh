@@ -2,6 +2,7 @@
 
 #include <cooperative_groups.h>
 
+#include "cuda/launch.cuh"
 #include "cuda/mma.cuh"
 
 // Finding the last selected key from histograms that lie in the shared memory of a cluster's
@@ -9,7 +10,6 @@
 namespace hata {
 
 constexpr int kGroupBins = kWarpSize;  // bins of a group, whose sum is kept beside the histogram
-constexpr int kMaxGroupsPerLane = 4;
 
 // The bin that holds the `wanted`-th largest key of the cluster, and what the ordered output needs:
 // how many keys of the cluster lie in higher bins and in this one, and how many of each belong to
@@ -33,84 +33,98 @@ struct ClusterCount {
   }
 };
 
-__device__ __forceinline__ ClusterCount
-sum_over_cluster(const cooperative_groups::cluster_group& cluster, uint32_t* counts, int i) {
-  constexpr int kMaxBlocks = 8;
-  const int rank = cluster.block_rank(), num_blocks = cluster.num_blocks();
-  uint32_t values[kMaxBlocks];
+// value_of(b) is block b's count.
+template <typename ValueOf>
+__device__ __forceinline__ ClusterCount sum_of_blocks(int rank, int num_blocks,
+                                                      const ValueOf& value_of) {
+  uint32_t values[kMaxCluster];
 #pragma unroll
-  for (int block = 0; block < kMaxBlocks; ++block) {
-    values[block] = block < num_blocks ? cluster.map_shared_rank(counts, block)[i] : 0;
+  for (int block = 0; block < kMaxCluster; ++block) {
+    values[block] = block < num_blocks ? value_of(block) : 0;
   }
   ClusterCount sum;
 #pragma unroll
-  for (int block = 0; block < kMaxBlocks; ++block) {
+  for (int block = 0; block < kMaxCluster; ++block) {
     sum.total += values[block];
     sum.before += block < rank ? values[block] : 0;
   }
   return sum;
 }
 
-// The sum over the lanes before this one.
-__device__ __forceinline__ ClusterCount exclusive_scan(const ClusterCount& mine) {
-  const int lane = threadIdx.x % kWarpSize;
-  ClusterCount sum = mine;
-#pragma unroll
-  for (int offset = 1; offset < kWarpSize; offset *= 2) {
-    const ClusterCount other = {__shfl_up_sync(kFullMask, sum.total, offset),
-                                __shfl_up_sync(kFullMask, sum.before, offset)};
-    if (lane >= offset) sum += other;
+// Adds up the groups of a histogram of `num_bins` bins, by a whole block, and tells every block of
+// the cluster: groups[rank * pitch + g] of each of them. A cluster barrier must follow.
+__device__ inline void share_group_sums(const cooperative_groups::cluster_group& cluster,
+                                        const uint32_t* histogram, int num_bins, uint32_t* groups,
+                                        int pitch) {
+  const int lane = threadIdx.x % kWarpSize, rank = cluster.block_rank();
+#pragma unroll 1
+  for (int bin = threadIdx.x; bin < num_bins; bin += blockDim.x) {
+    const uint32_t sum = __reduce_add_sync(kFullMask, histogram[bin]);
+    if (lane < cluster.num_blocks()) {
+      cluster.map_shared_rank(groups, lane)[rank * pitch + bin / kGroupBins] = sum;
+    }
   }
-  return {sum.total - mine.total, sum.before - mine.before};
 }
 
-// By one warp of each block, after a cluster barrier that follows the last count. `histogram` and
-// `groups` point at the same place in each block's shared memory; groups[g] is the sum of bins
-// g * kGroupBins and on, and is not read where there is one group. At least `wanted` >= 1 keys are
-// counted. Not inlined: it is called twice.
-__device__ __noinline__ inline Cut find_cut(const cooperative_groups::cluster_group& cluster,
-                                            uint32_t* histogram, uint32_t* groups, int num_groups,
-                                            uint32_t wanted) {
-  const int lane = threadIdx.x % kWarpSize;
-  int group = 0, source;
+// The lane with the `wanted`-th of the things that the lanes count, those of lane 0 first, and what
+// the lanes before it count.
+struct FoundLane {
+  int lane;
   ClusterCount above;
-  if (num_groups > 1) {
-    // Lane 0 has the highest groups. All loads are in flight at once.
-    const int per_lane = (num_groups + kWarpSize - 1) / kWarpSize;
-    const int highest = num_groups - 1 - lane * per_lane;
-    ClusterCount counts[kMaxGroupsPerLane], mine;
+};
+
+__device__ __forceinline__ FoundLane find_lane(const ClusterCount& mine, uint32_t wanted) {
+  const int lane = threadIdx.x % kWarpSize;
+  uint32_t inclusive = mine.total;
 #pragma unroll
-    for (int i = 0; i < kMaxGroupsPerLane; ++i) {
-      if (i < per_lane && highest - i >= 0) {
-        counts[i] = sum_over_cluster(cluster, groups, highest - i);
-      }
-      mine += counts[i];
-    }
-    above = exclusive_scan(mine);
-    const bool here = above.total < wanted && wanted <= above.total + mine.total;
-    group = highest;
-#pragma unroll
-    for (int i = 0; i < kMaxGroupsPerLane - 1; ++i) {
-      if (group == highest - i && wanted > above.total + counts[i].total) {
-        above += counts[i];
-        --group;
-      }
-    }
-    source = __ffs(__ballot_sync(kFullMask, here)) - 1;
-    group = __shfl_sync(kFullMask, group, source);
-    above = {__shfl_sync(kFullMask, above.total, source),
-             __shfl_sync(kFullMask, above.before, source)};
+  for (int offset = 1; offset < kWarpSize; offset *= 2) {
+    const uint32_t other = __shfl_up_sync(kFullMask, inclusive, offset);
+    if (lane >= offset) inclusive += other;
   }
-  const int bin = group * kGroupBins + kGroupBins - 1 - lane;
-  const ClusterCount ties = sum_over_cluster(cluster, histogram, bin);
-  above += exclusive_scan(ties);
-  source =
-      __ffs(__ballot_sync(kFullMask, above.total < wanted && wanted <= above.total + ties.total)) -
-      1;
-  return {static_cast<uint32_t>(__shfl_sync(kFullMask, bin, source)),
-          __shfl_sync(kFullMask, above.total, source), __shfl_sync(kFullMask, ties.total, source),
-          __shfl_sync(kFullMask, above.before, source),
-          __shfl_sync(kFullMask, ties.before, source)};
+  const int source = __ffs(__ballot_sync(kFullMask, inclusive >= wanted)) - 1;
+  return {source,
+          {__shfl_sync(kFullMask, inclusive - mine.total, source),
+           __reduce_add_sync(kFullMask, lane < source ? mine.before : 0)}};
+}
+
+// By one warp of each block, after the cluster barrier that follows share_group_sums(). `histogram`
+// points at the same place in each block's shared memory; groups[b * pitch + g] is what block b
+// told of its group g. At least `wanted` >= 1 keys are counted. Not inlined: it is called twice.
+__device__ __noinline__ inline Cut find_cut(const cooperative_groups::cluster_group& cluster,
+                                            uint32_t* histogram, const uint32_t* groups, int pitch,
+                                            int num_groups, uint32_t wanted) {
+  const int lane = threadIdx.x % kWarpSize;
+  const int rank = cluster.block_rank(), num_blocks = cluster.num_blocks();
+  const auto sum_of_group = [&](int group) {
+    return sum_of_blocks(rank, num_blocks, [&](int b) { return groups[b * pitch + group]; });
+  };
+  // Lane 0 has the highest groups.
+  const int per_lane = (num_groups + kWarpSize - 1) / kWarpSize;
+  ClusterCount mine;
+#pragma unroll 1
+  for (int i = 0; i < per_lane; ++i) {
+    const int group = num_groups - 1 - lane * per_lane - i;
+    if (group >= 0) mine += sum_of_group(group);
+  }
+  const FoundLane of_groups = find_lane(mine, wanted);
+  ClusterCount above = of_groups.above;
+  int group = num_groups - 1 - of_groups.lane * per_lane;
+#pragma unroll 1
+  for (int i = 1; i < per_lane; ++i) {
+    const ClusterCount sum = sum_of_group(group);
+    if (wanted <= above.total + sum.total) break;
+    above += sum;
+    --group;
+  }
+  const int first_bin = group * kGroupBins + kGroupBins - 1;  // lane 0's
+  const ClusterCount ties = sum_of_blocks(rank, num_blocks, [&](int b) {
+    return cluster.map_shared_rank(histogram, b)[first_bin - lane];
+  });
+  const FoundLane of_bins = find_lane(ties, wanted - above.total);
+  above += of_bins.above;
+  return {static_cast<uint32_t>(first_bin - of_bins.lane), above.total,
+          __shfl_sync(kFullMask, ties.total, of_bins.lane), above.before,
+          __shfl_sync(kFullMask, ties.before, of_bins.lane)};
 }
 
 #endif

@@ -1,5 +1,6 @@
 #pragma once
 
+#include "cuda/cluster_append.cuh"
 #include "cuda/cluster_cut.cuh"
 #include "cuda/cluster_output.cuh"
 #include "cuda/code_scan.cuh"
@@ -11,6 +12,8 @@ namespace hata {
 
 constexpr int kHistogramBins = 4096;  // of all query tokens together: 16 KB
 constexpr int kFineBins = 128;        // of the second histogram of a query token
+constexpr int kMaxGroups = kHistogramBins / kGroupBins;
+constexpr int kMaxFineGroups = kMaxClusterTokens * kFineBins / kGroupBins;
 
 // How 16-bit keys become bins: key >> shift, and where shift > 0 a second histogram of the low bits
 // of the keys in the bin at the cut.
@@ -41,19 +44,20 @@ struct ClusterSlice {
 
 struct ClusterShared {
   ClusterSlice slice;
-  uint32_t histogram[kHistogramBins];  // [q_len, bins]
-  uint32_t groups[kHistogramBins / kGroupBins];
+  uint32_t histogram[kHistogramBins];         // [q_len, bins]
+  uint32_t groups[kMaxCluster * kMaxGroups];  // what every block told of its histogram's
   uint32_t fine[kMaxClusterTokens * kFineBins];
-  uint32_t fine_groups[kMaxClusterTokens * kFineBins / kGroupBins];
+  uint32_t fine_groups[kMaxCluster * kMaxFineGroups];
   PlaneWeights weights;
   alignas(8) uint32_t planes[kMaxClusterTokens * kMaxPlanes * kMaxWords];
   alignas(8) uint32_t no_planes[kMaxPlanes * kMaxWords];  // zero
   int bases[kMaxClusterTokens];
   uint32_t largest[kMaxClusterTokens];
   Cut cuts[kMaxClusterTokens];
+  NewTokens new_tokens;
   union {
+    NewRows new_rows;  // until the cut
     Candidates candidates;
-    float values[kMaxClusterTokens * kMaxWords * kWordBits];
   };
 };
 

@@ -10,14 +10,14 @@ namespace hata {
 
 // Threads of a block: two blocks share a multiprocessor, or one has it to itself.
 constexpr int kFewThreads = 384, kManyThreads = 768;
-constexpr int kMaxCluster = 8;       // the largest that every GPU with clusters schedules
 constexpr int kSliceAlignment = 32;  // positions: a word of the candidates' bits
-// Shared memory of a block for keys, and before that for hash weights: the most of which two
-// blocks fit, and the most there is.
-constexpr int kSharedKeyBytes = 80 * 1024;
-constexpr int kMostKeyBytes = 192 * 1024;
-
 constexpr int kKeyOffset = (sizeof(ClusterShared) + 15) / 16 * 16;
+// Shared memory of a block for keys, and before that for hash weights: the most of which two
+// blocks fit, and the most there is. A block may have 227 KB, a multiprocessor has 228 KB and takes
+// 1 KB a block for itself; the kernel also has a little static shared memory.
+constexpr int kStaticBytes = 256;
+constexpr int kSharedKeyBytes = 113 * 1024 - kStaticBytes - kKeyOffset;
+constexpr int kMostKeyBytes = 227 * 1024 - kStaticBytes - kKeyOffset;
 
 // How the work is cut: threads of a block, their shared memory for keys, blocks of a cluster.
 struct ClusterShape {

@@ -21,43 +21,35 @@ __device__ __forceinline__ QueryGroup query_group(const EncodeQueryParams& p, in
           size, p.q_head_stride};
 }
 
-// Of one word's 32 columns: values[i] = sum_g q_g . W_i, or, with query_bits 1, how many of the
-// q_g . W_i are positive. `weights` is the word's in shared memory; *largest becomes the bits of
-// the largest |value| seen. Eight heads at a time: the other half of a product's rows stays zero,
-// which saves registers and costs little, as groups are small.
+// Of kTileColumns columns: values[i] = sum_g q_g . W_i, or, with query_bits 1, how many of the
+// q_g . W_i are positive. `weights` is the first column in shared memory; *largest becomes the bits
+// of the largest |value| seen.
 template <typename T>
 __device__ void project_queries(const QueryGroup& group, int head_dim, int query_bits,
                                 const uint16_t* weights, float* values, uint32_t* largest) {
   constexpr int kRows = 8;
   const int lane = threadIdx.x % kWarpSize;
-  float sums[4][4] = {};
+  float sums[4] = {};
+#pragma unroll 1
   for (int first = 0; first < group.size; first += kRows) {
     const int row = first + lane / 4;
-    project_rows<T>(sums, row < group.size ? group.heads + row * group.head_stride : nullptr,
+    project_tile<T>(sums, row < group.size ? group.heads + row * group.head_stride : nullptr,
                     head_dim, weights);
-    if (query_bits > 1)
-      continue;  // the sums go on adding up
-                 // The half that stays counts the signs.
+    if (query_bits > 1) continue;  // the sums go on adding up
 #pragma unroll
-    for (int n = 0; n < 4; ++n) {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        sums[n][i + 2] += static_cast<float>(sums[n][i] > 0.0f);
-        sums[n][i] = 0.0f;
-      }
+    for (int i = 0; i < 2; ++i) {  // the half that stays zero counts the signs
+      sums[i + 2] += static_cast<float>(sums[i] > 0.0f);
+      sums[i] = 0.0f;
     }
   }
   float max = 0.0f;
 #pragma unroll
-  for (int n = 0; n < 4; ++n) {
+  for (int i = 0; i < 2; ++i) {
+    float total = sums[i] + sums[i + 2];
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      float total = sums[n][i] + sums[n][i + 2];
-#pragma unroll
-      for (int mask = 4; mask <= 16; mask *= 2) total += __shfl_xor_sync(kFullMask, total, mask);
-      max = fmaxf(max, fabsf(total));
-      if (lane < 4) values[n * 8 + lane * 2 + i] = total;
-    }
+    for (int mask = 4; mask <= 16; mask *= 2) total += __shfl_xor_sync(kFullMask, total, mask);
+    max = fmaxf(max, fabsf(total));
+    if (lane < 4) values[lane * 2 + i] = total;
   }
   max = fmaxf(max, __shfl_xor_sync(kFullMask, max, 1));
   max = fmaxf(max, __shfl_xor_sync(kFullMask, max, 2));
@@ -81,6 +73,7 @@ __device__ __forceinline__ int write_planes(const float* values, uint32_t larges
   const unsigned bits = level_planes(level, weight_sum);
   const int num_planes = hata::num_planes(weight_sum);
   int base = 0;
+#pragma unroll 1
   for (int plane = 0; plane < num_planes; ++plane) {
     const uint32_t word = __ballot_sync(kFullMask, (bits >> plane) & 1u);
     if (threadIdx.x % kWarpSize == 0) planes[plane * num_words] = word;

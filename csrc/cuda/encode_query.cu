@@ -9,11 +9,11 @@
 namespace hata {
 namespace {
 
-constexpr int kThreads = kMaxWords * kWarpSize;  // a warp a word
+constexpr int kThreads = kMaxWords * kWarpSize;
 constexpr int kMaxWeightBytes = 80 * 1024;  // of a block, so that every GPU from sm_80 on has it
 
 // grid: batch * q_len * num_kv_heads. The block loads the weights of words_per_pass words at a time
-// and each warp projects the group's queries onto one of them.
+// and its warps project the group's queries onto their columns, kTileColumns at a time.
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
     encode_query_kernel(const __grid_constant__ EncodeQueryParams p, int words_per_pass) {
@@ -41,9 +41,11 @@ __global__ void __launch_bounds__(kThreads)
     cp_async_commit();
     cp_async_wait<0>();
     __syncthreads();
-    if (warp < count) {
-      project_queries<T>(group, p.head_dim, p.query_bits, weights + warp * word_stride,
-                         values + (first + warp) * kWordBits, &largest);
+    for (int tile = warp; tile < count * kWordTiles; tile += kThreads / kWarpSize) {
+      const int column = tile % kWordTiles * kTileColumns;
+      project_queries<T>(group, p.head_dim, p.query_bits,
+                         weights + tile / kWordTiles * word_stride + column,
+                         values + first * kWordBits + tile * kTileColumns, &largest);
     }
   }
   __syncthreads();

@@ -2,12 +2,13 @@
 
 #include <cooperative_groups.h>
 
-#include <algorithm>
 #include <cmath>
 
 #include "cuda/attention_state.cuh"
+#include "cuda/cluster_barrier.cuh"
 #include "cuda/cp_async.cuh"
 #include "cuda/gather_merge.cuh"
+#include "cuda/gather_shape.cuh"
 #include "cuda/gather_tile.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/mma.cuh"
@@ -16,8 +17,6 @@
 namespace hata {
 namespace {
 
-constexpr int kMaxStages = 3;   // steps in flight a warp
-constexpr int kMaxCluster = 8;  // splits, where one cluster has all of a (query token, KV head)
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
 
@@ -44,13 +43,15 @@ __device__ __forceinline__ void wait_for_oldest(int groups) {
 // grid: (batch * q_len * num_kv_heads * num_splits, ceil_div(group, kTileM)). A block attends over
 // one split of the selected rows for up to 16 query heads of a group. Each warp takes every
 // kWarps-th tile of 16 rows and runs by itself, with the copies of its next tiles under way while
-// it computes on this one; the block then merges its warps, and the cluster its blocks.
+// it computes on this one; the block then merges its warps, and each block of a cluster its share
+// of what all of them send.
 template <typename T, int kHeadDim, int kWarps>
 __global__ void __launch_bounds__(kWarps* kWarpSize)
     gather_attention_kernel(const __grid_constant__ GatherParams p) {
   using Tile = Tile<kHeadDim>;
   constexpr int kThreads = kWarps * kWarpSize;
   extern __shared__ __align__(16) char shared[];
+  if (p.is_cluster) arrive_at_cluster_barrier();
   if (!p.queries_are_ready) wait_for_previous_kernel();
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
   const int split = blockIdx.x % p.num_splits;
@@ -147,7 +148,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize)
   __syncthreads();
 
   const Partials<kHeadDim, kWarps> partials(shared + Tile::kQueryBytes);
-  partials.store(acc);
+  partials.store(acc, num_rows_m);
   __syncthreads();
 
   const int64_t num_rows = int64_t{p.table.batch} * p.q_len * p.num_heads;
@@ -161,6 +162,13 @@ __global__ void __launch_bounds__(kWarps* kWarpSize)
   const auto place = [](int part, int m, int d) {
     return (part * kTileM + m) * Tile::kPartialPitch + d;
   };
+#if __CUDA_ARCH__ >= 900
+  const cooperative_groups::cluster_group cluster = cooperative_groups::this_cluster();
+  const Received received(shared + Tile::received_offset(kWarps, p.stages), p.num_splits,
+                          num_rows_m);
+  const int share = Tile::share_of_block(p.num_splits, num_rows_m);
+  if (p.is_cluster) wait_at_cluster_barrier();  // every block has begun
+#endif
   for (int i = threadIdx.x; i < num_rows_m * kHeadDim; i += kThreads) {
     const int m = i / kHeadDim, d = i % kHeadDim;
     const MergedElement merged = merge_parts<kWarps>(kWarps, [&](int w) -> MergedElement {
@@ -169,8 +177,14 @@ __global__ void __launch_bounds__(kWarps* kWarpSize)
     });
     if (p.num_splits == 1) {
       write(first_row + m, d, merged);
+#if __CUDA_ARCH__ >= 900
     } else if (p.is_cluster) {
-      partials.out[place(0, m, d)] = merged.out;  // read by this thread alone
+      cluster.map_shared_rank(received.out, i / share)[split * share + i % share] = merged.out;
+      if (d < p.num_splits) {
+        cluster.map_shared_rank(received.max, d)[split * num_rows_m + m] = merged.max;
+        cluster.map_shared_rank(received.sum, d)[split * num_rows_m + m] = merged.sum;
+      }
+#endif
     } else {
       const int64_t row = split * num_rows + first_row + m;
       const bool empty = merged.sum == 0.0f;
@@ -182,28 +196,14 @@ __global__ void __launch_bounds__(kWarps* kWarpSize)
   }
 #if __CUDA_ARCH__ >= 900
   if (!p.is_cluster) return;
-  const cooperative_groups::cluster_group cluster = cooperative_groups::this_cluster();
-  __syncthreads();
-  // The maxima and sums of the warps become those of the block.
-  if (threadIdx.x < kTileM) {
-    const int m = threadIdx.x;
-    const MergedElement merged = merge_parts<kWarps>(kWarps, [&](int w) -> MergedElement {
-      return {partials.max[w * kTileM + m], partials.sum[w * kTileM + m], 0.0f};
-    });
-    partials.max[m] = merged.max;
-    partials.sum[m] = merged.sum;
-  }
-  cluster.sync();
-  for (int i = split * kThreads + threadIdx.x; i < num_rows_m * kHeadDim;
-       i += p.num_splits * kThreads) {
-    const int m = i / kHeadDim, d = i % kHeadDim;
+  cluster.sync();  // all was sent, and nothing is read from other blocks
+  for (int j = threadIdx.x; j < share && split * share + j < num_rows_m * kHeadDim; j += kThreads) {
+    const int m = (split * share + j) / kHeadDim, d = (split * share + j) % kHeadDim;
     write(first_row + m, d, merge_parts<kMaxCluster>(p.num_splits, [&](int block) -> MergedElement {
-            return {cluster.map_shared_rank(partials.max, block)[m],
-                    cluster.map_shared_rank(partials.sum, block)[m],
-                    cluster.map_shared_rank(partials.out, block)[place(0, m, d)]};
+            return {received.max[block * num_rows_m + m], received.sum[block * num_rows_m + m],
+                    received.out[block * share + j]};
           }));
   }
-  cluster.sync();  // no block may leave while another reads its results
 #endif
 }
 
@@ -227,44 +227,10 @@ __global__ void combine_splits_kernel(const __grid_constant__ GatherParams p) {
   if (threadIdx.x == 0) p.lse[row] = sum == 0.0f ? -INFINITY : max + logf(sum);
 }
 
-// Warps of a block, and how many blocks share the rows of one (query token, KV head).
-struct GatherShape {
-  int warps;
-  int splits;
-};
-
-constexpr int kFewWarps = 4, kManyWarps = 8;
-constexpr int kMinRowsPerWarp = kTileN;
-
 template <typename T, int kHeadDim>
 auto kernel_of(int warps) {
   return warps == kManyWarps ? gather_attention_kernel<T, kHeadDim, kManyWarps>
                              : gather_attention_kernel<T, kHeadDim, kFewWarps>;
-}
-
-constexpr int stages_for(int top_k, const GatherShape& shape) {
-  const int tiles = ceil_div(ceil_div(ceil_div(top_k, kTileN), shape.splits), shape.warps);
-  return tiles < kMaxStages ? tiles : kMaxStages;
-}
-
-// The shape with the most warps, each with rows to attend over, for which all clusters are resident
-// at once.
-template <typename T, int kHeadDim>
-GatherShape choose_shape(int64_t clusters, int top_k, const char* op) {
-  GatherShape best{kFewWarps, 1};
-  for (const int warps : {kFewWarps, kManyWarps}) {
-    const auto kernel = kernel_of<T, kHeadDim>(warps);
-    for (int splits = 1; splits <= kMaxCluster; ++splits) {
-      const int bytes = Tile<kHeadDim>::shared_bytes(warps, stages_for(top_k, {warps, splits}));
-      if (splits * warps > best.splits * best.warps &&
-          (splits - 1) * warps * kMinRowsPerWarp < top_k &&
-          allow_shared_memory(kernel, bytes, op) &&
-          clusters <= max_active_clusters(kernel, warps * kWarpSize, bytes, splits, op)) {
-        best = {warps, splits};
-      }
-    }
-  }
-  return best;
 }
 
 template <typename T, int kHeadDim>
@@ -276,20 +242,22 @@ void launch(const GatherAttentionParams& params, CudaStream stream) {
   if (pairs == 0) return;
   GatherShape shape{kFewWarps, p.num_splits};
   if (p.may_use_clusters && compiled_for_clusters(kernel_of<T, kHeadDim>(kFewWarps), kOp)) {
-    shape = choose_shape<T, kHeadDim>(pairs * tiles_m, p.top_k, kOp);
+    shape = choose_gather_shape<kHeadDim>(kernel_of<T, kHeadDim>, pairs * tiles_m, p.top_k,
+                                          rows_of(p), kOp);
     p.num_splits = shape.splits;
     p.is_cluster = p.num_splits > 1;
   }
   const auto kernel = kernel_of<T, kHeadDim>(shape.warps);
   p.stages = stages_for(p.top_k, shape);
-  while (p.stages > 1 &&
-         !allow_shared_memory(kernel, Tile<kHeadDim>::shared_bytes(shape.warps, p.stages), kOp)) {
-    --p.stages;
-  }
+  const auto shared_bytes = [&] {
+    return Tile<kHeadDim>::shared_bytes(shape.warps, p.stages, p.is_cluster ? p.num_splits : 1,
+                                        rows_of(p));
+  };
+  while (p.stages > 1 && !allow_shared_memory(kernel, shared_bytes(), kOp)) --p.stages;
   launch_kernel(kernel,
                 {.grid = dim3(static_cast<unsigned>(pairs * p.num_splits), tiles_m),
                  .threads = shape.warps * kWarpSize,
-                 .shared_bytes = Tile<kHeadDim>::shared_bytes(shape.warps, p.stages),
+                 .shared_bytes = shared_bytes(),
                  .cluster_size = p.is_cluster ? p.num_splits : 1,
                  .overlaps_previous = true},
                 stream, kOp, p);

@@ -18,10 +18,12 @@ struct Partials {
         max(out + kWarps * kTileM * Tile<kHeadDim>::kPartialPitch),
         sum(max + kWarps * kTileM) {}
 
-  __device__ void store(const Accumulator<kHeadDim>& acc) const {
+  // Of the first `rows` queries at least.
+  __device__ void store(const Accumulator<kHeadDim>& acc, int rows) const {
     const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
+      if (i * 8 >= rows) break;
       float total = acc.sum[i];
       total += __shfl_xor_sync(kFullMask, total, 1);
       total += __shfl_xor_sync(kFullMask, total, 2);
@@ -38,6 +40,19 @@ struct Partials {
       }
     }
   }
+};
+
+// What the blocks of a cluster send a block in its shared memory: the maxima and sums of all of
+// them, and the outputs of the elements that this block merges.
+struct Received {
+  float* max;  // [num_splits, rows]
+  float* sum;  // [num_splits, rows]
+  float* out;  // [num_splits, share]
+
+  __device__ Received(char* memory, int num_splits, int rows)
+      : max(reinterpret_cast<float*>(memory)),
+        sum(max + num_splits * rows),
+        out(sum + num_splits * rows) {}
 };
 
 // One element of the union of several parts.

@@ -13,17 +13,30 @@ constexpr int kTileN = 16;  // selected rows of one step of a warp
 
 // Shared memory: the queries, then for each warp its stages' tiles of keys and of values. Rows are
 // padded by 16 bytes, an odd multiple of 16 in all, so that ldmatrix meets no bank conflict. At the
-// end the warps' partial results take the place of the tiles.
+// end the warps' partial results take the place of the tiles. What the blocks of a cluster send
+// each other (Received) lies behind.
 template <int kHeadDim>
 struct Tile {
   static constexpr int kPitch = kHeadDim + 8;
   static constexpr int kElements = kTileN * kPitch;
   static constexpr int kQueryBytes = kTileM * kPitch * 2;
   static constexpr int kPartialPitch = kHeadDim + 4;
-  static constexpr int shared_bytes(int warps, int stages) {
+  static constexpr int received_offset(int warps, int stages) {
     const int tiles = warps * stages * 2 * kElements * 2;
     const int partials = warps * kTileM * (kPartialPitch + 2) * 4;
     return kQueryBytes + (tiles > partials ? tiles : partials);
+  }
+  // `rows` query heads of a tile.
+  static constexpr int shared_bytes(int warps, int stages, int splits, int rows) {
+    return received_offset(warps, stages) + (splits > 1 ? received_bytes(splits, rows) : 0);
+  }
+  // Of `splits` blocks: their maxima and sums, and their share of a tile's output.
+  static constexpr int received_bytes(int splits, int rows) {
+    return splits * (2 * rows + share_of_block(splits, rows)) * 4;
+  }
+  // Elements of a tile's output that one of `splits` blocks merges.
+  static constexpr int share_of_block(int splits, int rows) {
+    return (rows * kHeadDim + splits - 1) / splits;
   }
 };
 

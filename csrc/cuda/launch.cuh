@@ -7,6 +7,8 @@
 
 namespace hata {
 
+constexpr int kMaxCluster = 8;  // blocks: the largest that every GPU with clusters schedules
+
 struct LaunchShape {
   dim3 grid;
   int threads;

@@ -4,9 +4,9 @@
 #include "cuda/mma.cuh"
 #include "hash_code.h"
 
-// 16 vectors times 32 columns of hash weights, by one warp. Every kernel that encodes keys or
-// queries projects through this, so that the same vector gives the same code wherever it is
-// encoded: the products of one column are added up in the same order.
+// Products of vectors with hash weights by one warp: 16 vectors and 32 columns, or 8 and 8. Every
+// kernel that encodes keys or queries projects through this, so that the same vector gives the same
+// code wherever it is encoded: the products of one column are added up in the same order.
 namespace hata {
 
 constexpr int kProjectionRows = 16;          // vectors: the rows of one matrix product
@@ -64,28 +64,25 @@ __device__ __forceinline__ void project_step(float (&sums)[4][4], const uint4& l
   }
 }
 
-// Adds the whole products of eight vectors: `row` is vector r = lane / 4 in any memory, or null.
-// Loads of four steps are in flight at a time. sums[n][2] and [3], of vectors 8 to 15, stay.
+// Columns that a warp projects few vectors onto: short chains of products, and work for many warps.
+constexpr int kTileColumns = 8;
+constexpr int kWordTiles = kWordBits / kTileColumns;
+
+// Adds the products of eight vectors with kTileColumns columns of one word: `row` is vector r =
+// lane / 4 in any memory, or null; `weights` the first of the columns. The results are
+// sums[0] and [1]; the other half of the products' rows stays zero.
 template <typename T>
-__device__ __forceinline__ void project_rows(float (&sums)[4][4], const uint16_t* row, int head_dim,
+__device__ __forceinline__ void project_tile(float (&sums)[4], const uint16_t* row, int head_dim,
                                              const uint16_t* weights) {
-  constexpr int kSteps = 4;
-  const int first_element = threadIdx.x % 4 * 8;
-#pragma unroll 1
-  for (int first = 0; first < head_dim; first += kSteps * 32) {
-    uint4 elements[kSteps];
-#pragma unroll
-    for (int step = 0; step < kSteps; ++step) {
-      const int d = first + step * 32;
-      elements[step] = row != nullptr && d < head_dim
-                           ? *reinterpret_cast<const uint4*>(row + d + first_element)
-                           : uint4{};
-    }
-#pragma unroll
-    for (int step = 0; step < kSteps; ++step) {
-      const int d = first + step * 32;
-      if (d < head_dim) project_step<T>(sums, elements[step], uint4{}, weights + d * kWeightPitch);
-    }
+  const int lane = threadIdx.x % kWarpSize;
+#pragma unroll 2
+  for (int d = 0; d < head_dim; d += 32) {
+    const uint4 elements =
+        row != nullptr ? *reinterpret_cast<const uint4*>(row + d + lane % 4 * 8) : uint4{};
+    uint32_t b[4];  // of both halves
+    load_matrix_x4_transposed(b, weights + (d + lane) * kWeightPitch);
+    mma_m16n8k16(sums, {elements.x, 0, elements.y, 0}, {b[0], b[1]}, T{});
+    mma_m16n8k16(sums, {elements.z, 0, elements.w, 0}, {b[2], b[3]}, T{});
   }
 }
 

@@ -1,5 +1,6 @@
 #include "cuda/score_select_cluster.h"
 
+#include "cuda/cluster_barrier.cuh"
 #include "cuda/cluster_encode.cuh"
 #include "cuda/cluster_scan.cuh"
 #include "cuda/cluster_shape.cuh"
@@ -34,14 +35,6 @@ __device__ __forceinline__ int cluster_idx() {
   return x;
 }
 
-// The sums of the groups of a histogram of `num_bins` bins, by a whole block.
-__device__ void sum_groups(const uint32_t* histogram, int num_bins, uint32_t* groups) {
-  for (int bin = threadIdx.x; bin < num_bins; bin += blockDim.x) {
-    const uint32_t sum = __reduce_add_sync(kFullMask, histogram[bin]);
-    if (threadIdx.x % kWarpSize == 0) groups[bin / kGroupBins] = sum;
-  }
-}
-
 // The planes of all query tokens, in shared memory as the scan reads them.
 template <int kNumWords>
 __device__ void prepare_planes(const ClusterParams& params, ClusterShared& shared,
@@ -58,11 +51,11 @@ __device__ void prepare_planes(const ClusterParams& params, ClusterShared& share
       shared.planes[j * pitch + word] = p.planes[row * token_words + word];
     }
   } else if (params.encode.dtype == DType::kBFloat16) {
-    encode_and_append<__nv_bfloat16>(task, scratch, shared.values, shared.largest, shared.bases,
-                                     shared.planes, pitch);
+    encode<__nv_bfloat16>(task, scratch, shared.largest, shared.bases, shared.planes, pitch,
+                          shared.new_tokens);
   } else {
-    encode_and_append<__half>(task, scratch, shared.values, shared.largest, shared.bases,
-                              shared.planes, pitch);
+    encode<__half>(task, scratch, shared.largest, shared.bases, shared.planes, pitch,
+                   shared.new_tokens);
   }
   __syncthreads();
   if (params.encodes) return;
@@ -85,6 +78,7 @@ __global__ void __launch_bounds__(kManyThreads, 1)
   const ScoreSelectParams& p = params.select;
   const Bins bins = params.bins;
   const cg::cluster_group cluster = cg::this_cluster();
+  arrive_at_cluster_barrier();
   const int warp = threadIdx.x / kWarpSize;
 #pragma unroll 1
   for (int i = threadIdx.x; i < p.q_len * bins.count; i += blockDim.x) shared.histogram[i] = 0;
@@ -95,8 +89,6 @@ __global__ void __launch_bounds__(kManyThreads, 1)
   if (threadIdx.x < kMaxClusterTokens) shared.largest[threadIdx.x] = shared.bases[threadIdx.x] = 0;
   if (threadIdx.x < kMaxPlanes * kMaxWords) shared.no_planes[threadIdx.x] = 0;
   shared.weights.set(p.weight_sum, threadIdx.x);
-  wait_for_previous_kernel();
-  let_next_kernel_launch();
   {
     const int rank = cluster.block_rank(), num_blocks = cluster.num_blocks();
     const int batch_idx = cluster_idx();
@@ -105,7 +97,11 @@ __global__ void __launch_bounds__(kManyThreads, 1)
                           kv_head_idx,   params.group,  {rank, num_blocks}};
     const EncodeScratch scratch(shared_bytes + kKeyOffset, params.key_bytes, params.encode,
                                 params.group);
-    if (params.encodes) start_encoding(task, scratch);
+    // Hash weights are older than the previous kernel (decode_step.h): they need not wait for it.
+    if (params.encodes) load_pass(task, scratch, 0);
+    wait_for_previous_kernel();
+    let_next_kernel_launch();
+    if (params.encodes) load_rows(task, scratch, shared.new_rows);
     const int seq_len = seq_len_of(p.table, batch_idx);
     const CodeReader<kNumWords> reader(p.table, p.code_cache, batch_idx, kv_head_idx);
     const int slice_len =
@@ -137,7 +133,8 @@ __global__ void __launch_bounds__(kManyThreads, 1)
     scan_slice<kNumWords, kNorms>(params, shared, slice);
   }
   __syncthreads();
-  sum_groups(shared.histogram, p.q_len * bins.count, shared.groups);
+  wait_at_cluster_barrier();  // every block has begun
+  share_group_sums(cluster, shared.histogram, p.q_len * bins.count, shared.groups, kMaxGroups);
   cluster.sync();
 
   const int num_competing = p.top_k - p.num_sink - p.num_recent;
@@ -147,8 +144,20 @@ __global__ void __launch_bounds__(kManyThreads, 1)
   const int groups = bins.count / kGroupBins;
   if (warp < p.q_len && must_choose(warp)) {
     const Cut cut = find_cut(cluster, shared.histogram + warp * bins.count,
-                             shared.groups + warp * groups, groups, num_competing);
+                             shared.groups + warp * groups, kMaxGroups, groups, num_competing);
     if (threadIdx.x % kWarpSize == 0) shared.cuts[warp] = cut;
+  }
+  // The last warps append meanwhile.
+  if (params.encodes) {
+    const ClusterShare share{static_cast<int>(cluster.block_rank()),
+                             static_cast<int>(cluster.num_blocks())};
+    if (params.encode.dtype == DType::kBFloat16) {
+      write_new_tokens<__nv_bfloat16>(params.append, slice.kv_head_idx, share, shared.new_tokens,
+                                      shared.new_rows);
+    } else {
+      write_new_tokens<__half>(params.append, slice.kv_head_idx, share, shared.new_tokens,
+                               shared.new_rows);
+    }
   }
   __syncthreads();
   const auto key_slice = [&](int j) -> KeySlice {
@@ -173,13 +182,13 @@ __global__ void __launch_bounds__(kManyThreads, 1)
       }
     }
     __syncthreads();
-    sum_groups(shared.fine, p.q_len * kFineBins, shared.fine_groups);
+    share_group_sums(cluster, shared.fine, p.q_len * kFineBins, shared.fine_groups, kMaxFineGroups);
     cluster.sync();
     if (warp < p.q_len && must_choose(warp)) {
       const Cut coarse = shared.cuts[warp];
       const Cut fine =
           find_cut(cluster, shared.fine + warp * kFineBins,
-                   shared.fine_groups + warp * (kFineBins / kGroupBins),
+                   shared.fine_groups + warp * (kFineBins / kGroupBins), kMaxFineGroups,
                    ceil_div(1 << bins.shift, kGroupBins), num_competing - coarse.above);
       __syncwarp();  // all lanes have read the coarse cut
       if (threadIdx.x % kWarpSize == 0) {
@@ -191,7 +200,7 @@ __global__ void __launch_bounds__(kManyThreads, 1)
   }
   // No block may leave while another reads its histogram; this one has read the others'. Nothing
   // was written that they wait for.
-  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+  arrive_at_cluster_barrier();
 
   const int thread_of_cluster = cluster.thread_rank();
   const int cluster_threads = cluster.num_threads();
@@ -226,7 +235,7 @@ __global__ void __launch_bounds__(kManyThreads, 1)
       __syncthreads();  // the candidates may be marked again
     }
   }
-  asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
+  wait_at_cluster_barrier();
 }
 
 #else

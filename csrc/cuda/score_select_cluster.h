@@ -6,8 +6,7 @@ namespace hata {
 
 // score_select by one kernel in which a cluster of blocks serves a KV head of a sequence. Returns
 // false, having done nothing, where that is impossible: a GPU before sm_90 or more than
-// kMaxClusterTokens query tokens.
-inline constexpr int kMaxClusterTokens = 8;
+// kMaxClusterTokens query tokens (cluster_append.cuh).
 bool score_select_cluster(const ScoreSelectParams& params, CudaStream stream);
 
 // The same kernel, which also encodes the queries and appends the new tokens: all of a decoding
