@@ -9,8 +9,9 @@ from closeness import assert_no_worse_than_pytorch
 from hata import HataCache, HataConfig
 
 DENSE, SPARSE = 0, 1  # the layers of every cache here
-EVERYTHING = HataConfig(top_k=64, num_dense_layers=1)
-FEW = HataConfig(top_k=9, num_sink=2, num_recent=3, num_dense_layers=1)
+# Sparse at any length, as the default is not on CUDA.
+EVERYTHING = HataConfig(top_k=64, num_dense_layers=1, min_sparse_len=0)
+FEW = HataConfig(top_k=9, num_sink=2, num_recent=3, num_dense_layers=1, min_sparse_len=0)
 
 
 def queries(cache: HataCache, q_len: int, group: int = 3) -> Tensor:

@@ -26,7 +26,7 @@ def make_cache(
     config: HataConfig | None = None,
 ) -> HataCache:
     return HataCache(
-        config or HataConfig(key_norms=True),
+        config or HataConfig(key_norms=True, min_sparse_len=0),
         num_layers=NUM_LAYERS,
         num_kv_heads=NUM_KV_HEADS,
         head_dim=HEAD_DIM,

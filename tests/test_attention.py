@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -95,8 +97,8 @@ def test_decoding_with_everything_selected_is_dense_attention(
     "config",
     [
         FEW,
-        HataConfig(query_bits=1, key_norms=True, top_k=9, num_dense_layers=0, num_recent=1),
-        HataConfig(query_bits=2, top_k=1, num_sink=0, num_recent=1, num_dense_layers=1),
+        replace(FEW, query_bits=1, key_norms=True, num_dense_layers=0, num_sink=4, num_recent=1),
+        replace(FEW, query_bits=2, top_k=1, num_sink=0, num_recent=1),
     ],
     ids=["asymmetric", "paper", "one"],
 )

@@ -2,6 +2,7 @@ from dataclasses import FrozenInstanceError
 from typing import Any
 
 import pytest
+import torch
 
 from hata import HataConfig
 
@@ -10,7 +11,7 @@ def test_defaults_are_valid() -> None:
     config = HataConfig()
     assert (config.num_bits, config.query_bits, config.key_norms) == (64, 4, False)
     assert (config.top_k, config.num_sink, config.num_recent) == (512, 4, 16)
-    assert (config.num_dense_layers, config.min_sparse_len) == (2, 0)
+    assert (config.num_dense_layers, config.min_sparse_len) == (2, None)
 
 
 def test_is_frozen() -> None:
@@ -38,6 +39,27 @@ def test_every_layer_can_have_its_own() -> None:
         config.layer_bits(4)
     with pytest.raises(ValueError, match="top_k must be one int or have num_layers=2 entries"):
         config.layer_top_k(2)
+
+
+@pytest.mark.parametrize(
+    ("batch", "num_kv_heads", "lies_on", "length"),
+    [
+        (1, 8, "cuda", 8192),  # the crossovers of bench/results/decode_h100.csv
+        (1, 32, "cuda", 2048),
+        (8, 8, "cuda", 1024),
+        (8, 32, "cuda", 256),
+        (1, 3, "cuda:1", 21846),  # rounded up
+        (70_000, 1, "cuda", 1),
+        (1, 8, "cpu", 0),
+    ],
+)
+def test_short_sequences_are_those_below_the_measured_crossover(
+    batch: int, num_kv_heads: int, lies_on: str, length: int
+) -> None:
+    sizes = (batch, num_kv_heads, torch.device(lies_on))
+    assert HataConfig().resolve_min_sparse_len(*sizes) == length
+    assert HataConfig(min_sparse_len=0).resolve_min_sparse_len(*sizes) == 0
+    assert HataConfig(min_sparse_len=77).resolve_min_sparse_len(*sizes) == 77
 
 
 @pytest.mark.parametrize(

@@ -52,12 +52,16 @@ def test_any_number_of_bits_and_query_tokens(device, num_bits, q_len):
         assert_equal(score(planes, caches, 15), expected)
 
 
-def test_long_sequences(device):
-    """Past the tile of any kernel, and not a multiple of one."""
-    caches = make_caches([2500, 1030], device=device, num_bits=64)
-    planes = random_planes(2, 2, 2, 15, 64, device=device)
-    expected = score(planes, caches, 15, op=reference.hamming_score)
-    assert_equal(score(planes, caches, 15), expected)
+@pytest.mark.parametrize("key_norms", [False, True])
+@pytest.mark.parametrize("page_size", [1, 16, 1024, 2048, None])
+def test_long_sequences(device, page_size, key_norms):
+    """Past the tile of any kernel, and not a multiple of one; pages shorter and longer than it."""
+    shape = {"num_kv_heads": 3, "page_size": page_size, "key_norms": key_norms}
+    caches = make_caches([5200, 0, 1030], device=device, **shape)
+    planes = random_planes(3, 2, 3, 15, 64, device=device)
+    for max_seq_len in (5200, 3000):
+        expected = score(planes, caches, 15, max_seq_len, op=reference.hamming_score)
+        assert_equal(score(planes, caches, 15, max_seq_len), expected)
 
 
 def test_a_key_scores_highest_with_its_own_code(device):

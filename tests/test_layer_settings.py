@@ -12,7 +12,9 @@ from hata.integrations.transformers import enable
 from tiny_models import EVERYTHING, HEAD_DIM, NUM_LAYERS, generate, make_model, random_prompt
 
 BITS, TOP_K = (128, 32, 96), (24, 20, 32)
-CONFIG = HataConfig(num_bits=BITS, top_k=TOP_K, num_sink=2, num_recent=4, num_dense_layers=0)
+CONFIG = HataConfig(
+    num_bits=BITS, top_k=TOP_K, num_sink=2, num_recent=4, num_dense_layers=0, min_sparse_len=0
+)
 SHAPE = {"num_layers": 3, "num_kv_heads": 2, "head_dim": HEAD_DIM}
 
 

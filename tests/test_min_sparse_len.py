@@ -9,6 +9,7 @@ import hata
 from attention_model import DENSE, FEW, SPARSE, assert_attends, fill, queries
 from cache_model import WEIGHTS, contents, make_cache, new_tokens
 from closeness import assert_equal
+from devices import gpu_only
 from hata import HataCache, HataConfig
 
 
@@ -104,10 +105,44 @@ def test_a_failed_dense_step_changes_nothing(device: str) -> None:
         assert_equal(now, then)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_what_a_graph_captures_is_sparse() -> None:
+def test_a_cache_resolves_the_default_for_its_shape_and_device(device: str) -> None:
+    measured = make_cache(device, torch.float16, config=replace(FEW, min_sparse_len=None))
+    assert measured.min_sparse_len == {"cpu": 0, "cuda": 10923}[device]  # 65536 / (3 * 2), up
+    assert make_cache(device, torch.float16, config=routed(7)).min_sparse_len == 7
+
+
+def test_the_first_step_of_a_shape_runs_the_sparse_operator_too(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that a graph can be captured after a warm-up on any length."""
+    q_lens = []
+
+    def spy(q: torch.Tensor, *args: object, **kwargs: object) -> object:
+        q_lens.append(q.shape[1])
+        return decode_step(q, *args, **kwargs)
+
+    decode_step = hata.ops.decode_step
+    monkeypatch.setattr(hata.ops, "decode_step", spy)
+    cache = make_cache(device, torch.float16, config=routed(1000))
+    fill(cache, 10, [10, 3, 0])
+    strided = new_tokens(cache, 1)[0].mT.contiguous().mT
+    with pytest.raises(RuntimeError, match="k must be contiguous in its last"):
+        hata.decode_attention(queries(cache, 1), strided, strided, cache, SPARSE, WEIGHTS)
+    q_lens.clear()
+    for q_len in (1, 1, 3, 3, 1):
+        q, (k, v) = queries(cache, q_len), new_tokens(cache, q_len)
+        for layer_idx in (DENSE, SPARSE):
+            out = hata.decode_attention(q, k, v, cache, layer_idx, WEIGHTS)
+        assert_attends(out, q, cache, SPARSE)
+        assert cache.last_selection(SPARSE)[1].flatten(1)[:, -1].tolist() == cache.seq_lens
+    assert q_lens == [1, 3]
+
+
+@gpu_only
+@pytest.mark.parametrize("warm_up", [30, 10], ids=["sparse", "dense"])
+def test_what_a_graph_captures_is_sparse(warm_up: int) -> None:
     cache = make_cache("cuda", torch.bfloat16, config=routed(25))
-    fill(cache, 30)
+    fill(cache, warm_up)
     q, (k, v) = queries(cache, 1), new_tokens(cache, 1)
     for layer_idx in (DENSE, SPARSE):
         hata.decode_attention(q, k, v, cache, layer_idx, WEIGHTS)

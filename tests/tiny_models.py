@@ -19,8 +19,9 @@ from transformers import (
 from hata import HashWeights, HataConfig
 
 NUM_LAYERS, HEAD_DIM, VOCABULARY, POSITIONS = 3, 64, 97, 160
-EVERYTHING = HataConfig(top_k=POSITIONS, num_dense_layers=1)
-FEW = HataConfig(top_k=12, num_sink=2, num_recent=4, num_dense_layers=1)
+# Sparse at any length, as the default is not on CUDA.
+EVERYTHING = HataConfig(top_k=POSITIONS, num_dense_layers=1, min_sparse_len=0)
+FEW = HataConfig(top_k=12, num_sink=2, num_recent=4, num_dense_layers=1, min_sparse_len=0)
 
 # name: model class, config class, num_heads, num_kv_heads
 MODELS: dict[str, tuple[Any, Any, int, int]] = {

@@ -78,14 +78,15 @@ def decode_attention(
     selected; where a sequence has at most ``top_k`` positions, that is all of them and the result
     is dense attention's. Inference only: no gradients.
 
-    Sequences of fewer than ``config.min_sparse_len`` positions, the new ones included, attend
+    Sequences of fewer than ``cache.min_sparse_len`` positions, the new ones included, attend
     densely in every layer, and get dense attention's result. Each sequence of a batch is judged by
     its own length, as the host knows it; a batch with both kinds runs both paths.
 
     A CUDA graph can capture the sparse layers: call `HataCache.extend` and this function once to
     warm up, capture this function, and then, for every further token, call `HataCache.extend` and
-    replay. What is captured is the sparse path, whatever the lengths, since a replay cannot choose;
-    so warm up with a sequence of at least ``min_sparse_len`` positions, which runs that path.
+    replay. What is captured is the sparse path, whatever the lengths, since a replay cannot choose.
+    A warm-up of any length prepares it: a shape's first call runs the sparse operator too, even if
+    every sequence attends densely.
 
     Source: HATA, arXiv 2506.02572, algorithm 3.
 
@@ -126,9 +127,9 @@ def decode_attention(
 
     with cache.filling(where, layer_idx, new):
         buffers = cache.decode_buffers.get(layer_idx, q.shape[1], num_heads)
-        min_sparse_len = 0 if capturing else config.min_sparse_len
+        min_sparse_len = 0 if capturing else cache.min_sparse_len
         dense_lens = {b: n for b, n in enumerate(cache.seq_lens) if n < min_sparse_len}
-        if len(dense_lens) == cache.batch:
+        if len(dense_lens) == cache.batch and buffers.used:
             cache.append(layer_idx, k, v, key_weights)
         else:
             _sparse_step(q, k, v, cache, layer_idx, (key_weights, query_weights), scale, buffers)
@@ -172,6 +173,7 @@ def _sparse_step(
         out=buffers.out,
         lse=buffers.lse,
     )
+    buffers.used = True
 
 
 def _checked_weights(

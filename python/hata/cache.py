@@ -30,6 +30,7 @@ class HataCache:
         block_table: ``[batch, max_pages]``, int32; -1 where a sequence has no page yet.
         cache_seqlens: ``[batch]``, int32: positions in use, those of the last step included.
         layer_bits, layer_top_k: Bits of codes and budget of each layer, ``[num_layers]``.
+        min_sparse_len: The config's, resolved: shorter sequences are decoded densely.
 
     Args:
         config: The settings; they fix the codes' size and whether norms are kept.
@@ -95,6 +96,7 @@ class HataCache:
         self.k_cache, self.v_cache = self._storage.k_cache, self._storage.v_cache
         self.code_cache, self.norm_cache = self._storage.code_cache, self._storage.norm_cache
         self.dtype, self.device = dtype, self.k_cache[0].device
+        self.min_sparse_len = config.resolve_min_sparse_len(batch, num_kv_heads, self.device)
         self._sequences = Sequences(
             batch=batch,
             num_layers=num_layers,
@@ -263,8 +265,8 @@ class HataCache:
 
         Returns:
             indices and num_selected as `hata.decode_step` gives them: buffers that the layer's next
-            step overwrites. Where a sequence was below ``config.min_sparse_len``, wider copies,
-            with all positions that its tokens see.
+            step overwrites. Where a sequence was decoded densely, wider copies, with all positions
+            that its tokens see.
 
         Raises:
             ValueError: The layer has not decoded sparsely.

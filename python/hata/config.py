@@ -3,11 +3,17 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+
 from hata.checks import check, check_int, check_type
 
-# Sequences shorter than this are decoded densely unless a config says otherwise: the length from
-# which one sparse step is the faster one. 0 decodes every length sparsely.
-DEFAULT_MIN_SPARSE_LEN = 0
+# Cached positions of all sequences and KV heads from which one sparse step is the faster one on a
+# GPU. On an H100, with top_k 1.56 % of the length and at least 32, the step with the default codes
+# overtakes the fastest dense attention here for batch 1 with 8 KV heads (8K tokens), 1 with 32
+# (2K) and 8 with 8 (1K), and has overtaken it at twice as many, the fewest measured, for 8 with 32
+# (512). 32 bits cross here too, 128 with norms at twice as many.
+# Source: bench/results/decode_h100.csv, `hata bench decode --grid crossover`.
+MEASURED_SPARSE_ROWS = 65536
 
 
 @dataclass(frozen=True)
@@ -30,7 +36,9 @@ class HataConfig:
             ``num_sink + num_recent`` is at most ``top_k``.
         num_dense_layers: Leading layers whose decoding stays dense, at least 0.
         min_sparse_len: Sequences with fewer positions than this, the new ones included, are decoded
-            densely, at least 0; 0 is none. See `hata.decode_attention`.
+            densely, at least 0; 0 is none. None is the length from which a sparse step was measured
+            to be the faster one, which `HataCache.min_sparse_len` then says. See
+            `hata.decode_attention`.
 
     Raises:
         TypeError: A value has another type.
@@ -44,7 +52,7 @@ class HataConfig:
     num_sink: int = 4
     num_recent: int = 16
     num_dense_layers: int = 2
-    min_sparse_len: int = DEFAULT_MIN_SPARSE_LEN
+    min_sparse_len: int | None = None
 
     def __post_init__(self) -> None:
         """Checks every rule."""
@@ -69,7 +77,8 @@ class HataConfig:
         rule = f"be at most top_k={smallest}"
         check(always <= smallest, where, "num_sink + num_recent", rule, always)
         check_int(where, "num_dense_layers", self.num_dense_layers, 0)
-        check_int(where, "min_sparse_len", self.min_sparse_len, 0)
+        if self.min_sparse_len is not None:
+            check_int(where, "min_sparse_len", self.min_sparse_len, 0)
 
     def layer_bits(self, num_layers: int) -> tuple[int, ...]:
         """Returns the bits of each layer's codes, ``[num_layers]``.
@@ -92,6 +101,22 @@ class HataConfig:
             ValueError: ``top_k`` names another number of layers.
         """
         return _per_layer("top_k", self.top_k, num_layers)
+
+    def resolve_min_sparse_len(self, batch: int, num_kv_heads: int, device: torch.device) -> int:
+        """Returns ``min_sparse_len``, or where it is None the measured one.
+
+        On CUDA that is ``ceil(MEASURED_SPARSE_ROWS / (batch * num_kv_heads))``. Elsewhere it is 0:
+        on a CPU a sparse step is the faster one at every length measured, 8 to 14 times at 2K
+        tokens, the shortest (bench/results/decode_cpu.csv).
+
+        Args:
+            batch: Sequences.
+            num_kv_heads: KV heads of a layer.
+            device: Where the cache lies.
+        """
+        if self.min_sparse_len is not None:
+            return self.min_sparse_len
+        return -(-MEASURED_SPARSE_ROWS // (batch * num_kv_heads)) if device.type == "cuda" else 0
 
 
 def _each(value: int | tuple[int, ...]) -> tuple[int, ...]:

@@ -9,7 +9,7 @@ from torch import Tensor
 from hata import ops
 
 
-@dataclass(frozen=True)
+@dataclass
 class DecodeBuffers:
     """Workspace and outputs of `hata.ops.decode_step`.
 
@@ -19,6 +19,8 @@ class DecodeBuffers:
         num_selected: ``[batch, q_len, num_kv_heads]``, int32.
         out: ``[batch, q_len, num_heads, head_dim]``, the cache's dtype.
         lse: ``[batch, q_len, num_heads]``, float32; of the sparse sequences alone.
+        used: Whether the operator has run with them, and so what it sets up when it first runs, and
+            a CUDA graph could not capture, is there.
     """
 
     workspace: Tensor
@@ -26,6 +28,7 @@ class DecodeBuffers:
     num_selected: Tensor
     out: Tensor
     lse: Tensor
+    used: bool = False
 
 
 @dataclass(frozen=True)

@@ -68,12 +68,13 @@ class DemoOptions:
             check(fits, WHERE, "--plot", rule, self.plot)
 
     def config(self) -> HataConfig:
-        """Returns hata's settings: the defaults but for what is given."""
+        """Returns hata's settings: the defaults but for what is given, sparse at any length."""
         default = HataConfig()
         return HataConfig(
             num_bits=default.num_bits if self.num_bits is None else self.num_bits,
             query_bits=default.query_bits if self.query_bits is None else self.query_bits,
             top_k=self.top_k,
+            min_sparse_len=0,  # to show the method, also where a GPU would be faster densely
         )
 
     def torch_device(self) -> torch.device:

@@ -15,10 +15,9 @@ from hata.demo.generate import Generation
 class Bytes:
     """Bytes of cache that one decoding step reads, summed over the layers.
 
-    A dense layer reads ``seq_len * num_kv_heads * 2 * head_dim * itemsize``; so do all layers where
-    the sequence is shorter than ``config.min_sparse_len``. A sparse one reads its codes,
-    ``seq_len * num_kv_heads * num_bits / 8`` (2 more bytes for each norm), and the keys and values
-    of its selected positions, ``num_selected * num_kv_heads * 2 * head_dim * itemsize``.
+    A dense layer reads ``seq_len * num_kv_heads * 2 * head_dim * itemsize``. A sparse one reads its
+    codes, ``seq_len * num_kv_heads * num_bits / 8`` (2 more bytes for each norm), and the keys and
+    values of its selected positions, ``num_selected * num_kv_heads * 2 * head_dim * itemsize``.
     """
 
     dense: int
@@ -35,12 +34,10 @@ class Bytes:
         itemsize: int,
         seq_len: int,
     ) -> "Bytes":
-        """Counts the bytes of one step at ``seq_len`` positions."""
+        """Counts the bytes of one step at ``seq_len`` positions, which the demo selects from."""
         row = num_kv_heads * 2 * head_dim * itemsize
         dense_layer = seq_len * row
         dense_layers = min(config.num_dense_layers, num_layers)
-        if seq_len < config.min_sparse_len:
-            dense_layers = num_layers
         layers = zip(config.layer_bits(num_layers), config.layer_top_k(num_layers), strict=True)
         sparse_layers = [
             seq_len * num_kv_heads * (num_bits // 8 + 2 * config.key_norms)

@@ -104,7 +104,7 @@ def enable(
     The prompt is attended to densely and exactly, as with "sdpa"; each token after it (every
     forward pass of one token) is decoded sparsely, except in the first
     ``config.num_dense_layers`` layers, and densely too while the sequence is shorter than
-    ``config.min_sparse_len``::
+    ``config.min_sparse_len``, which by default is where a sparse step becomes the faster one::
 
         cache = enable(model, HataConfig(top_k=256), max_seq_len=4096)
         model.generate(**inputs, max_new_tokens=100, past_key_values=cache)
