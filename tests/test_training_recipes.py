@@ -243,7 +243,8 @@ def test_the_mass_gradient_is_that_of_the_softly_selected_mass():
             low, high = torch.where(more, middle, low), torch.where(more, high, middle)
         return (p * torch.sigmoid((x - low) / width)).sum()
 
-    got = fit._mass_gradient(scores, scores, p, torch.tensor([6]))
+    everywhere = torch.ones(1, 60, dtype=torch.bool)
+    got = fit._mass_gradient(scores, scores, p, everywhere, 0.1)
     wanted = torch.zeros(60, dtype=torch.float64)
     for t in range(60):
         nudge = torch.zeros_like(scores)

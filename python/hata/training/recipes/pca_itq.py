@@ -48,6 +48,7 @@ class PcaItqRecipe(Recipe):
     def _rotation(self, projected: Tensor, rotation: Tensor) -> Tensor:
         for _ in range(self.num_iterations):
             codes = sign(projected @ rotation)
-            left, _, right = torch.linalg.svd(projected.transpose(1, 2) @ codes)
-            rotation = left @ right
+            # On the CPU: a GPU factors matrices of this size one after the other, and slowly.
+            left, _, right = torch.linalg.svd((projected.transpose(1, 2) @ codes).cpu())
+            rotation = (left @ right).to(projected.device)
         return rotation
