@@ -206,7 +206,8 @@ class HataFit(Fit):
         counts = (share * contested.sum(-1)).long().clamp(1, most)
         best = shown.topk(most, -1).values
         cut = best.gather(-1, (counts[:, None] - 1).expand(len(p), -1, -1))
-        width = self.recipe.width * logits[..., ::8].std(-1, keepdim=True)
+        spread = logits[..., ::8].std(-1, keepdim=True).clamp(min=1e-6)  # 0 where codes are equal
+        width = self.recipe.width * spread
         bell = torch.sigmoid((shown - cut) / width)
         bell = bell * (1 - bell)
         mean = (p * bell).sum(-1, keepdim=True) / bell.sum(-1, keepdim=True)

@@ -32,8 +32,8 @@ class PcaItqRecipe(Recipe):
 
     def fit(self, data: TrainingData) -> ClosedForm:
         """Computes them."""
-        keys = data.k.transpose(0, 1).flatten(1, 2)
-        keys = keys[:, :: math.ceil(keys.shape[1] / _KEYS)]
+        step = math.ceil(data.num_sequences * data.seq_len / _KEYS)
+        keys = data.k[:, :, ::step].transpose(0, 1).flatten(1, 2)
         moments = keys.transpose(1, 2) @ keys
         components = torch.linalg.eigh(moments).eigenvectors.flip(-1)  # the largest first
         blocks = []
