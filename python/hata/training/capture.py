@@ -166,7 +166,7 @@ def _chunk(model: Any, options: CaptureOptions) -> int:
     if options.memory_limit_gb is None:
         return chunk
     while (need := _memory(model, options.seq_len, chunk)) > options.memory_limit_gb * 1e9:
-        rule = f"be at least {need / 1e9:.2f}, what {chunk} tokens at once need"
+        rule = f"be at least {need / 1e9:.3g}, what {chunk} tokens at once need"
         smallest = chunk <= _SMALLEST_CHUNK
         check(not smallest, _WHERE, "memory_limit_gb", rule, options.memory_limit_gb)
         chunk = max(chunk // 2, _SMALLEST_CHUNK)
