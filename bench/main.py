@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
+from hata.checkout import origin
 from hata.checks import check
 
 from . import decode, ops, variants
@@ -42,7 +43,7 @@ from .options import (
     checked_memory_limit,
     checked_names,
 )
-from .report import RESULTS, ROOT, Report, origin, slug
+from .report import RESULTS, ROOT, Report, slug
 from .run import Run
 from .tables import all_tables
 from .timing import Timer, measure_bandwidth

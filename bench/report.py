@@ -1,8 +1,6 @@
 """What a benchmark hands over: one table on the terminal and one CSV file."""
 
 import csv
-import datetime
-import platform
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +11,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from hata.checkout import commit
+from hata.checkout import device_name
 from hata.checks import check
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -23,17 +21,6 @@ FILE_WIDTH = 300  # where the output is not a terminal: no table is wider
 Row = dict[str, Any]
 
 
-def device_name(device: torch.device) -> str:
-    """Returns the GPU's name, or the CPU's model and the threads that torch uses."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    cpuinfo = Path("/proc/cpuinfo")
-    text = cpuinfo.read_text() if cpuinfo.is_file() else ""
-    model = re.search(r"model name\s*: (.+)", text)
-    name = model.group(1) if model else platform.machine()
-    return f"{name}, {torch.get_num_threads()} threads"
-
-
 def slug(device: torch.device) -> str:
     """Returns the device's name for a file: "h100" for an NVIDIA H100 80GB HBM3, or "cpu"."""
     if device.type == "cpu":
@@ -41,17 +28,6 @@ def slug(device: torch.device) -> str:
     name = device_name(device).removeprefix("NVIDIA ")
     name = re.split(r"[ -](?=\d+GB|SXM|PCIe|HBM|NVL)", name)[0]
     return re.sub(r"[^a-z0-9]+", "_", name.lower())
-
-
-def origin(device: torch.device, command: str) -> Row:
-    """Returns the columns that say where a run's rows come from."""
-    return {
-        "gpu": device_name(device),
-        "torch": torch.__version__,
-        "commit": commit(),
-        "date": datetime.date.today().isoformat(),
-        "command": command,
-    }
 
 
 class Report:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from hata import cli
+from hata.checkout import commit
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # bench belongs to the checkout
 
@@ -252,4 +253,4 @@ def test_files_are_named_after_the_gpu(name, slug, monkeypatch):
 
 def test_commit_is_what_the_environment_names(monkeypatch):
     monkeypatch.setenv("HATA_COMMIT", "c561fea")
-    assert report.commit() == "c561fea"
+    assert commit() == "c561fea"

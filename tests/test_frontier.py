@@ -11,9 +11,9 @@ from capture_cases import HEAD_DIM, NUM_LAYERS, SEQ_LEN, SHAPE, make_captures
 from hata import HashWeights, HataConfig
 from hata.meter.frontier import Frontier
 from hata.meter.measure import Measurement
-from hata.meter.quality import Quality
 from hata.meter.results import Results
 from hata.selectors import ExactSelector, HataSelector
+from hata.selectors.quality import Quality
 
 BUDGETS = (20, 40, 80)
 DENSE = 1

@@ -9,9 +9,9 @@ import torch
 from capture_cases import NUM_LAYERS, NUM_QUERIES, SEQ_LEN, SHAPE, make_captures
 from hata import HashWeights
 from hata.meter.measure import MeterOptions, measure
-from hata.meter.quality import Quality
 from hata.meter.results import Results
 from hata.selectors import ExactSelector, HataSelector, QuestSelector, Selector, rank
+from hata.selectors.quality import Quality
 from hata.training.captures import Captures
 
 BUDGETS = (8, 24, 60)

@@ -13,7 +13,7 @@ from capture_cases import NUM_KV_HEADS, NUM_LAYERS, SHAPE, make_captures
 from hata import HashWeights, HataConfig, save_weights
 
 COLUMNS = (
-    "torch,commit,date,model,context,selector,recipe,num_bits,query_bits,key_norms,channels,top_k,"
+    "gpu,torch,commit,date,model,context,selector,recipe,num_bits,query_bits,key_norms,channels,top_k,"
     "bytes_per_token,recall,attention_mass,output_error,command"
 )
 BUDGETS = ["--top-k", "20", "--top-k", "40", "--top-k", "60"]

@@ -111,7 +111,7 @@ def test_hata_of_a_recipe() -> None:
 def test_loki_with_all_channels_is_exact(device: str) -> None:
     args = inputs(device)
     components = key_components([torch.randn(500, NUM_KV_HEADS, HEAD_DIM)] * 2, args[1].device)
-    selector = LokiSelector(components, HEAD_DIM)
+    selector = LokiSelector(HEAD_DIM, components)
     assert_scores(selector, dense_shares(*args).mean(2), args)
 
 
@@ -129,7 +129,7 @@ def test_the_components_are_those_of_the_largest_variance(device: str) -> None:
 def test_loki_reads_the_first_channels_alone(device: str) -> None:
     q, k, positions = inputs(device)
     components = torch.eye(HEAD_DIM).expand(2, NUM_KV_HEADS, -1, -1)
-    scores = LokiSelector(components, 5).index(1, k, SCALE)(q, positions)
+    scores = LokiSelector(5, components).index(1, k, SCALE)(q, positions)
     first = ExactSelector().index(1, k[..., :5], SCALE)(q[..., :5], positions)
     torch.testing.assert_close(scores, first)
 
@@ -174,7 +174,7 @@ def test_bytes_of_a_token() -> None:
         for selector in (
             ExactSelector(),
             HataSelector(weights, 4, False),
-            LokiSelector(components, 16),
+            LokiSelector(16, components),
             QuestSelector(16),
             SparqSelector(8),
         )
@@ -234,7 +234,7 @@ def test_a_budget_past_the_sequence_orders_everything(device: str) -> None:
     [
         (lambda: QuestSelector(0), "QuestSelector: page_size must be at least 1, got 0"),
         (lambda: SparqSelector(0), "SparqSelector: channels must be at least 1, got 0"),
-        (lambda: LokiSelector(torch.zeros(1, 1, 8, 8), 9), "channels must be in 1..8, got 9"),
+        (lambda: LokiSelector(9, torch.zeros(1, 1, 8, 8)), "channels must be in 1..8, got 9"),
         (
             lambda: HataSelector(HashWeights(torch.zeros(1, 1, 8, 32)), 5, False),
             "HataSelector: query_bits must be in 1..4, got 5",

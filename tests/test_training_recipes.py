@@ -243,7 +243,8 @@ def test_the_mass_gradient_is_that_of_the_softly_selected_mass():
             low, high = torch.where(more, middle, low), torch.where(more, high, middle)
         return (p * torch.sigmoid((x - low) / width)).sum()
 
-    got = fit._mass_gradient(scores, scores, p, torch.tensor([6]))
+    everywhere = torch.ones(1, 60, dtype=torch.bool)
+    got = fit._mass_gradient(scores, scores, p, everywhere, 0.1)
     wanted = torch.zeros(60, dtype=torch.float64)
     for t in range(60):
         nudge = torch.zeros_like(scores)
@@ -278,3 +279,12 @@ def test_distilled_weights_beat_random_ones(device, query_bits):
 def test_recipe_hata_refuses_norms():
     with pytest.raises(ValueError, match=r"hata\.train: key_norms must be False"):
         HataRecipe(key_norms=True)
+
+
+def test_keys_of_equal_codes_do_no_harm():
+    # Keys so far from zero that a code tells none from another: every score is the same.
+    data = make_data(num_layers=1)
+    data = replace(data, k=data.k + 1e4)
+    recipe = HataRecipe(num_bits=32, num_steps=8, num_queries=16, num_keys=64)
+    for weights in trained(recipe, data):
+        assert bool(weights.isfinite().all())

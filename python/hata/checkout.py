@@ -1,9 +1,14 @@
-"""Which version of the source made a result."""
+"""What made a result: machine, versions and command."""
 
 import contextlib
+import datetime
 import os
+import platform
+import re
 import subprocess
 from pathlib import Path
+
+import torch
 
 
 def commit() -> str:
@@ -22,3 +27,25 @@ def commit() -> str:
                 describe, check=True, capture_output=True, text=True
             ).stdout.strip()
     return "unknown"
+
+
+def device_name(device: torch.device) -> str:
+    """Returns the GPU's name, or the CPU's model and the threads that torch uses."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    text = cpuinfo.read_text() if cpuinfo.is_file() else ""
+    model = re.search(r"model name\s*: (.+)", text)
+    name = model.group(1) if model else platform.machine()
+    return f"{name}, {torch.get_num_threads()} threads"
+
+
+def origin(device: torch.device, command: str) -> dict[str, str]:
+    """Returns the columns that say where a run's rows come from."""
+    return {
+        "gpu": device_name(device),
+        "torch": torch.__version__,
+        "commit": commit(),
+        "date": datetime.date.today().isoformat(),
+        "command": command,
+    }

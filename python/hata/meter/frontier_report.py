@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
@@ -50,7 +51,7 @@ def write_frontier(
     info: CaptureInfo,
     chosen_on: Frontier,
     frontier: Frontier,
-    where_from: dict[str, object],
+    where_from: Mapping[str, str],
 ) -> None:
     """Writes the frontier, for ``HataConfig(**level["uniform"])`` and ``**level["per_layer"]``.
 
@@ -59,7 +60,7 @@ def write_frontier(
         info: Of the captures.
         chosen_on: Measured on the text that the pairs are chosen by.
         frontier: Measured on held-out text, which the mass is of.
-        where_from: What says where the numbers come from.
+        where_from: What `hata.checkout.origin` says.
     """
     levels = []
     for uniform in chosen_on.uniform():

@@ -91,6 +91,6 @@ def baseline_selectors(
         check(same, _WHERE, "--calibration", rule, calibration.info.model)
         layers = (calibration.layer(i).k.flatten(0, 1) for i in range(info.num_layers))
         components = key_components(layers, device)
-        found += [LokiSelector(components, number) for number in channels]
+        found += [LokiSelector(number, components) for number in channels]
     found.append(QuestSelector(page_size))
     return [*found, *(SparqSelector(number) for number in channels)]

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from hata.checks import check, check_int
-from hata.meter.quality import DenseAttention, Quality
 from hata.selectors import ExactSelector, Selector, rank
+from hata.selectors.quality import DenseAttention, Quality
 from hata.training.captures import Captures, LayerCapture
 
 

@@ -37,7 +37,7 @@ class Results:
 
         Args:
             measurement: One of them.
-            metric: A field of `hata.meter.quality.Quality`.
+            metric: A field of `hata.selectors.quality.Quality`.
 
         Returns:
             The means; None where the metric was not measured.

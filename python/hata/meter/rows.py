@@ -1,13 +1,9 @@
 """Measurements as rows: the CSV files of ``hata recall``."""
 
 import csv
-import datetime
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-import torch
-
-from hata.checkout import commit
 from hata.meter.measure import Measurement
 from hata.meter.results import Results
 from hata.training.captures import CaptureInfo
@@ -18,16 +14,6 @@ MEAN_COLUMNS = ("model", "context", *_SELECTOR, "top_k", "bytes_per_token", *MET
 HEAD_COLUMNS = ("model", "context", *_SELECTOR, "layer", "kv_head", "top_k", *METRICS)
 
 Row = dict[str, object]
-
-
-def origin(command: str) -> Row:
-    """Returns the columns that say where rows come from."""
-    return {
-        "torch": torch.__version__,
-        "commit": commit(),
-        "date": datetime.date.today().isoformat(),
-        "command": command,
-    }
 
 
 def mean_rows(results: Results) -> Iterator[Row]:
@@ -59,7 +45,9 @@ def head_rows(results: Results) -> Iterator[Row]:
                     yield {**common, **where, **found}
 
 
-def write_rows(path: Path, columns: Sequence[str], rows: Iterable[Row], where_from: Row) -> None:
+def write_rows(
+    path: Path, columns: Sequence[str], rows: Iterable[Row], where_from: Mapping[str, str]
+) -> None:
     """Writes a CSV file.
 
     Args:
@@ -67,14 +55,14 @@ def write_rows(path: Path, columns: Sequence[str], rows: Iterable[Row], where_fr
         columns: Of the rows, in order.
         rows: What `mean_rows` or `head_rows` yields; columns that a row lacks stay empty, floats
             keep five digits.
-        where_from: The columns of `origin`.
+        where_from: What `hata.checkout.origin` says.
     """
-    names = ["torch", "commit", "date", *columns, "command"]
+    names = ["gpu", "torch", "commit", "date", *columns, "command"]
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, names, restval="", lineterminator="\n")
         writer.writeheader()
         for row in rows:
-            writer.writerow({name: _cell(value) for name, value in (where_from | row).items()})
+            writer.writerow({name: _cell(value) for name, value in {**where_from, **row}.items()})
 
 
 def _common(info: CaptureInfo, measurement: Measurement) -> Row:

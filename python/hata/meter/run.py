@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
+from hata.checkout import origin
 from hata.meter.frontier import Frontier
 from hata.meter.frontier_report import print_frontier, write_frontier
 from hata.meter.lineup import baseline_selectors, trained_selectors
@@ -15,7 +16,6 @@ from hata.meter.rows import (
     MEAN_COLUMNS,
     head_rows,
     mean_rows,
-    origin,
     write_rows,
 )
 from hata.meter.table import print_layers, print_means
@@ -64,7 +64,7 @@ def run_recall(options: RecallOptions) -> Results:
     codes = [x for x in measurements if x.selector.name in ("exact", "hata")]
     print_layers(console, results.only(codes))
 
-    made = origin(options.command)
+    made = origin(options.device, options.command)
     if options.csv is not None:
         write_rows(options.csv, MEAN_COLUMNS, mean_rows(results), made)
     if options.per_head is not None:

@@ -8,46 +8,32 @@ import torch
 from torch import Tensor
 
 from hata.checks import check_int
-from hata.selectors.selector import CACHE_ITEMSIZE, Score, Selector, logits, visible_softmax
+from hata.selectors.channels import ChannelSelector
+from hata.selectors.selector import Score, logits, visible_softmax
 
 
 @dataclass(frozen=True)
-class LokiSelector(Selector):
+class LokiSelector(ChannelSelector):
     """Attention estimated from the first principal components of the keys.
 
     ``score[t] = mean over the group's heads g of softmax_t(softmax_scale (q_g P) . (k_t P))``, P
     the first ``channels`` principal components of the KV head's keys.
 
     Source: Loki, arXiv 2406.02542, algorithm 1, with the components of keys after the rotary
-    embedding, as they are cached. Reads ``2 channels`` bytes a token.
+    embedding, as they are cached.
 
     Attributes:
+        channels: Components that are kept, 1 to ``head_dim``.
         components: ``[num_layers, num_kv_heads, head_dim, head_dim]``, as `key_components` gives
             them.
-        channels: Components that are kept, 1 to ``head_dim``.
-
-    Raises:
-        TypeError: ``channels`` is no int.
-        ValueError: ``channels`` is out of range.
     """
 
     name: ClassVar[str] = "loki"
     components: Tensor = field(repr=False)
-    channels: int
 
     def __post_init__(self) -> None:
         """Checks every rule."""
         check_int("LokiSelector", "channels", self.channels, 1, self.components.shape[-1])
-
-    @property
-    def variant(self) -> str:
-        """The number of channels."""
-        return f"{self.channels} channels"
-
-    @property
-    def settings(self) -> dict[str, object]:
-        """The number of channels, by name."""
-        return {"channels": self.channels}
 
     def index(self, layer_idx: int, k: Tensor, softmax_scale: float) -> Score:
         """Projects the keys."""
@@ -59,10 +45,6 @@ class LokiSelector(Selector):
             return visible_softmax(logits(queries, keys) * softmax_scale, positions).mean(2)
 
         return score
-
-    def bytes_per_token(self, head_dim: int) -> float:
-        """The kept components' bytes."""
-        return CACHE_ITEMSIZE * self.channels
 
 
 def key_components(layers: Iterable[Tensor], device: torch.device) -> Tensor:

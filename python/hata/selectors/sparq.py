@@ -6,11 +6,12 @@ from typing import ClassVar
 from torch import Tensor
 
 from hata.checks import check_int
-from hata.selectors.selector import CACHE_ITEMSIZE, Score, Selector, logits, visible_softmax
+from hata.selectors.channels import ChannelSelector
+from hata.selectors.selector import Score, logits, visible_softmax
 
 
 @dataclass(frozen=True)
-class SparqSelector(Selector):
+class SparqSelector(ChannelSelector):
     """Attention estimated from the query's largest channels.
 
     ``score[t] = mean over the group's heads g of softmax_t(softmax_scale q_g[C] . k_t[C] / r_g)``,
@@ -19,33 +20,10 @@ class SparqSelector(Selector):
 
     Source: SparQ, arXiv 2312.04985, section 4, steps 1 and 2. Its step 3 mixes the mean value into
     the output for the mass that was not selected; it is left out, since it changes no selection and
-    would serve every selector alike. Reads ``2 channels`` bytes a token (and needs keys stored by
-    channel too).
-
-    Attributes:
-        channels: Channels that are read, at least 1.
-
-    Raises:
-        TypeError: ``channels`` is no int.
-        ValueError: ``channels`` is out of range.
+    would serve every selector alike. Needs keys stored by channel too.
     """
 
     name: ClassVar[str] = "sparq"
-    channels: int
-
-    def __post_init__(self) -> None:
-        """Checks every rule."""
-        check_int("SparqSelector", "channels", self.channels, 1)
-
-    @property
-    def variant(self) -> str:
-        """The number of channels."""
-        return f"{self.channels} channels"
-
-    @property
-    def settings(self) -> dict[str, object]:
-        """The number of channels, by name."""
-        return {"channels": self.channels}
 
     def index(self, layer_idx: int, k: Tensor, softmax_scale: float) -> Score:
         """Keeps the keys."""
@@ -60,7 +38,3 @@ class SparqSelector(Selector):
             return visible_softmax(logits(q * chosen, k) * scale, positions).mean(2)
 
         return score
-
-    def bytes_per_token(self, head_dim: int) -> float:
-        """The read channels' bytes."""
-        return CACHE_ITEMSIZE * self.channels

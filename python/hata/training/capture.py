@@ -166,7 +166,7 @@ def _chunk(model: Any, options: CaptureOptions) -> int:
     if options.memory_limit_gb is None:
         return chunk
     while (need := _memory(model, options.seq_len, chunk)) > options.memory_limit_gb * 1e9:
-        rule = f"be at least {need / 1e9:.2f}, what {chunk} tokens at once need"
+        rule = f"be at least {need / 1e9:.3g}, what {chunk} tokens at once need"
         smallest = chunk <= _SMALLEST_CHUNK
         check(not smallest, _WHERE, "memory_limit_gb", rule, options.memory_limit_gb)
         chunk = max(chunk // 2, _SMALLEST_CHUNK)
@@ -183,8 +183,8 @@ def _memory(model: Any, seq_len: int, chunk: int) -> int:
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     wide = max(getattr(config, "intermediate_size", 0), 4 * config.hidden_size)
     activations = chunk * ((6 * config.hidden_size + 4 * wide) * itemsize + 3 * heads + 4 * row)
+    repeated = 2 * seq_len * heads  # keys and values are repeated for the group
     if chunk == seq_len:
-        return weights + activations
+        return weights + activations + repeated
     cache = 2 * seq_len * row * (shape["num_layers"] + 1)  # one layer's are copied while they grow
-    repeated = 2 * seq_len * heads  # SDPA with a mask repeats keys and values for the group
-    return weights + activations + cache + repeated + 5 * chunk * seq_len  # and the mask
+    return weights + activations + repeated + cache + 5 * chunk * seq_len  # and the mask

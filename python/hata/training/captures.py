@@ -222,27 +222,48 @@ class Captures:
             TypeError: ``layer_idx`` is no int.
             ValueError: There is no such layer, or a file is damaged.
         """
-        where, info = "Captures.layer", self.info
-        check_int(where, "layer_idx", layer_idx, 0, info.num_layers - 1)
+        check_int("Captures.layer", "layer_idx", layer_idx, 0, self.info.num_layers - 1)
+        cpu = torch.device("cpu")
         shards = [
-            self._read(shard_path(self.folder, i, layer_idx), with_values and info.has_values)
-            for i in range(info.num_sequences)
+            self.shard(i, layer_idx, cpu, with_values=with_values)
+            for i in range(self.info.num_sequences)
         ]
         stacked = {name: torch.stack([shard[name] for shard in shards]) for name in shards[0]}
         return LayerCapture(stacked["q"], stacked["k"], stacked.get("v"), stacked["positions"])
 
-    def _read(self, path: Path, with_values: bool) -> dict[str, Tensor]:
-        info = self.info
+    def shard(
+        self,
+        sequence_idx: int,
+        layer_idx: int,
+        device: torch.device,
+        *,
+        with_values: bool = False,
+    ) -> dict[str, Tensor]:
+        """Reads one layer of one sequence.
+
+        Args:
+            sequence_idx: The sequence.
+            layer_idx: The layer.
+            device: Where to put the tensors.
+            with_values: Whether to read the values too, where they were captured.
+
+        Returns:
+            "q", "k", "v" where it was read, and "positions": `LayerCapture`'s, of this sequence.
+
+        Raises:
+            ValueError: The file is damaged.
+        """
+        info, path = self.info, shard_path(self.folder, sequence_idx, layer_idx)
         row = (info.seq_len, info.num_kv_heads, info.head_dim)
         shapes: dict[str, tuple[int, ...]] = {
             "q": (info.num_queries, info.num_heads, info.head_dim),
             "k": row,
-            **({"v": row} if with_values else {}),
+            **({"v": row} if with_values and info.has_values else {}),
             "positions": (info.num_queries,),
         }
         try:
             with safe_open(path, framework="pt") as file:
-                tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in shapes}
+                tensors = {name: file.get_tensor(name).to(device) for name in shapes}
         except (OSError, SafetensorError) as error:
             raise ValueError(
                 f"hata.Captures.layer: {path} must be readable, got {error}"

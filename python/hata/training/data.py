@@ -46,18 +46,19 @@ class TrainingData:
     ) -> "TrainingData":
         """Reads these layers and sequences of a capture."""
         info = captures.info
-        count, width = len(sequences), info.num_kv_heads
-        shape = (count, len(layers) * width)
-        inside = slice(sequences.start, sequences.stop)
+        width = info.num_kv_heads
+        shape = (len(sequences), len(layers) * width)
         q = torch.empty(*shape, info.num_queries, info.group, info.head_dim, device=device)
         k = torch.empty(*shape, info.seq_len, info.head_dim, device=device)
-        for i, layer_idx in enumerate(layers):  # copied in place: no layer is there twice
-            found = captures.layer(layer_idx)
-            heads = slice(i * width, (i + 1) * width)
-            groups = found.q[inside].unflatten(2, (width, info.group))
-            q[:, heads].copy_(groups.permute(0, 2, 1, 3, 4))
-            k[:, heads].copy_(found.k[inside].transpose(1, 2))
-            positions = found.positions[inside].to(device)
+        positions = torch.empty(len(sequences), info.num_queries, dtype=torch.int64, device=device)
+        for row, sequence_idx in enumerate(sequences):
+            for i, layer_idx in enumerate(layers):
+                found = captures.shard(sequence_idx, layer_idx, device)
+                heads = slice(i * width, (i + 1) * width)
+                groups = found["q"].unflatten(1, (width, info.group))
+                q[row, heads].copy_(groups.permute(1, 0, 2, 3))
+                k[row, heads].copy_(found["k"].transpose(0, 1))
+                positions[row].copy_(found["positions"])
         return cls(tuple(layers), q, k, positions, info.softmax_scale, num_sink, num_recent)
 
     @property
@@ -89,23 +90,3 @@ class TrainingData:
         """Which keys each query token sees: ``[num_rows, seq_len]``, bool."""
         positions = self.positions[sequence_idx, rows]
         return torch.arange(self.seq_len, device=self.k.device) <= positions[:, None]
-
-    def contested(self, sequence_idx: int, rows: Tensor | slice) -> Tensor:
-        """Which visible keys are not always selected: ``[num_rows, seq_len]``, bool."""
-        last = self.positions[sequence_idx, rows] - self.num_recent
-        keys = torch.arange(self.seq_len, device=self.k.device)
-        return (keys <= last[:, None]) & (keys >= self.num_sink)
-
-    def attention(self, sequence_idx: int, rows: Tensor | slice) -> Tensor:
-        """The dense attention distribution, mean over the query heads of a group.
-
-        Returns:
-            ``[heads, num_rows, seq_len]``; rows sum to 1.
-        """
-        q, k = self.q[sequence_idx, :, rows], self.k[sequence_idx]
-        hidden = ~self.visible(sequence_idx, rows)
-        mean = torch.zeros(q.shape[0], q.shape[1], self.seq_len, device=k.device)
-        for group_idx in range(q.shape[2]):  # one head of the group at a time, to save memory
-            logits = torch.bmm(q[:, :, group_idx] * self.softmax_scale, k.transpose(1, 2))
-            mean += logits.masked_fill_(hidden, -torch.inf).softmax(-1)
-        return mean.div_(q.shape[2])

@@ -6,12 +6,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hata.ops import select_topk
 from hata.reference import MAX_NORM, scale_by_norm
+from hata.selectors import rank
+from hata.selectors.quality import DenseAttention
 from hata.training.codes import query_vector, sign
 from hata.training.data import TrainingData
 
-_ROWS = 64  # query tokens at once, which bounds memory
+_LOGITS_AT_ONCE = 2**26  # of query tokens, heads and keys: bounds memory to about 2 GB
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class Selected:
     recall: Tensor
 
 
+@torch.inference_mode()
 def evaluate(
     data: TrainingData,
     key_weights: Tensor,
@@ -47,45 +49,34 @@ def evaluate(
         query_weights: The same.
         query_bits: Bits of a query's projection.
         key_norms: Whether scores are scaled by the key's norm.
-        budgets: Values of ``top_k``.
+        budgets: Values of ``top_k``, ascending.
 
     Returns:
-        Means over all queries, on the CPU.
+        Means over all queries, float64, on the CPU.
     """
-    sums = torch.zeros(3, data.heads, len(budgets), dtype=torch.float64)
-    num_queries = data.positions.shape[1]
+    sums = torch.zeros(3, data.heads, len(budgets), dtype=torch.float64, device=data.k.device)
+    num_queries, group = data.q.shape[2:4]
+    at_once = max(1, _LOGITS_AT_ONCE // (data.heads * group * data.seq_len))
     for sequence_idx in range(data.num_sequences):
         k = data.k[sequence_idx]
         signs = sign(torch.bmm(k, key_weights))
         norms = k.norm(dim=-1).clamp(max=MAX_NORM).half()[:, None] if key_norms else None
-        for start in range(0, num_queries, _ROWS):
-            rows = slice(start, min(start + _ROWS, num_queries))
-            c = query_vector(data.q[sequence_idx, :, rows], query_weights, query_bits)
+        for start in range(0, num_queries, at_once):
+            rows = slice(start, start + at_once)
+            q, positions = data.q[sequence_idx, :, rows], data.positions[sequence_idx, rows]
+            c = query_vector(q, query_weights, query_bits)
             scores = torch.bmm(c, signs.transpose(1, 2))
             if norms is not None:
-                scores = scale_by_norm(scores, signs.shape[-1], norms)
-            mass = data.attention(sequence_idx, rows)
-            seqlens = (data.positions[sequence_idx, rows] + 1).int()
-            for i, top_k in enumerate(budgets):
-                chosen = _select(scores, seqlens, top_k, data)
-                exact = _select(mass, seqlens, top_k, data)
-                sums[0, :, i] += (1 - _inside(mass, chosen).sum(-1)).sum(-1).cpu()
-                sums[1, :, i] += (1 - _inside(mass, exact).sum(-1)).sum(-1).cpu()
-                wanted = torch.zeros_like(mass).scatter_(-1, exact.clamp(min=0), 1.0)
-                share = _inside(wanted, chosen).sum(-1) / (exact >= 0).sum(-1)
-                sums[2, :, i] += share.sum(-1).cpu()
-    lost, lost_exact, recall = sums / (data.num_sequences * num_queries)
-    return Selected(lost, lost_exact, recall)
-
-
-def _select(scores: Tensor, seqlens: Tensor, top_k: int, data: TrainingData) -> Tensor:
-    """Returns ``[heads, num_rows, top_k]`` positions; every query token is its own sequence."""
-    scores = scores.transpose(0, 1)[:, None]
-    indices, _ = select_topk(
-        scores, seqlens, top_k, num_sink=data.num_sink, num_recent=data.num_recent
-    )
-    return indices[:, 0].transpose(0, 1).long()
-
-
-def _inside(values: Tensor, indices: Tensor) -> Tensor:
-    return values.gather(-1, indices.clamp(min=0)) * (indices >= 0)
+                scores = scale_by_norm(scores, signs.shape[-1], norms).float()
+            dense = DenseAttention(
+                q.transpose(0, 1), k.transpose(0, 1), None, positions, data.softmax_scale
+            )
+            always = {"num_sink": data.num_sink, "num_recent": data.num_recent}
+            exact = rank(dense.mass, positions, budgets[-1], **always)
+            chosen = rank(scores.transpose(0, 1), positions, budgets[-1], **always)
+            ranks = dense.ranks(exact)
+            bound = dense.quality(exact, ranks, budgets, 1)
+            found = dense.quality(chosen, ranks, budgets, 1)
+            sums += torch.stack([found.attention_mass, bound.attention_mass, found.recall])
+    mass, bound_mass, recall = (sums / (data.num_sequences * num_queries)).cpu()
+    return Selected(1 - mass, 1 - bound_mass, recall)

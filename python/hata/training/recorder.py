@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from hata.checks import check
@@ -97,6 +97,15 @@ class Recorder:
             scale = query.shape[-1] ** -0.5 if scaling is None else scaling
             assert self._on_layer is not None  # run has set it
             self._on_layer(layer_idx, q, k, v, scale)
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, scaling=scaling, **kwargs
+        # Groups are spelled out: CUDA's kernel for float32 knows none, and what torch takes in its
+        # place forms the whole matrix of scores.
+        group = query.shape[1] // key.shape[1]
+        out = scaled_dot_product_attention(
+            query,
+            key.repeat_interleave(group, 1),
+            value.repeat_interleave(group, 1),
+            attn_mask=attention_mask,
+            is_causal=attention_mask is None and query.shape[2] > 1,
+            scale=scaling,
         )
+        return out.transpose(1, 2).contiguous(), None

@@ -1,7 +1,9 @@
 """Trains hash weights, some layers at a time; a killed run continues where it was."""
 
 import dataclasses
+import itertools
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +31,7 @@ class TrainOptions:
         memory_limit_gb: GB for the data and the steps of the layers trained at once; None trains
             one layer at a time.
         device: Where.
-        checkpoint_every: Steps from one checkpoint to the next.
+        checkpoint_every: Steps from one checkpoint, and look at the losses, to the next.
 
     Raises:
         ValueError: The limit is not positive.
@@ -39,7 +41,7 @@ class TrainOptions:
     budgets: tuple[int, ...]
     memory_limit_gb: float | None
     device: torch.device
-    checkpoint_every: int = 50
+    checkpoint_every: int = 200
 
     def __post_init__(self) -> None:
         """Checks the limit."""
@@ -125,7 +127,9 @@ def _chunks(source: Source, options: TrainOptions) -> list[Sequence[int]]:
         at_once = int(options.memory_limit_gb * 1e9 / one)
         rule = f"be at least {one / 1e9:.2f}, what one layer needs"
         check(at_once >= 1, _WHERE, "memory_limit_gb", rule, options.memory_limit_gb)
-    return [layers[i : i + at_once] for i in range(0, len(layers), at_once)]
+    num_chunks = math.ceil(len(layers) / at_once)
+    ends = [math.ceil(i * len(layers) / num_chunks) for i in range(num_chunks + 1)]
+    return [layers[start:end] for start, end in itertools.pairwise(ends)]
 
 
 def _train_layers(
@@ -138,25 +142,26 @@ def _train_layers(
 ) -> None:
     recipe = options.recipe
     data = source.load(layers, options.device)
-    finite = bool(data.q.isfinite().all() and data.k.isfinite().all())
+    # A sequence at a time: what isfinite holds meanwhile is as large as what it looks at.
+    finite = all(bool(x.isfinite().all()) for x in (*data.q, *data.k))
     check(finite, _WHERE, f"the captures of layers {list(layers)}", "be finite", "NaN or infinity")
     fit = recipe.fit(data)
-    losses = torch.zeros(len(layers), recipe.num_steps)
+    losses = torch.zeros(len(layers), recipe.num_steps, device=options.device)
     optimizer = fit.optimizer()
     if optimizer is not None:
         first = _resume(parts, layers, fit, optimizer, losses)
         on_step(first * len(layers))
         for step in range(first, recipe.num_steps):
-            loss = fit.step(data, optimizer, step).unflatten(0, (len(layers), -1)).mean(1)
-            losses[:, step] = loss.cpu()
-            rule = "stay finite (a smaller learning rate may help)"
-            check(bool(loss.isfinite().all()), _WHERE, f"the loss at step {step}", rule, loss)
+            loss = fit.step(data, optimizer, step)
+            losses[:, step] = loss.unflatten(0, (len(layers), -1)).mean(1)
             if (step + 1) % options.checkpoint_every == 0:
+                _check_losses(losses[:, : step + 1])
                 state = Checkpoint(
                     list(layers), step + 1, fit.state_dict(), optimizer.state_dict(), losses
                 )
                 parts.write_checkpoint(state)
             on_step(len(layers))
+        _check_losses(losses)
     key_weights, query_weights = fit.weights()
     del data
     scores = torch.zeros(3, len(layers), len(options.budgets))
@@ -179,10 +184,18 @@ def _train_layers(
         part = LayerPart(
             of_layer(key_weights, i),
             None if query_weights is None else of_layer(query_weights, i),
-            losses[i],
+            losses[i].cpu(),
             scores[:, i],
         )
         parts.write(layer_idx, part)
+
+
+def _check_losses(losses: Tensor) -> None:
+    """Checks the losses so far, ``[num_layers, num_steps]``: seldom, since it waits for a GPU."""
+    finite = losses.isfinite().all(0)
+    first = int(finite.long().argmin())
+    rule = "stay finite (a smaller learning rate may help)"
+    check(bool(finite.all()), _WHERE, f"the loss at step {first}", rule, losses[:, first])
 
 
 def _resume(

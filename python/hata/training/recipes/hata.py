@@ -103,6 +103,7 @@ class HataFit(Fit):
         self.key_scale = torch.nn.Buffer(1 / _projected_size(data.k, self.key_weights))
         self.query_scale = torch.nn.Buffer(1 / _projected_size(data.q.sum(3), self.query_weights))
         self.log_sums = torch.nn.Buffer(_log_sums(data), persistent=False)
+        self._positions = data.positions.cpu()  # to draw by, so that no step waits for a GPU
         with torch.no_grad():
             self.log_temperature.copy_(self._first_temperature(data))
 
@@ -138,8 +139,7 @@ class HataFit(Fit):
                 draw = float(torch.rand((), generator=generator))
                 span = recipe.budget_last / recipe.budget_first
                 share = recipe.budget_first * span**draw
-                counts = (share * contested.sum(-1)).long().clamp(min=1)
-                caught = self._mass_gradient(shown, logits, p, counts)
+                caught = self._mass_gradient(shown, logits, p, contested, share)
                 gradient.lerp_(caught, recipe.mass_weight)
             gradient /= at_stake.mean((1, 2), keepdim=True).clamp(min=1e-30) * len(rows)
         optimizer.zero_grad()
@@ -157,7 +157,7 @@ class HataFit(Fit):
         sequence_idx = int(torch.randint(data.num_sequences, (), generator=generator))
         available = data.positions.shape[1]
         rows = torch.randperm(available, generator=generator)[: self.recipe.num_queries]
-        last = int(data.positions[sequence_idx, rows].max())
+        last = int(self._positions[sequence_idx, rows].max())
         keys = torch.randperm(last + 1, generator=generator)[: self.recipe.num_keys]
         device = data.k.device
         return sequence_idx, rows.to(device), keys.sort().values.to(device)
@@ -198,11 +198,16 @@ class HataFit(Fit):
         score = torch.bmm(c, _Sign.apply(x, slope).transpose(1, 2))
         return score * self.log_temperature.exp()
 
-    def _mass_gradient(self, shown: Tensor, logits: Tensor, p: Tensor, counts: Tensor) -> Tensor:
-        """Returns minus the gradient of the mass that each row's ``counts`` best keys catch."""
-        best = shown.topk(int(counts.max()), -1).values
+    def _mass_gradient(
+        self, shown: Tensor, logits: Tensor, p: Tensor, contested: Tensor, share: float
+    ) -> Tensor:
+        """Returns minus the gradient of the mass that the best ``share`` of a row's keys hold."""
+        most = max(1, int(share * shown.shape[-1]))
+        counts = (share * contested.sum(-1)).long().clamp(1, most)
+        best = shown.topk(most, -1).values
         cut = best.gather(-1, (counts[:, None] - 1).expand(len(p), -1, -1))
-        width = self.recipe.width * logits[..., ::8].std(-1, keepdim=True)
+        spread = logits[..., ::8].std(-1, keepdim=True).clamp(min=1e-6)  # 0 where codes are equal
+        width = self.recipe.width * spread
         bell = torch.sigmoid((shown - cut) / width)
         bell = bell * (1 - bell)
         mean = (p * bell).sum(-1, keepdim=True) / bell.sum(-1, keepdim=True)

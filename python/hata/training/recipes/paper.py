@@ -70,10 +70,10 @@ class PaperRecipe(Recipe):
         return self.num_epochs * self.steps_per_epoch
 
     def head_bytes(self, shape: tuple[int, int, int, int, int, int]) -> int:
-        """Labels of every pair, codes of every key and their gradients."""
+        """Labels of every pair, codes of every key and, for one sequence, their gradients."""
         num_sequences, _, group, _, seq_len, _ = shape
         labels = 2 * group * max(self.num_pairs, num_sequences * seq_len)
-        return 4 * (labels + 3 * num_sequences * seq_len * self.num_bits)
+        return 4 * (labels + (num_sequences + 6) * seq_len * self.num_bits)
 
     def fit(self, data: TrainingData) -> "PaperFit":
         """Labels the pairs and draws the first weights."""

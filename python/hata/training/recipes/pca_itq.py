@@ -32,8 +32,8 @@ class PcaItqRecipe(Recipe):
 
     def fit(self, data: TrainingData) -> ClosedForm:
         """Computes them."""
-        keys = data.k.transpose(0, 1).flatten(1, 2)
-        keys = keys[:, :: math.ceil(keys.shape[1] / _KEYS)]
+        step = math.ceil(data.num_sequences * data.seq_len / _KEYS)
+        keys = data.k[:, :, ::step].transpose(0, 1).flatten(1, 2)
         moments = keys.transpose(1, 2) @ keys
         components = torch.linalg.eigh(moments).eigenvectors.flip(-1)  # the largest first
         blocks = []
@@ -48,6 +48,7 @@ class PcaItqRecipe(Recipe):
     def _rotation(self, projected: Tensor, rotation: Tensor) -> Tensor:
         for _ in range(self.num_iterations):
             codes = sign(projected @ rotation)
-            left, _, right = torch.linalg.svd(projected.transpose(1, 2) @ codes)
-            rotation = left @ right
+            # On the CPU: a GPU factors matrices of this size one after the other, and slowly.
+            left, _, right = torch.linalg.svd((projected.transpose(1, 2) @ codes).cpu())
+            rotation = (left @ right).to(projected.device)
         return rotation

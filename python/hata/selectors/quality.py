@@ -62,6 +62,14 @@ class DenseAttention:
         if self._values is not None:
             self._out = torch.einsum("qhgs,hsd->qhgd", self._shares, self._values)
 
+    @property
+    def mass(self) -> Tensor:
+        """The attention of each position: ``[num_queries, num_kv_heads, seq_len]``.
+
+        Mean over the heads of a group; the exact top-k is the order of these.
+        """
+        return self._shares.mean(2)
+
     def ranks(self, order: Tensor) -> Tensor:
         """Turns an order into each position's rank in it.
 
