@@ -55,6 +55,10 @@ def decode_step(
     all five buffers given it allocates nothing and can be captured in a CUDA graph, which replays
     with other contents of ``cache_seqlens`` and ``block_table``.
 
+    On CUDA the hash weights may be read before the kernel launched before this operator has ended,
+    if that kernel lets its successor start early (programmatic dependent launch): it must not be
+    the one that writes them.
+
     Args:
         q: Queries after position embedding, ``[batch, q_len, num_heads, head_dim]``, dtype of the
             caches; any strides, last dimension contiguous.
