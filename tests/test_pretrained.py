@@ -1,5 +1,6 @@
 """Hash weights that come with the package."""
 
+import dataclasses
 import json
 
 import pytest
@@ -19,7 +20,29 @@ def test_smollm2_has_weights_for_all_layers():
     assert (weights.metadata["query_bits"], weights.metadata["key_norms"]) == ("4", "false")
     config = json.loads(weights.metadata["config"])
     assert (config["num_bits"], config["seed"]) == (64, 0)
-    assert weights.metadata["trained_on"].count("|") == 15
+    assert len(weights.metadata["trained_on"].split(" | ")) == 64
+
+
+def test_the_settings_are_those_of_training_and_of_the_frontier():
+    config = hata.pretrained_config("SmolLM2-135M-Instruct")
+    assert (config.num_bits, config.query_bits, config.key_norms) == (64, 4, False)
+    assert (config.num_sink, config.num_recent, config.num_dense_layers) == (4, 16, 2)
+    frontier = hata.pretrained_frontier("SmolLM2-135M-Instruct")
+    chosen = {"num_bits": config.num_bits, "top_k": config.top_k}
+    index = [level["uniform"] for level in frontier["levels"]].index(chosen)
+    # Fewer bytes leave too little for codes of 64 bits: there shorter ones find more.
+    assert all(level["uniform"]["num_bits"] < 64 for level in frontier["levels"][:index])
+
+
+def test_every_level_of_the_frontier_gives_settings_for_all_layers():
+    frontier = hata.pretrained_frontier("SmolLM2-135M-Instruct")
+    config = hata.pretrained_config("SmolLM2-135M-Instruct")
+    for level in frontier["levels"]:
+        assert dataclasses.replace(config, **level["uniform"]).layer_bits(30)
+        layers = dataclasses.replace(config, **level["per_layer"])
+        assert len(layers.layer_bits(30)) == len(layers.layer_top_k(30)) == 30
+        # Pairs are chosen on one text and measured on another: what is gained there holds here.
+        assert level["per_layer_attention_mass"] >= level["uniform_attention_mass"]
 
 
 def test_no_held_out_text_was_trained_on():
@@ -40,5 +63,6 @@ def test_what_follows_the_name_does_not_matter(end):
 
 def test_an_unknown_model_is_an_error():
     assert find_pretrained("SmolLM2-135M") is None
-    with pytest.raises(ValueError, match=r"pretrained_weights: model must be one of SmolLM2-135M"):
-        hata.pretrained_weights("SmolLM2-135M")
+    for name in ("pretrained_weights", "pretrained_frontier", "pretrained_config"):
+        with pytest.raises(ValueError, match=rf"hata.{name}: model must be one of SmolLM2-135M"):
+            getattr(hata, name)("SmolLM2-135M")

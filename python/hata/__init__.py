@@ -26,7 +26,12 @@ from hata.ops import (
     select_topk,
     workspace_size,
 )
-from hata.pretrained import pretrained_names, pretrained_weights
+from hata.pretrained import (
+    pretrained_config,
+    pretrained_frontier,
+    pretrained_names,
+    pretrained_weights,
+)
 from hata.weights import HashWeights, load_weights, save_weights
 
 __all__ = [
@@ -47,6 +52,8 @@ __all__ = [
     "num_planes",
     "plane_weight_sum",
     "prefill",
+    "pretrained_config",
+    "pretrained_frontier",
     "pretrained_names",
     "pretrained_weights",
     "save_weights",

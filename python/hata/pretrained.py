@@ -1,13 +1,17 @@
-"""Hash weights that come with the package, for models that it knows."""
+"""Hash weights that come with the package, and the settings to use them with."""
 
+import json
 from importlib.resources import as_file, files
+from typing import Any
 
 from hata.checks import check
+from hata.config import HataConfig
 from hata.weights import HashWeights, load_weights
 
+_DATA = files("hata.data")
 _FILES = {
     path.name.removesuffix(".safetensors"): path
-    for path in files("hata.data").iterdir()
+    for path in _DATA.iterdir()
     if path.name.endswith(".safetensors")
 }
 
@@ -27,11 +31,11 @@ def find_pretrained(model: str) -> HashWeights | None:
     Returns:
         The weights, on the CPU, or None.
     """
-    for name, file in _FILES.items():
-        if model == name or model.startswith((f"{name}.", f"{name}-")):
-            with as_file(file) as path:
-                return load_weights(path)
-    return None
+    name = _find_name(model)
+    if name is None:
+        return None
+    with as_file(_FILES[name]) as path:
+        return load_weights(path)
 
 
 def pretrained_weights(model: str) -> HashWeights:
@@ -49,8 +53,71 @@ def pretrained_weights(model: str) -> HashWeights:
     Raises:
         ValueError: There are none for this model.
     """
-    found = find_pretrained(model)
-    rule = f"be one of {', '.join(pretrained_names())}"
-    check(found is not None, "pretrained_weights", "model", rule, model)
-    assert found is not None  # check has made sure of it, for the type checker
-    return found
+    with as_file(_FILES[_name("pretrained_weights", model)]) as path:
+        return load_weights(path)
+
+
+def pretrained_frontier(model: str) -> dict[str, Any]:
+    """Loads the frontier that was measured with the package's weights for a model.
+
+    It compares codes of 32, 64 and 128 bits of the same training and budgets from 0.4 to 12.5 % of
+    the context, with pairs chosen on training text and measured on held-out text (docs/recall.md).
+
+    Args:
+        model: As for `find_pretrained`.
+
+    Returns:
+        What ``hata recall --frontier`` wrote: "model", "context", "commit", "command" and others,
+        and "levels", cheapest first; each has "bytes_per_step" (of a layer and KV head), "uniform"
+        and "per_layer", which `HataConfig` takes, and the attention mass that either selects.
+
+    Raises:
+        ValueError: There are no weights for this model.
+    """
+    name = _name("pretrained_frontier", model)
+    frontier: dict[str, Any] = json.loads((_DATA / f"{name}.frontier.json").read_text())
+    return frontier
+
+
+def pretrained_config(model: str) -> HataConfig:
+    """Returns the settings that go with `pretrained_weights`, as the frontier chose them.
+
+    ``num_bits``, ``query_bits``, ``key_norms``, ``num_sink`` and ``num_recent`` are those that the
+    weights were trained with. ``top_k`` is the smallest of `pretrained_frontier` at which no other
+    pair of bits and budget finds as much with as few bytes: at fewer bytes shorter codes with a
+    larger budget find more.
+
+    Args:
+        model: As for `find_pretrained`.
+
+    Returns:
+        The settings; `dataclasses.replace` changes one.
+
+    Raises:
+        ValueError: There are no weights for this model.
+    """
+    name = _name("pretrained_config", model)
+    weights, frontier = pretrained_weights(name), pretrained_frontier(name)
+    pairs = [level["uniform"] for level in frontier["levels"]]
+    return HataConfig(
+        **next(pair for pair in pairs if pair["num_bits"] == weights.num_bits),
+        query_bits=int(weights.metadata["query_bits"]),
+        key_norms=weights.metadata["key_norms"] == "true",
+        num_sink=int(weights.metadata["num_sink"]),
+        num_recent=int(weights.metadata["num_recent"]),
+        num_dense_layers=frontier["num_dense_layers"],
+    )
+
+
+def _find_name(model: str) -> str | None:
+    """Returns the name under which the package has weights for a model."""
+    names = (x for x in _FILES if model == x or model.startswith((f"{x}.", f"{x}-")))
+    return next(names, None)
+
+
+def _name(function: str, model: str) -> str:
+    """Returns the same for a public function, which has to be given such a model."""
+    name = _find_name(model)
+    check(name is not None, function, "model", f"be one of {', '.join(_FILES)}", model)
+    assert name is not None  # check has made sure of it, for the type checker
+    return name

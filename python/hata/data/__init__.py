@@ -1,1 +1,1 @@
-"""Hash weights as package data, one safetensors file a model."""
+"""Hash weights as package data: for each model a safetensors file and its frontier as JSON."""
