@@ -60,8 +60,9 @@ def pretrained_weights(model: str) -> HashWeights:
 def pretrained_frontier(model: str) -> dict[str, Any]:
     """Loads the frontier that was measured with the package's weights for a model.
 
-    It compares codes of 32, 64 and 128 bits of the same training and budgets from 0.4 to 12.5 % of
-    the context, with pairs chosen on training text and measured on held-out text (docs/recall.md).
+    All its pairs have the weights' number of bits; budgets are 0.4 to 12.5 % of the context. Each
+    layer's was chosen on training text, what they find was measured on held-out text
+    (docs/recall.md).
 
     Args:
         model: As for `find_pretrained`.
@@ -79,28 +80,31 @@ def pretrained_frontier(model: str) -> dict[str, Any]:
     return frontier
 
 
-def pretrained_config(model: str) -> HataConfig:
+def pretrained_config(model: str, top_k: int = 512) -> HataConfig:
     """Returns the settings that go with `pretrained_weights`, as the frontier chose them.
 
     ``num_bits``, ``query_bits``, ``key_norms``, ``num_sink`` and ``num_recent`` are those that the
-    weights were trained with. ``top_k`` is the smallest of `pretrained_frontier` at which no other
-    pair of bits and budget finds as much with as few bytes: at fewer bytes shorter codes with a
-    larger budget find more.
+    weights were trained with. Every layer has a ``top_k`` of its own: those that find most
+    attention while the layers together read no more than with one ``top_k`` for all.
 
     Args:
         model: As for `find_pretrained`.
+        top_k: Positions that each KV head attends to, on average over the layers at most; one of
+            `pretrained_frontier`'s.
 
     Returns:
         The settings; `dataclasses.replace` changes one.
 
     Raises:
-        ValueError: There are no weights for this model.
+        ValueError: There are no weights for this model, or the frontier has no such ``top_k``.
     """
-    name = _name("pretrained_config", model)
+    where = "pretrained_config"
+    name = _name(where, model)
     weights, frontier = pretrained_weights(name), pretrained_frontier(name)
-    pairs = [level["uniform"] for level in frontier["levels"]]
+    levels = {level["uniform"]["top_k"]: level["per_layer"] for level in frontier["levels"]}
+    check(top_k in levels, where, "top_k", f"be one of {', '.join(map(str, levels))}", top_k)
     return HataConfig(
-        **next(pair for pair in pairs if pair["num_bits"] == weights.num_bits),
+        **levels[top_k],
         query_bits=int(weights.metadata["query_bits"]),
         key_norms=weights.metadata["key_norms"] == "true",
         num_sink=int(weights.metadata["num_sink"]),
