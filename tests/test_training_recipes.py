@@ -227,24 +227,29 @@ def test_the_teacher_is_the_dense_attention_without_what_is_always_selected():
 
 
 def test_the_mass_gradient_is_that_of_the_softly_selected_mass():
-    # With its cut moved so that the number of selected keys stays, as the derivation has it.
+    # With its cut moved so that the number of selected keys stays, and a width that moves with the
+    # scores' spread, as the derivation has it.
     fit = HataRecipe(num_bits=32).fit(make_data(num_layers=1))
+    contested = torch.arange(60) >= 4
     scores = torch.randn(1, 1, 60, dtype=torch.float64)
-    p = torch.rand(1, 1, 60, dtype=torch.float64)
+    shown = scores.masked_fill(~contested, -1e30)
+    p = torch.rand(1, 1, 60, dtype=torch.float64) * contested
     width = fit.recipe.width * scores[..., ::8].std(-1, keepdim=True)
-    cut = scores.topk(6, -1).values[..., -1:]
-    count = torch.sigmoid((scores - cut) / width).sum()
+    relative = width / scores[..., contested].std()
+    cut = shown.topk(6, -1).values[..., -1:]
+    count = torch.sigmoid((shown - cut) / width).sum()
 
     def mass(x: Tensor) -> Tensor:
-        low, high = x.min() - 10 * width, x.max() + 10 * width
+        width = relative * x[..., contested].std()
+        x = x.masked_fill(~contested, -1e30)
+        low, high = scores.min() - 10 * width, scores.max() + 10 * width
         for _ in range(100):  # bisection for the cut that keeps the count
             middle = (low + high) / 2
             more = torch.sigmoid((x - middle) / width).sum() > count
             low, high = torch.where(more, middle, low), torch.where(more, high, middle)
         return (p * torch.sigmoid((x - low) / width)).sum()
 
-    everywhere = torch.ones(1, 60, dtype=torch.bool)
-    got = fit._mass_gradient(scores, scores, p, everywhere, 0.1)
+    got = fit._mass_gradient(shown, scores, p, contested[None], 6.5 / 56)
     wanted = torch.zeros(60, dtype=torch.float64)
     for t in range(60):
         nudge = torch.zeros_like(scores)
@@ -252,6 +257,7 @@ def test_the_mass_gradient_is_that_of_the_softly_selected_mass():
         wanted[t] = -(mass(scores + nudge) - mass(scores - nudge)) / 2e-5
     scaled = got[0, 0] / (4 * width[0, 0])
     torch.testing.assert_close(scaled, wanted, rtol=1e-4, atol=1e-6)  # central differences
+    torch.testing.assert_close((got * scores).sum().item(), 0.0, rtol=0, atol=1e-12)
 
 
 def test_queries_that_see_few_keys_do_no_harm():

@@ -30,7 +30,9 @@ class HataRecipe(Recipe):
     - cross-entropy, ``softmax(score) - p^power / Σ p^power``;
     - of the mass that a budget catches, ``(mean - p) bell``: a bell around the score of the last
       key that a budget selects, and the mean of p under it, so that the number of selected keys
-      stays. Budgets are drawn log-uniformly. It sets in when the codes have settled.
+      stays. What lies along the scores themselves is taken out: the bell is as wide as they spread,
+      and what is selected does not depend on their scale. Budgets are drawn log-uniformly. It sets
+      in when the codes have settled.
 
     Signs pass gradients as ``tanh(slope x)`` would, the quantized query as if it were not. Keys and
     queries have weights of their own, which begin as the same random rotation.
@@ -211,7 +213,13 @@ class HataFit(Fit):
         bell = torch.sigmoid((shown - cut) / width)
         bell = bell * (1 - bell)
         mean = (p * bell).sum(-1, keepdim=True) / bell.sum(-1, keepdim=True)
-        return (mean - p) * bell * 4
+        gradient = (mean - p).mul_(bell).mul_(4)
+        # Left in, this part would raise temperature and query weights without end.
+        seen = contested.sum(-1, keepdim=True).clamp(min=1)
+        centred = (logits - (logits * contested).sum(-1, keepdim=True) / seen).mul_(contested)
+        along = (gradient * centred).sum(-1, keepdim=True)
+        along /= centred.square().sum(-1, keepdim=True).clamp(min=1e-30)
+        return gradient.addcmul_(centred, along, value=-1)
 
     def _first_temperature(self, data: TrainingData) -> Tensor:
         """Returns the log temperature that fits scores to the mean logits of the group best."""
