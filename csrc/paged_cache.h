@@ -47,6 +47,12 @@ constexpr int page_of(const PageTable& table, int batch_idx, int t) {
   return page >= 0 && page < table.num_pages ? page : -1;
 }
 
+// page_of() every position of a contiguous cache, so that it need not be looked up again and again;
+// -1 also for other caches.
+constexpr int only_page(const PageTable& table, int batch_idx) {
+  return table.max_pages == 1 ? page_of(table, batch_idx, 0) : -1;
+}
+
 constexpr int row_of(const PageTable& table, int t) {
   return t & table.page_mask;
 }

@@ -6,9 +6,10 @@
 
 namespace hata {
 
-// The ways to do it, with the same result; the environment variable HATA_SCORE_SELECT forces one
+// The ways to do it, with the same selection; the environment variable HATA_SCORE_SELECT forces one
 // (auto, two_kernels, cluster). two_kernels also keeps gather_attention from using clusters, so
-// that it is what any GPU runs.
+// that it is what any GPU runs. With cluster decode_step attends in a second launch; with auto, in
+// the same one where it can.
 enum class ScoreSelectAlgorithm {
   kAuto,
   kTwoKernels,  // any GPU: a scan that writes keys to the workspace, then a selection from them

@@ -4,6 +4,7 @@ import torch
 from cases import LAYOUTS, poisoned
 from closeness import assert_equal, assert_no_worse_than_pytorch, plain_gather_attention
 from decode_cases import DecodeCase, make_decode_case
+from devices import gpu_only
 from hata import (
     DecodeStepOutput,
     cache_append,
@@ -82,6 +83,23 @@ def test_any_number_of_query_tokens(device, algorithm, q_len):
 @pytest.mark.parametrize("top_k", [6, 7, 100, 500])
 def test_any_budget(device, algorithm, top_k):
     assert_steps(make_decode_case([300, 90], device=device, top_k=top_k))
+
+
+@gpu_only
+@pytest.mark.parametrize("key_norms", [False, True])
+@pytest.mark.parametrize("num_kv_heads", [1, 9, 12, 20, 30, 40, 50, 70, 140])
+def test_any_cluster(num_kv_heads, key_norms):
+    """More heads, fewer blocks for each: clusters of eight to one."""
+    shape = {"num_kv_heads": num_kv_heads, "group": 2, "head_dim": 128, "dtype": torch.bfloat16}
+    assert_steps(
+        make_decode_case([1500], device="cuda", top_k=150, key_norms=key_norms, **shape)
+    )
+
+
+@gpu_only
+def test_more_positions_than_a_block_keeps():
+    shape = {"num_kv_heads": 140, "group": 1, "head_dim": 128, "dtype": torch.bfloat16}
+    assert_steps(make_decode_case([9000], device="cuda", top_k=7000, page_size=None, **shape))
 
 
 def test_equals_dense_attention_where_everything_fits_the_budget(device, dtype):

@@ -1,6 +1,7 @@
 #pragma once
 
 #include "cuda/append_slot.cuh"
+#include "cuda/cluster_cut.cuh"
 #include "cuda/cp_async.cuh"
 #include "cuda/projection.cuh"
 
@@ -13,6 +14,7 @@ inline constexpr int kMaxClusterTokens = 8;
 constexpr int kMaxHeadDim = 256;
 
 struct NewTokens {
+  int positions[kMaxClusterTokens];
   Slot slots[kMaxClusterTokens];
   uint32_t codes[kMaxClusterTokens][kMaxWords];  // the words that this block encodes
 };
@@ -22,16 +24,10 @@ struct NewRows {
   alignas(16) uint16_t v[kMaxClusterTokens][kMaxHeadDim];
 };
 
-// Words of a new token's code that a block of the cluster encodes: rank, rank + num_blocks, ...
-struct ClusterShare {
-  int rank, num_blocks;
-
-  __device__ int num_key_words(int num_words) const {
-    return rank < num_words ? (num_words - 1 - rank) / num_blocks + 1 : 0;
-  }
-  __device__ bool has_word(int word) const { return word % num_blocks == rank; }
-  __device__ bool has_rows() const { return rank == num_blocks - 1; }
-};
+// Of the words of a new token's code a block of the cluster encodes rank, rank + num_blocks, ...
+__device__ __forceinline__ int num_own_words(const ClusterPlace& place, int num_words) {
+  return place.rank < num_words ? (num_words - 1 - place.rank) / place.num_blocks + 1 : 0;
+}
 
 // The new token that this warp appends: the block's last warps have one each. Not below q_len for
 // the others.
@@ -57,24 +53,25 @@ __device__ inline void load_new_rows(const CacheAppendParams& p, int batch_idx, 
 __device__ inline void find_slots(const CacheAppendParams& p, int batch_idx, NewTokens& tokens) {
   const int token = token_of_warp();
   if (token < p.q_len && threadIdx.x % kWarpSize == 0) {
+    tokens.positions[token] = append_position(p.table, p.new_seqlens, p.q_len, batch_idx, token);
     tokens.slots[token] = slot_of(p, batch_idx, token);
   }
 }
 
-// Writes what this block appends: its words of the codes, and in the last block keys, values and
-// norms.
+// Writes what this block appends: its words of the codes, and keys, values and norms of positions
+// from `begin` to `end`, those that it also reads.
 template <typename T>
-__device__ __noinline__ void write_new_tokens(const CacheAppendParams& p, int kv_head_idx,
-                                              const ClusterShare& share, const NewTokens& tokens,
-                                              const NewRows& rows) {
+__device__ __forceinline__ void write_new_tokens(const CacheAppendParams& p, int kv_head_idx,
+                                                 const ClusterPlace& place, int begin, int end,
+                                                 const NewTokens& tokens, const NewRows& rows) {
   const int lane = threadIdx.x % kWarpSize;
   const int token = token_of_warp();
   if (token >= p.q_len || tokens.slots[token].row < 0) return;
   const Slot slot = tokens.slots[token];
-  if (lane < p.code_cache.num_words && share.has_word(lane)) {
+  if (lane < p.code_cache.num_words && lane % place.num_blocks == place.rank) {
     code_at(p.code_cache, slot, kv_head_idx)[lane] = tokens.codes[token][lane];
   }
-  if (!share.has_rows()) return;
+  if (tokens.positions[token] < begin || tokens.positions[token] >= end) return;
   // Lane 4 s + c holds the elements of step s that thread c of a quad has elsewhere.
   const int d = lane * 8;
   uint4 piece = {};

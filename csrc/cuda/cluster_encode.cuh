@@ -55,15 +55,15 @@ struct EncodeTask {
   const CacheAppendParams& append;
   int batch_idx, kv_head_idx;
   int group;  // query heads of the KV head
-  ClusterShare share;
+  ClusterPlace place;
 
   // Words to load, those of the queries, then this block's of the keys.
   __device__ int num_loads() const {
-    return encode.num_words + share.num_key_words(encode.num_words);
+    return encode.num_words + num_own_words(place, encode.num_words);
   }
   __device__ bool is_query(int load) const { return load < encode.num_words; }
   __device__ int word(int load) const {
-    return is_query(load) ? load : share.rank + (load - encode.num_words) * share.num_blocks;
+    return is_query(load) ? load : place.rank + (load - encode.num_words) * place.num_blocks;
   }
   __device__ QueryGroup queries(int j) const {
     return query_group(encode, batch_idx, j, kv_head_idx, group);
@@ -89,9 +89,9 @@ __device__ inline void load_pass(const EncodeTask& task, const EncodeScratch& sc
 }
 
 // Starts the copies of queries and of new keys and values, by a whole block, and commits them with
-// what was started before.
+// what was started before. `kept`, if not null, is given the queries a second time.
 __device__ inline void load_rows(const EncodeTask& task, const EncodeScratch& scratch,
-                                 NewRows& new_rows) {
+                                 NewRows& new_rows, uint16_t* kept) {
   const EncodeQueryParams& p = task.encode;
   load_new_rows(task.append, task.batch_idx, task.kv_head_idx, new_rows);
   if (scratch.rows != nullptr) {
@@ -104,7 +104,11 @@ __device__ inline void load_rows(const EncodeTask& task, const EncodeScratch& sc
         const QueryGroup queries = task.queries(row / task.group);
         from = queries.heads + row % task.group * queries.head_stride;
       }
-      if (d < p.head_dim) cp_async_16(scratch.rows + row * scratch.row_pitch + d, from + d, true);
+      if (d >= p.head_dim) continue;
+      cp_async_16(scratch.rows + row * scratch.row_pitch + d, from + d, true);
+      if (kept != nullptr && row < num_queries) {
+        cp_async_16(kept + row * scratch.row_pitch + d, from + d, true);
+      }
     }
   }
   cp_async_commit();
@@ -113,12 +117,11 @@ __device__ inline void load_rows(const EncodeTask& task, const EncodeScratch& sc
 // By a whole block: writes the planes of all query tokens to `planes` [q_len, plane_pitch] in
 // shared memory, adds their ScanPlanes::base to `bases` [q_len], and writes this block's share of
 // the new tokens' codes, and where they go, to `new_tokens`. largest [q_len], zero, is scratch in
-// shared memory. load_pass() of the first weights and load_rows() were called before. Not inlined:
-// its registers are not the scan's.
+// shared memory. load_pass() of the first weights and load_rows() were called before.
 template <typename T>
-__device__ __noinline__ void encode(const EncodeTask& task, const EncodeScratch& scratch,
-                                    uint32_t* largest, int* bases, uint32_t* planes,
-                                    int plane_pitch, NewTokens& new_tokens) {
+__device__ __forceinline__ void encode(const EncodeTask& task, const EncodeScratch& scratch,
+                                       uint32_t* largest, int* bases, uint32_t* planes,
+                                       int plane_pitch, NewTokens& new_tokens) {
   const EncodeQueryParams& p = task.encode;
   const int warp = threadIdx.x / kWarpSize, num_warps = blockDim.x / kWarpSize;
   const int word_stride = word_weight_bytes(p.head_dim) / 2;

@@ -58,8 +58,9 @@ class CodeReader {
  public:
   using Unit = CodeUnit<kNumWords>;
 
+  // `page` is only_page().
   __device__ CodeReader(const PageTable& table, const CodeCache& cache, int batch_idx,
-                        int kv_head_idx)
+                        int kv_head_idx, int page)
       : table_(table),
         cache_(cache),
         codes_(cache.codes + kv_head_idx * cache.code_head_stride),
@@ -71,8 +72,7 @@ class CodeReader {
     const bool norms_aligned = reinterpret_cast<uintptr_t>(cache.norms) % 4 == 0 &&
                                cache.norm_page_stride % 2 == 0 && cache.norm_head_stride % 2 == 0;
     whole_ = (table.page_mask + 1u) % Unit::kTokens == 0 && codes_aligned && norms_aligned;
-    if (one_page_) {  // a contiguous cache: its page need not be looked up again
-      const int page = page_of(table, batch_idx, 0);
+    if (one_page_) {
       whole_ = whole_ && page >= 0;
       codes_ = page < 0 ? nullptr : codes_ + page * cache.code_page_stride;
       norms_ += page * cache.norm_page_stride;

@@ -5,8 +5,10 @@
 namespace hata {
 
 void decode_step_cuda(const DecodeStepParams& params, CudaStream stream) {
-  const bool may_fuse = params.select.algorithm != ScoreSelectAlgorithm::kTwoKernels;
-  if (!may_fuse || !encode_score_select_cluster(params, stream)) {
+  const ScoreSelectAlgorithm algorithm = params.select.algorithm;
+  if (algorithm == ScoreSelectAlgorithm::kAuto && decode_step_cluster(params, stream)) return;
+  if (algorithm == ScoreSelectAlgorithm::kTwoKernels ||
+      !encode_score_select_cluster(params, stream)) {
     cache_append_cuda(params.append, stream);
     encode_query_cuda(params.encode, stream);
     score_select_cuda(params.select, stream);

@@ -3,13 +3,11 @@
 #include <algorithm>
 
 #include "cuda/check.h"
-#include "cuda/gather_tile.cuh"
+#include "cuda/gather_merge.cuh"
 #include "cuda/launch.cuh"
 
 // How gather_attention is cut into blocks.
 namespace hata {
-
-constexpr int kMaxStages = 3;  // steps in flight a warp
 
 // Warps of a block, and how many blocks share the rows of one (query token, KV head).
 struct GatherShape {
@@ -18,29 +16,39 @@ struct GatherShape {
 };
 
 constexpr int kFewWarps = 4, kManyWarps = 8;
-constexpr int kMinRowsPerWarp = kTileN;
-
-// Query heads of a block, at most.
-inline int rows_of(const GatherAttentionParams& p) {
-  return std::min(p.num_heads / p.cache.num_kv_heads, kTileM);
-}
+constexpr int kMinRowsPerWarp = kTileRows;
 
 constexpr int stages_for(int top_k, const GatherShape& shape) {
-  const int tiles = ceil_div(ceil_div(ceil_div(top_k, kTileN), shape.splits), shape.warps);
+  const int tiles = ceil_div(ceil_div(ceil_div(top_k, kTileRows), shape.splits), shape.warps);
   return tiles < kMaxStages ? tiles : kMaxStages;
 }
 
+// Shared memory of a block: the queries, then for each warp its stages, whose place the partial
+// results take at the end; behind them what the blocks of a cluster send each other.
+template <int kHeadDim, int kHeadTiles>
+struct GatherLayout {
+  static constexpr int kHeads = kHeadTiles * kTileHeads;
+  static constexpr int kQueryBytes = kHeads * Tile<kHeadDim>::kPitch * 2;
+
+  static constexpr int received_offset(int warps, int stages) {
+    return kQueryBytes + std::max(warps * stages * Tile<kHeadDim>::kStageBytes,
+                                  Partials<kHeadDim>::bytes(warps, kHeads));
+  }
+  static constexpr int bytes(int warps, int stages, int splits, int heads) {
+    return received_offset(warps, stages) + Received::bytes(splits, heads, kHeadDim);
+  }
+};
+
 // The shape with the most warps, each with rows to attend over, for which all clusters are resident
 // at once. kernel_of(warps) is the kernel of blocks of so many warps.
-template <int kHeadDim, typename KernelOf>
-GatherShape choose_gather_shape(const KernelOf& kernel_of, int64_t clusters, int top_k, int rows,
+template <typename Layout, typename KernelOf>
+GatherShape choose_gather_shape(const KernelOf& kernel_of, int64_t clusters, int top_k, int heads,
                                 const char* op) {
   GatherShape best{kFewWarps, 1};
   for (const int warps : {kFewWarps, kManyWarps}) {
     const auto kernel = kernel_of(warps);
     for (int splits = 1; splits <= kMaxCluster; ++splits) {
-      const int stages = stages_for(top_k, {warps, splits});
-      const int bytes = Tile<kHeadDim>::shared_bytes(warps, stages, splits, rows);
+      const int bytes = Layout::bytes(warps, stages_for(top_k, {warps, splits}), splits, heads);
       if (splits * warps > best.splits * best.warps &&
           (splits - 1) * warps * kMinRowsPerWarp < top_k &&
           allow_shared_memory(kernel, bytes, op) &&

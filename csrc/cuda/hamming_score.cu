@@ -101,7 +101,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int seq_len = min(seq_len_of(p.table, batch_idx), p.max_seq_len);
   if (p.kind == ScoreKind::kKey16 && block_position >= seq_len) return;
 
-  const CodeReader<kNumWords> reader(p.table, p.code_cache, batch_idx, kv_head_idx);
+  const CodeReader<kNumWords> reader(p.table, p.code_cache, batch_idx, kv_head_idx,
+                                     only_page(p.table, batch_idx));
   const int token_words = num_planes(p.weight_sum) * kNumWords;
   const int warp = threadIdx.x / kWarpSize;
   const int first = block_position + warp * Chunk::kPositions;

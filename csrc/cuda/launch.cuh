@@ -13,7 +13,7 @@ struct LaunchShape {
   dim3 grid;
   int threads;
   int shared_bytes = 0;
-  int cluster_size = 1;  // blocks of a cluster, along x
+  int cluster_size = 0;  // blocks of a cluster, along x; 0: the kernel knows no clusters
   // The kernel calls wait_for_previous_kernel() before it touches what the kernel before it in the
   // stream writes, so that its launch may overlap with that kernel's end.
   bool overlaps_previous = false;
@@ -69,7 +69,7 @@ void launch_kernel(void (*kernel)(Params...), const LaunchShape& shape, CudaStre
   allow_shared_memory(kernel, shape.shared_bytes, op);
   cudaLaunchAttribute attributes[2];
   unsigned num_attributes = 0;
-  if (shape.cluster_size > 1) {
+  if (shape.cluster_size > 0) {
     cudaLaunchAttribute& attribute = attributes[num_attributes++];
     attribute.id = cudaLaunchAttributeClusterDimension;
     attribute.val.clusterDim.x = shape.cluster_size;

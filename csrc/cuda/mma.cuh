@@ -33,6 +33,14 @@ __device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
+// threadIdx.x % kWarpSize, asked for anew: what follows from it is not kept in registers over a
+// loop around the call.
+__device__ __forceinline__ int lane_here() {
+  int lane;
+  asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
+  return lane;
+}
+
 // Four 8 x 8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix l / 8.
 __device__ __forceinline__ void load_matrix_x4(uint32_t (&m)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
@@ -44,6 +52,14 @@ __device__ __forceinline__ void load_matrix_x4_transposed(uint32_t (&m)[4], cons
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
                : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3])
                : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(row))));
+}
+
+// An 8 x 8 matrix of 16-bit elements, transposed: lane l holds columns 2 (l % 4) and + 1 of row
+// l / 4, before and after.
+__device__ __forceinline__ uint32_t transpose_matrix(uint32_t m) {
+  uint32_t transposed;
+  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(transposed) : "r"(m));
+  return transposed;
 }
 
 // Two float32 rounded to a pair of T, `low` in the lower half.

@@ -1,8 +1,13 @@
 #include "cuda/score_select_cluster.h"
 
+#include <cooperative_groups.h>
+
+#include <bit>
+
 #include "cuda/cluster_barrier.cuh"
 #include "cuda/cluster_encode.cuh"
 #include "cuda/cluster_scan.cuh"
+#include "cuda/cluster_select.cuh"
 #include "cuda/cluster_shape.cuh"
 #include "cuda/launch.cuh"
 #include "dispatch.h"
@@ -12,17 +17,18 @@ namespace {
 
 constexpr int kMaxGridY = 65535;  // KV heads
 
-Bins bins_for(const ScoreSelectParams& p) {
-  const int keys = p.code_cache.norms != nullptr
-                       ? 1 << 16
-                       : p.weight_sum * p.code_cache.num_words * kWordBits + 1;
-  Bins bins{keys, 0};
-  while ((bins.count = ceil_div(ceil_div(keys, 1 << bins.shift), kGroupBins) * kGroupBins) *
-             p.q_len >
-         kHistogramBins) {
-    ++bins.shift;
-  }
-  return bins;
+// Keys are below this.
+int num_keys(const ScoreSelectParams& p) {
+  if (p.code_cache.norms != nullptr) return 1 << 16;
+  return p.weight_sum * p.code_cache.num_words * kWordBits + 1;
+}
+
+Bins bins_for(const ScoreSelectParams& p, int keys) {
+  const auto padded = [](int bins) { return ceil_div(bins, kGroupBins) * kGroupBins; };
+  // If there must be a second histogram, one of a single group is found fastest.
+  int shift = padded(keys) * p.q_len <= kHistogramBins ? 0 : std::bit_width(kGroupBins - 1u);
+  while (padded(ceil_div(keys, 1 << shift)) * p.q_len > kHistogramBins) ++shift;
+  return {{padded(ceil_div(keys, 1 << shift)), padded(1 << shift)}, shift};
 }
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
@@ -37,9 +43,11 @@ __device__ __forceinline__ int cluster_idx() {
 
 // The planes of all query tokens, in shared memory as the scan reads them.
 template <int kNumWords>
-__device__ void prepare_planes(const ClusterParams& params, ClusterShared& shared,
-                               const EncodeTask& task, const EncodeScratch& scratch) {
+__device__ __forceinline__ void prepare_planes(const ClusterParams& params, ClusterShared& shared,
+                                               const EncodeTask& task,
+                                               const EncodeScratch& scratch) {
   const ScoreSelectParams& p = params.select;
+  ScanTables& scan = shared.scan;
   const int num_planes = hata::num_planes(p.weight_sum);
   const int token_words = num_planes * kNumWords;
   const int pitch = padded_planes(num_planes) * kNumWords;
@@ -48,71 +56,107 @@ __device__ void prepare_planes(const ClusterParams& params, ClusterShared& share
       const int j = i / token_words, word = i % token_words;
       const int64_t row =
           (int64_t{task.batch_idx} * p.q_len + j) * p.num_kv_heads + task.kv_head_idx;
-      shared.planes[j * pitch + word] = p.planes[row * token_words + word];
+      scan.planes[j * pitch + word] = p.planes[row * token_words + word];
     }
   } else if (params.encode.dtype == DType::kBFloat16) {
-    encode<__nv_bfloat16>(task, scratch, shared.largest, shared.bases, shared.planes, pitch,
+    encode<__nv_bfloat16>(task, scratch, scan.largest, scan.bases, scan.planes, pitch,
                           shared.new_tokens);
   } else {
-    encode<__half>(task, scratch, shared.largest, shared.bases, shared.planes, pitch,
-                   shared.new_tokens);
+    encode<__half>(task, scratch, scan.largest, scan.bases, scan.planes, pitch, shared.new_tokens);
   }
   __syncthreads();
   if (params.encodes) return;
   const int warp = threadIdx.x / kWarpSize;
   static_assert(kMaxClusterTokens <= kFewThreads / kWarpSize);
   if (warp < p.q_len) {
-    shared.bases[warp] = plane_base<kNumWords>(shared.planes + warp * pitch, p.weight_sum);
+    scan.bases[warp] = plane_base<kNumWords>(scan.planes + warp * pitch, p.weight_sum);
   }
   __syncthreads();
 }
 
+// Touches every line of a kernel's parameters, which are slow to read the first time, while the
+// kernel waits for the one before it.
+template <typename Params>
+__device__ __forceinline__ void warm_up(const Params& params) {
+  constexpr int kLine = 64;  // bytes
+  const auto* words = reinterpret_cast<const uint32_t*>(&params);
+#pragma unroll
+  for (size_t i = 0; i < sizeof(Params) / 4; i += kLine / 4) asm volatile("" ::"r"(words[i]));
+}
+
+// Attends over what this block selected.
+__device__ __forceinline__ void attend_selected(const GatherAttentionParams& p,
+                                                ClusterShared& shared) {
+  const auto call = [&]<typename T, int kHeadDim>() {
+    attend<T, kHeadDim>(p, shared.slice.place, shared.attend, shared.histogram, shared.results);
+  };
+  const auto call_for_type = [&]<typename T>() {
+    if (p.cache.head_dim == 128) return call.template operator()<T, 128>();
+    if (p.cache.head_dim == 96) return call.template operator()<T, 96>();
+    return call.template operator()<T, 64>();
+  };
+  p.cache.dtype == DType::kBFloat16 ? call_for_type.template operator()<__nv_bfloat16>()
+                                    : call_for_type.template operator()<__half>();
+}
+
 // grid: (batch clusters, num_kv_heads). Each block of a cluster scans one slice of the sequence,
-// keeping 16-bit keys and a histogram of them; the cluster adds up its histograms, finds the key of
-// the last selected position, and each block writes its part of the indices, in order.
+// keeping 16-bit keys and a histogram of them; the cluster adds up its histograms and finds the key
+// of the last selected position; each block writes its part of the indices, in order, and attends
+// over it.
 template <int kNumWords, bool kNorms>
 __global__ void __launch_bounds__(kManyThreads, 1)
     score_select_kernel(const __grid_constant__ ClusterParams params) {
   extern __shared__ __align__(16) char shared_bytes[];
   ClusterShared& shared = *reinterpret_cast<ClusterShared*>(shared_bytes);
   const ScoreSelectParams& p = params.select;
-  const Bins bins = params.bins;
-  const cg::cluster_group cluster = cg::this_cluster();
-  arrive_at_cluster_barrier();
   const int warp = threadIdx.x / kWarpSize;
-#pragma unroll 1
-  for (int i = threadIdx.x; i < p.q_len * bins.count; i += blockDim.x) shared.histogram[i] = 0;
-  if (bins.shift > 0) {
-#pragma unroll 1
-    for (int i = threadIdx.x; i < p.q_len * kFineBins; i += blockDim.x) shared.fine[i] = 0;
+  const int num_blocks = cg::this_cluster().num_blocks();
+  if (threadIdx.x == 0) {
+    shared.sums_arrived.init();
+    for (int j = 0; j < max(p.q_len, 2); ++j) shared.bins_arrived[j].init();
+    shared.attend.results_arrived.init();
   }
-  if (threadIdx.x < kMaxClusterTokens) shared.largest[threadIdx.x] = shared.bases[threadIdx.x] = 0;
-  if (threadIdx.x < kMaxPlanes * kMaxWords) shared.no_planes[threadIdx.x] = 0;
-  shared.weights.set(p.weight_sum, threadIdx.x);
+  arrive_at_cluster_barrier();
+#pragma unroll 1
+  for (int i = threadIdx.x; i < p.q_len * params.bins.counts[0]; i += blockDim.x)
+    shared.histogram[i] = 0;
+  if (threadIdx.x < kMaxClusterTokens) {
+    shared.scan.largest[threadIdx.x] = shared.scan.bases[threadIdx.x] = 0;
+  }
+  if (threadIdx.x < kMaxPlanes * kMaxWords) shared.scan.no_planes[threadIdx.x] = 0;
+  shared.scan.weights.set(p.weight_sum, threadIdx.x);
   {
-    const int rank = cluster.block_rank(), num_blocks = cluster.num_blocks();
+    const ClusterPlace place{static_cast<int>(cg::this_cluster().block_rank()), num_blocks};
     const int batch_idx = cluster_idx();
     const int kv_head_idx = blockIdx.y;
     const EncodeTask task{params.encode, params.append, batch_idx,
-                          kv_head_idx,   params.group,  {rank, num_blocks}};
+                          kv_head_idx,   params.group,  place};
     const EncodeScratch scratch(shared_bytes + kKeyOffset, params.key_bytes, params.encode,
                                 params.group);
+    warm_up(params);
     // Hash weights are older than the previous kernel (decode_step.h): they need not wait for it.
     if (params.encodes) load_pass(task, scratch, 0);
     wait_for_previous_kernel();
     let_next_kernel_launch();
-    if (params.encodes) load_rows(task, scratch, shared.new_rows);
+    if (params.encodes) {
+      load_rows(task, scratch, shared.new_rows, params.attends ? shared.attend.queries : nullptr);
+    }
     const int seq_len = seq_len_of(p.table, batch_idx);
-    const CodeReader<kNumWords> reader(p.table, p.code_cache, batch_idx, kv_head_idx);
+    const int page = only_page(p.table, batch_idx);
+    const CodeReader<kNumWords> reader(p.table, p.code_cache, batch_idx, kv_head_idx, page);
     const int slice_len =
         ceil_div(ceil_div(seq_len, num_blocks), kSliceAlignment) * kSliceAlignment;
-    ClusterSlice slice{.first_row = int64_t{batch_idx} * p.q_len * p.num_kv_heads + kv_head_idx,
+    ClusterSlice slice{.place = place,
+                       .first_row = int64_t{batch_idx} * p.q_len * p.num_kv_heads + kv_head_idx,
                        .batch_idx = batch_idx,
                        .kv_head_idx = kv_head_idx,
                        .seq_len = seq_len,
-                       .begin = min(rank * slice_len, seq_len)};
+                       .only_page = page,
+                       .begin = min(place.rank * slice_len, seq_len)};
     slice.end = min(slice.begin + slice_len, seq_len);
-    if (int64_t{slice_len} * p.q_len * 2 <= params.key_bytes) {
+    slice.pieces = Candidates::pieces_for(slice_len);
+    slice.keys_are_shared = int64_t{slice_len} * p.q_len * 2 <= params.key_bytes;
+    if (slice.keys_are_shared) {
       slice.keys = reinterpret_cast<uint16_t*>(shared_bytes + kKeyOffset);
       slice.key_pitch = slice_len;
     } else {
@@ -128,114 +172,50 @@ __global__ void __launch_bounds__(kManyThreads, 1)
   }
   // In shared memory, which leaves the scan its registers.
   const ClusterSlice& slice = shared.slice;
-  // A sequence whose tokens all are selected has nothing to compare.
-  if (slice.seq_len > p.top_k) {
-    scan_slice<kNumWords, kNorms>(params, shared, slice);
-  }
+  const bool chooses = must_choose(p, slice.seq_len);
+  if (chooses) scan_slice<kNumWords, kNorms>(params, shared, slice);
   __syncthreads();
   wait_at_cluster_barrier();  // every block has begun
-  share_group_sums(cluster, shared.histogram, p.q_len * bins.count, shared.groups, kMaxGroups);
-  cluster.sync();
-
-  const int num_competing = p.top_k - p.num_sink - p.num_recent;
-  const auto must_choose = [&](int j) {
-    return visible_len(slice.seq_len, p.q_len, j) > p.top_k && num_competing > 0;
-  };
-  const int groups = bins.count / kGroupBins;
-  if (warp < p.q_len && must_choose(warp)) {
-    const Cut cut = find_cut(cluster, shared.histogram + warp * bins.count,
-                             shared.groups + warp * groups, kMaxGroups, groups, num_competing);
-    if (threadIdx.x % kWarpSize == 0) shared.cuts[warp] = cut;
-  }
+  if (chooses) find_cuts(params, shared, 0);
   // The last warps append meanwhile.
   if (params.encodes) {
-    const ClusterShare share{static_cast<int>(cluster.block_rank()),
-                             static_cast<int>(cluster.num_blocks())};
     if (params.encode.dtype == DType::kBFloat16) {
-      write_new_tokens<__nv_bfloat16>(params.append, slice.kv_head_idx, share, shared.new_tokens,
-                                      shared.new_rows);
+      write_new_tokens<__nv_bfloat16>(params.append, slice.kv_head_idx, slice.place, slice.begin,
+                                      slice.end, shared.new_tokens, shared.new_rows);
     } else {
-      write_new_tokens<__half>(params.append, slice.kv_head_idx, share, shared.new_tokens,
-                               shared.new_rows);
+      write_new_tokens<__half>(params.append, slice.kv_head_idx, slice.place, slice.begin,
+                               slice.end, shared.new_tokens, shared.new_rows);
     }
   }
   __syncthreads();
-  const auto key_slice = [&](int j) -> KeySlice {
-    return {slice.keys + j * slice.key_pitch, slice.begin, slice.end, p.num_sink,
-            visible_len(slice.seq_len, p.q_len, j) - p.num_recent};
-  };
-  // The candidates of one token and one tile outlast the second histogram.
-  const bool keeps_candidates = p.q_len == 1 && slice.end - slice.begin <= kBitmapPositions;
-  if (bins.shift > 0) {
-    for (int j = 0; j < p.q_len; ++j) {
-      if (!must_choose(j)) continue;
-      const uint32_t bin = shared.cuts[j].bin;
-      for (int tile = slice.begin; tile < slice.end; tile += kBitmapPositions) {
-        mark_candidates(shared.candidates, key_slice(j), tile, bin << bins.shift);
-        __syncthreads();
-        for_each_candidate(shared.candidates, key_slice(j), tile, [&](int, uint32_t key) {
-          if (key >> bins.shift == bin) {
-            atomicAdd(&shared.fine[j * kFineBins + key % (1u << bins.shift)], 1u);
-          }
-        });
-        if (!keeps_candidates) __syncthreads();
-      }
-    }
-    __syncthreads();
-    share_group_sums(cluster, shared.fine, p.q_len * kFineBins, shared.fine_groups, kMaxFineGroups);
-    cluster.sync();
-    if (warp < p.q_len && must_choose(warp)) {
-      const Cut coarse = shared.cuts[warp];
-      const Cut fine =
-          find_cut(cluster, shared.fine + warp * kFineBins,
-                   shared.fine_groups + warp * (kFineBins / kGroupBins), kMaxFineGroups,
-                   ceil_div(1 << bins.shift, kGroupBins), num_competing - coarse.above);
-      __syncwarp();  // all lanes have read the coarse cut
-      if (threadIdx.x % kWarpSize == 0) {
-        shared.cuts[warp] = {coarse.bin << bins.shift | fine.bin, coarse.above + fine.above,
-                             fine.ties, coarse.above_before + fine.above_before, fine.ties_before};
-      }
-    }
-    __syncthreads();
+  // Positions are kept where neither keys nor rows lie.
+  const int kept_offset =
+      !params.attends ? 0
+      : slice.keys_are_shared
+          ? max(kKeyOffset + (slice.end - slice.begin + 7) / 8 * 16, params.row_end)
+          : params.row_end;
+  const auto kept = reinterpret_cast<int32_t*>(shared_bytes + kept_offset);
+  const int num_kept = params.attends ? max(kKeyOffset + params.key_bytes - kept_offset, 0) / 4 : 0;
+  const IndexRange range =
+      slice.keys_are_shared
+          ? select_from_keys(params, shared,
+                             reinterpret_cast<const uint16_t*>(shared_bytes + kKeyOffset), kept,
+                             num_kept)
+          : select_from_keys(params, shared, slice.keys, kept, num_kept);
+  if (!params.attends) return;
+  if (threadIdx.x == 0) {
+    const int num_positions = range.end - range.first;
+    shared.attend.list = {.batch_idx = slice.batch_idx,
+                          .kv_head_idx = slice.kv_head_idx,
+                          .visible = slice.seq_len,
+                          .only_page = slice.only_page,
+                          .num_positions = num_positions,
+                          .positions = num_positions <= num_kept
+                                           ? kept
+                                           : p.indices + slice.first_row * p.top_k + range.first};
   }
-  // No block may leave while another reads its histogram; this one has read the others'. Nothing
-  // was written that they wait for.
-  arrive_at_cluster_barrier();
-
-  const int thread_of_cluster = cluster.thread_rank();
-  const int cluster_threads = cluster.num_threads();
-  for (int j = 0; j < p.q_len; ++j) {
-    const int64_t row = slice.first_row + j * p.num_kv_heads;
-    const int visible = visible_len(slice.seq_len, p.q_len, j);
-    const int num_selected = min(p.top_k, visible);
-    int32_t* indices = p.indices + row * p.top_k;
-    if (thread_of_cluster == 0) p.num_selected[row] = num_selected;
-    for (int i = num_selected + thread_of_cluster; i < p.top_k; i += cluster_threads) {
-      indices[i] = -1;
-    }
-    if (visible <= p.top_k) {
-      for (int i = thread_of_cluster; i < visible; i += cluster_threads) indices[i] = i;
-      continue;
-    }
-    // More positions than top_k: the sinks and the recent ones do not overlap.
-    for (int i = thread_of_cluster; i < p.num_sink; i += cluster_threads) indices[i] = i;
-    for (int i = thread_of_cluster; i < p.num_recent; i += cluster_threads) {
-      indices[p.top_k - p.num_recent + i] = visible - p.num_recent + i;
-    }
-    if (num_competing == 0) continue;
-    const Cut cut = shared.cuts[j];
-    OutputCut output{cut.bin, cut.above_before, cut.ties_before,
-                     cut.ties - (num_competing - cut.above)};
-    for (int tile = slice.begin; tile < slice.end; tile += kBitmapPositions) {
-      if (bins.shift == 0 || !keeps_candidates) {
-        mark_candidates(shared.candidates, key_slice(j), tile, cut.bin);
-        __syncthreads();
-      }
-      write_selected(shared.candidates, key_slice(j), tile, output, indices + p.num_sink);
-      __syncthreads();  // the candidates may be marked again
-    }
-  }
-  wait_at_cluster_barrier();
+  __syncthreads();  // the positions are written
+  attend_selected(params.attend, shared);
 }
 
 #else
@@ -251,9 +231,11 @@ bool launch(ClusterParams& params, CudaStream stream) {
   const auto kernel = score_select_kernel<kNumWords, kNorms>;
   if (!compiled_for_clusters(kernel, kOp)) return false;
   allow_shared_memory(kernel, kKeyOffset + kMostKeyBytes, kOp);
-  const ClusterShape shape = choose_shape(kernel, params.select, kOp);
-  params.bins = bins_for(params.select);
+  const ClusterShape shape = choose_shape(kernel, params, kOp);
+  params.num_keys = num_keys(params.select);
+  params.bins = bins_for(params.select, params.num_keys);
   params.key_bytes = shape.key_bytes;
+  params.row_end = kRowOffset + attend_row_bytes(shape.threads, params.attend.cache.head_dim);
   launch_kernel(
       kernel,
       {.grid = dim3(params.select.table.batch * shape.cluster_size, params.select.num_kv_heads),
@@ -293,6 +275,18 @@ bool encode_score_select_cluster(const DecodeStepParams& p, CudaStream stream) {
                        .encode = p.encode,
                        .append = p.append,
                        .group = p.encode.num_heads / p.encode.num_kv_heads};
+  return run(params, stream);
+}
+
+bool decode_step_cluster(const DecodeStepParams& p, CudaStream stream) {
+  if (p.select.num_recent < p.select.q_len || !cluster_can_attend(p.attend)) return false;
+  ClusterParams params{.select = p.select,
+                       .encodes = true,
+                       .encode = p.encode,
+                       .append = p.append,
+                       .group = p.encode.num_heads / p.encode.num_kv_heads,
+                       .attends = true,
+                       .attend = p.attend};
   return run(params, stream);
 }
 

@@ -14,4 +14,8 @@ bool score_select_cluster(const ScoreSelectParams& params, CudaStream stream);
 // (num_recent below q_len), because its code would have to be there before the scan.
 bool encode_score_select_cluster(const DecodeStepParams& params, CudaStream stream);
 
+// All of a decoding step in one kernel: each block also attends over what it selected. Further
+// returns false where its registers and shared memory do not do (cluster_can_attend()).
+bool decode_step_cluster(const DecodeStepParams& params, CudaStream stream);
+
 }  // namespace hata
