@@ -15,19 +15,9 @@ from hata.training.recipes import RECIPES, Recipe
 from hata.training.recipes.hata import HataRecipe
 from hata.training.recipes.paper import PaperFit, PaperRecipe
 from hata.training.recipes.pca_itq import PcaItqRecipe
-from training_data import make_data
+from training_data import dense_attention, make_data, trained
 
 BUDGETS = (12, 25)
-
-
-def trained(recipe: Recipe, data: TrainingData) -> tuple[Tensor, Tensor]:
-    fit = recipe.fit(data)
-    optimizer = fit.optimizer()
-    if optimizer is not None:
-        for step in range(recipe.num_steps):
-            fit.step(data, optimizer, step)
-    key_weights, query_weights = fit.weights()
-    return key_weights, key_weights if query_weights is None else query_weights
 
 
 def lost(recipe: Recipe, data: TrainingData, weights: tuple[Tensor, Tensor]) -> float:
@@ -101,14 +91,6 @@ def test_evaluation_selects_as_the_reference_operators_do(
     # float32 sums of 90 probabilities
     for got, wanted in zip((found.lost, found.lost_exact, found.recall), means, strict=True):
         torch.testing.assert_close(got, wanted, rtol=0, atol=1e-5)
-
-
-def dense_attention(data: TrainingData, s: int, row: int, position: int) -> Tensor:
-    """One query token's attention, mean over the group: ``[heads, seq_len]``."""
-    q, k = data.q[s, :, row], data.k[s]
-    logits = torch.einsum("hgd,htd->hgt", q, k) * data.softmax_scale
-    logits[..., position + 1 :] = -torch.inf
-    return logits.softmax(-1).mean(1)
 
 
 @pytest.mark.parametrize("query_bits", [2, 3, 4])
@@ -213,84 +195,16 @@ def test_the_papers_epochs_draw_other_pairs():
     assert torch.equal(first, fit._pairs_of(0))
 
 
-def test_the_teacher_is_the_dense_attention_without_what_is_always_selected():
-    data = make_data(num_layers=1)
-    fit = HataRecipe(num_bits=32).fit(data)
-    rows, keys = torch.tensor([0, 7, 31]), torch.tensor([0, 1, 2, 50, 99, 120, 150, 199])
-    p, contested = fit._teacher(data, 1, rows, keys)
-    for i, row in enumerate(rows.tolist()):
-        position = int(data.positions[1, row])
-        whole = dense_attention(data, 1, row, position)
-        open_ = (keys >= data.num_sink) & (keys <= position - data.num_recent)
-        assert torch.equal(contested[i], open_)
-        torch.testing.assert_close(p[:, i], whole[:, keys] * open_, rtol=1e-4, atol=1e-7)
-
-
-def test_the_mass_gradient_is_that_of_the_softly_selected_mass():
-    # With its cut moved so that the number of selected keys stays, and a width that moves with the
-    # scores' spread, as the derivation has it.
-    fit = HataRecipe(num_bits=32).fit(make_data(num_layers=1))
-    contested = torch.arange(60) >= 4
-    scores = torch.randn(1, 1, 60, dtype=torch.float64)
-    shown = scores.masked_fill(~contested, -1e30)
-    p = torch.rand(1, 1, 60, dtype=torch.float64) * contested
-    width = fit.recipe.width * scores[..., ::8].std(-1, keepdim=True)
-    relative = width / scores[..., contested].std()
-    cut = shown.topk(6, -1).values[..., -1:]
-    count = torch.sigmoid((shown - cut) / width).sum()
-
-    def mass(x: Tensor) -> Tensor:
-        width = relative * x[..., contested].std()
-        x = x.masked_fill(~contested, -1e30)
-        low, high = scores.min() - 10 * width, scores.max() + 10 * width
-        for _ in range(100):  # bisection for the cut that keeps the count
-            middle = (low + high) / 2
-            more = torch.sigmoid((x - middle) / width).sum() > count
-            low, high = torch.where(more, middle, low), torch.where(more, high, middle)
-        return (p * torch.sigmoid((x - low) / width)).sum()
-
-    got = fit._mass_gradient(shown, scores, p, contested[None], 6.5 / 56)
-    wanted = torch.zeros(60, dtype=torch.float64)
-    for t in range(60):
-        nudge = torch.zeros_like(scores)
-        nudge[..., t] = 1e-5
-        wanted[t] = -(mass(scores + nudge) - mass(scores - nudge)) / 2e-5
-    scaled = got[0, 0] / (4 * width[0, 0])
-    torch.testing.assert_close(scaled, wanted, rtol=1e-4, atol=1e-6)  # central differences
-    torch.testing.assert_close((got * scores).sum().item(), 0.0, rtol=0, atol=1e-12)
-
-
-def test_queries_that_see_few_keys_do_no_harm():
-    # 40 of 200 keys are drawn, so that the first query tokens see fewer than a budget selects.
-    data = make_data(num_layers=1)
-    positions = torch.arange(40).expand(2, -1)
-    early = replace(data, positions=positions)
-    recipe = HataRecipe(num_bits=32, num_steps=8, num_keys=40, budget_first=0.3, budget_last=0.9)
-    for weights in trained(recipe, early):
-        assert bool(weights.isfinite().all())
-
-
 @pytest.mark.parametrize("query_bits", [1, 4])
 def test_distilled_weights_beat_random_ones(device, query_bits):
-    train = make_data(num_sequences=6, num_queries=80, device=device)
-    heldout = make_data(seed=1, device=device)
-    recipe = HataRecipe(num_bits=32, query_bits=query_bits, num_steps=60, num_queries=80)
+    # What 6 sequences teach in 60 steps hardly carries over to others: held out, 4-bit queries lose
+    # 0.91 to 0.95 of what they lose with random weights. 24 sequences in 240 steps reach 0.87 to
+    # 0.89 (four seeds, on 8 sequences), which leaves room for other orders of summation.
+    train = make_data(num_sequences=24, num_queries=80, device=device)
+    heldout = make_data(num_sequences=8, seed=1, device=device)
+    recipe = HataRecipe(num_bits=32, query_bits=query_bits, num_steps=240, num_queries=80)
     weights = trained(recipe, train)
     random = RECIPES["random"](num_bits=32, query_bits=query_bits)
     drawn = trained(random, train)
     assert lost(recipe, train, weights) < 0.8 * lost(random, train, drawn)
     assert lost(recipe, heldout, weights) < 0.95 * lost(random, heldout, drawn)
-
-
-def test_recipe_hata_refuses_norms():
-    with pytest.raises(ValueError, match=r"hata\.train: key_norms must be False"):
-        HataRecipe(key_norms=True)
-
-
-def test_keys_of_equal_codes_do_no_harm():
-    # Keys so far from zero that a code tells none from another: every score is the same.
-    data = make_data(num_layers=1)
-    data = replace(data, k=data.k + 1e4)
-    recipe = HataRecipe(num_bits=32, num_steps=8, num_queries=16, num_keys=64)
-    for weights in trained(recipe, data):
-        assert bool(weights.isfinite().all())

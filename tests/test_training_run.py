@@ -190,6 +190,19 @@ def test_nan_in_captures_is_an_error(tmp_path):
         train(Broken(SOURCE), None, out, options(), {})
 
 
+def test_an_infinite_loss_names_its_layer(tmp_path):
+    class Large(Fixed):
+        def load(self, layers: Any, device: torch.device) -> TrainingData:
+            data = super().load(layers, device)
+            data.k[:, SOURCE.num_kv_heads :] *= 1e30  # of layer 1: its logits overflow float32
+            data.q[:, SOURCE.num_kv_heads :] *= 1e20
+            return data
+
+    out = tmp_path / "weights.safetensors"
+    with pytest.raises(ValueError, match=r"the loss of layers \[1\] at step 0 must stay finite"):
+        train(Large(SOURCE), None, out, options(), {})
+
+
 def test_too_little_memory_for_one_layer_is_an_error(tmp_path):
     out = tmp_path / "weights.safetensors"
     with pytest.raises(ValueError, match="memory_limit_gb must be at least"):

@@ -1,9 +1,10 @@
-"""Random queries and keys that a hash can learn from: queries use a quarter of the directions."""
+"""Random queries and keys that a hash can learn from, and what tests of recipes do with them."""
 
 import torch
 from torch import Tensor
 
 from hata.training.data import TrainingData
+from hata.training.recipes import Recipe
 
 
 def make_data(
@@ -18,7 +19,7 @@ def make_data(
     seed: int = 0,
     device: str = "cpu",
 ) -> TrainingData:
-    """Draws layers ``0..num_layers - 1``; the directions that matter do not depend on the seed."""
+    """Draws layers ``0..num_layers - 1``; queries use the same quarter of the directions."""
     heads = num_layers * num_kv_heads
     fixed = torch.Generator().manual_seed(1234)
     generator = torch.Generator().manual_seed(seed)
@@ -39,3 +40,22 @@ def make_data(
     layers = tuple(range(num_layers))
     on_device = (x.to(device) for x in (q, k, positions + seq_len // 2))
     return TrainingData(layers, *on_device, head_dim**-0.5, 2, 3)
+
+
+def trained(recipe: Recipe, data: TrainingData) -> tuple[Tensor, Tensor]:
+    """Takes all steps; returns key weights and query weights, ``[heads, head_dim, num_bits]``."""
+    fit = recipe.fit(data)
+    optimizer = fit.optimizer()
+    if optimizer is not None:
+        for step in range(recipe.num_steps):
+            fit.step(data, optimizer, step)
+    key_weights, query_weights = fit.weights()
+    return key_weights, key_weights if query_weights is None else query_weights
+
+
+def dense_attention(data: TrainingData, s: int, row: int, position: int) -> Tensor:
+    """One query token's attention, mean over the group: ``[heads, seq_len]``."""
+    q, k = data.q[s, :, row], data.k[s]
+    logits = torch.einsum("hgd,htd->hgt", q, k) * data.softmax_scale
+    logits[..., position + 1 :] = -torch.inf
+    return logits.softmax(-1).mean(1)

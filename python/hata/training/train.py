@@ -155,13 +155,13 @@ def _train_layers(
             loss = fit.step(data, optimizer, step)
             losses[:, step] = loss.unflatten(0, (len(layers), -1)).mean(1)
             if (step + 1) % options.checkpoint_every == 0:
-                _check_losses(losses[:, : step + 1])
+                _check_losses(layers, losses[:, : step + 1])
                 state = Checkpoint(
                     list(layers), step + 1, fit.state_dict(), optimizer.state_dict(), losses
                 )
                 parts.write_checkpoint(state)
             on_step(len(layers))
-        _check_losses(losses)
+        _check_losses(layers, losses)
     key_weights, query_weights = fit.weights()
     del data
     scores = torch.zeros(3, len(layers), len(options.budgets))
@@ -190,12 +190,14 @@ def _train_layers(
         parts.write(layer_idx, part)
 
 
-def _check_losses(losses: Tensor) -> None:
+def _check_losses(layers: Sequence[int], losses: Tensor) -> None:
     """Checks the losses so far, ``[num_layers, num_steps]``: seldom, since it waits for a GPU."""
-    finite = losses.isfinite().all(0)
-    first = int(finite.long().argmin())
+    finite = losses.isfinite()
+    step = int(finite.all(0).long().argmin())
+    bad = (~finite[:, step]).nonzero()[:, 0].tolist()
+    what = f"the loss of layers {[layers[i] for i in bad]} at step {step}"
     rule = "stay finite (a smaller learning rate may help)"
-    check(bool(finite.all()), _WHERE, f"the loss at step {first}", rule, losses[:, first])
+    check(not bad, _WHERE, what, rule, losses[bad, step].tolist())
 
 
 def _resume(

@@ -180,7 +180,8 @@ class HataFit(Fit):
         for group_idx in range(q.shape[2]):  # one head of the group at a time, to save memory
             logits = torch.bmm(q[:, :, group_idx], k)
             p += logits.sub_(log_sums[:, :, group_idx, None]).exp_()
-        return p.div_(q.shape[2]).mul_(contested), contested
+        # Not multiplied: exp is infinite where a key after the query far outweighs all it sees.
+        return p.div_(q.shape[2]).masked_fill_(~contested, 0), contested
 
     def _logits(
         self, data: TrainingData, sequence_idx: int, rows: Tensor, keys: Tensor, slope: float

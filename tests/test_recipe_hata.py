@@ -1,0 +1,101 @@
+"""Recipe `hata`: its teacher and gradients are the documented ones, whatever the data."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from hata.training.recipes.hata import HataRecipe
+from training_data import dense_attention, make_data, trained
+
+
+def test_the_teacher_is_the_dense_attention_without_what_is_always_selected():
+    data = make_data(num_layers=1)
+    fit = HataRecipe(num_bits=32).fit(data)
+    rows, keys = torch.tensor([0, 7, 31]), torch.tensor([0, 1, 2, 50, 99, 120, 150, 199])
+    p, contested = fit._teacher(data, 1, rows, keys)
+    for i, row in enumerate(rows.tolist()):
+        position = int(data.positions[1, row])
+        whole = dense_attention(data, 1, row, position)
+        open_ = (keys >= data.num_sink) & (keys <= position - data.num_recent)
+        assert torch.equal(contested[i], open_)
+        torch.testing.assert_close(p[:, i], whole[:, keys] * open_, rtol=1e-4, atol=1e-7)
+
+
+def test_keys_after_a_query_may_outweigh_all_that_it_sees():
+    # Logits of thousands, as layer 0 of Qwen2.5 has: for queries before position 150 the drawn keys
+    # after it lie hundreds above the logsumexp, and exp of that is infinite in float32.
+    data = make_data(num_layers=1)
+    far = torch.where(torch.arange(data.seq_len) >= 150, 200.0, 1.0)
+    data = replace(data, k=data.k * far[:, None])
+    recipe = HataRecipe(num_bits=32, num_steps=8, num_queries=40)
+    fit = recipe.fit(data)
+    p, _ = fit._teacher(data, 0, torch.arange(40), torch.arange(data.seq_len))
+    early = data.positions[0] < 150
+    for row in early.nonzero()[:, 0].tolist():
+        position = int(data.positions[0, row])
+        wanted = dense_attention(data, 0, row, position)
+        wanted[:, : data.num_sink] = 0
+        wanted[:, position - data.num_recent + 1 :] = 0
+        torch.testing.assert_close(p[:, row], wanted, rtol=1e-4, atol=1e-7)
+    for weights in trained(recipe, data):
+        assert bool(weights.isfinite().all())
+
+
+def test_the_mass_gradient_is_that_of_the_softly_selected_mass():
+    # With its cut moved so that the number of selected keys stays, and a width that moves with the
+    # scores' spread, as the derivation has it.
+    fit = HataRecipe(num_bits=32).fit(make_data(num_layers=1))
+    contested = torch.arange(60) >= 4
+    scores = torch.randn(1, 1, 60, dtype=torch.float64)
+    shown = scores.masked_fill(~contested, -1e30)
+    p = torch.rand(1, 1, 60, dtype=torch.float64) * contested
+    width = fit.recipe.width * scores[..., ::8].std(-1, keepdim=True)
+    relative = width / scores[..., contested].std()
+    cut = shown.topk(6, -1).values[..., -1:]
+    count = torch.sigmoid((shown - cut) / width).sum()
+
+    def mass(x: Tensor) -> Tensor:
+        width = relative * x[..., contested].std()
+        x = x.masked_fill(~contested, -1e30)
+        low, high = scores.min() - 10 * width, scores.max() + 10 * width
+        for _ in range(100):  # bisection for the cut that keeps the count
+            middle = (low + high) / 2
+            more = torch.sigmoid((x - middle) / width).sum() > count
+            low, high = torch.where(more, middle, low), torch.where(more, high, middle)
+        return (p * torch.sigmoid((x - low) / width)).sum()
+
+    got = fit._mass_gradient(shown, scores, p, contested[None], 6.5 / 56)
+    wanted = torch.zeros(60, dtype=torch.float64)
+    for t in range(60):
+        nudge = torch.zeros_like(scores)
+        nudge[..., t] = 1e-5
+        wanted[t] = -(mass(scores + nudge) - mass(scores - nudge)) / 2e-5
+    scaled = got[0, 0] / (4 * width[0, 0])
+    torch.testing.assert_close(scaled, wanted, rtol=1e-4, atol=1e-6)  # central differences
+    torch.testing.assert_close((got * scores).sum().item(), 0.0, rtol=0, atol=1e-12)
+
+
+def test_queries_that_see_few_keys_do_no_harm():
+    # 40 of 200 keys are drawn, so that the first query tokens see fewer than a budget selects.
+    data = make_data(num_layers=1)
+    positions = torch.arange(40).expand(2, -1)
+    early = replace(data, positions=positions)
+    recipe = HataRecipe(num_bits=32, num_steps=8, num_keys=40, budget_first=0.3, budget_last=0.9)
+    for weights in trained(recipe, early):
+        assert bool(weights.isfinite().all())
+
+
+def test_keys_of_equal_codes_do_no_harm():
+    # Keys so far from zero that a code tells none from another: every score is the same.
+    data = make_data(num_layers=1)
+    data = replace(data, k=data.k + 1e4)
+    recipe = HataRecipe(num_bits=32, num_steps=8, num_queries=16, num_keys=64)
+    for weights in trained(recipe, data):
+        assert bool(weights.isfinite().all())
+
+
+def test_recipe_hata_refuses_norms():
+    with pytest.raises(ValueError, match=r"hata\.train: key_norms must be False"):
+        HataRecipe(key_norms=True)
