@@ -91,9 +91,7 @@ def test_any_budget(device, algorithm, top_k):
 def test_any_cluster(num_kv_heads, key_norms):
     """More heads, fewer blocks for each: clusters of eight to one."""
     shape = {"num_kv_heads": num_kv_heads, "group": 2, "head_dim": 128, "dtype": torch.bfloat16}
-    assert_steps(
-        make_decode_case([1500], device="cuda", top_k=150, key_norms=key_norms, **shape)
-    )
+    assert_steps(make_decode_case([1500], device="cuda", top_k=150, key_norms=key_norms, **shape))
 
 
 @gpu_only
