@@ -47,8 +47,8 @@ constexpr int page_of(const PageTable& table, int batch_idx, int t) {
   return page >= 0 && page < table.num_pages ? page : -1;
 }
 
-// page_of() every position of a contiguous cache, so that it need not be looked up again and again;
-// -1 also for other caches.
+// The page that holds every position of a sequence in a contiguous cache, or -1 as page_of(); it is
+// looked up once. Always -1 in other caches.
 constexpr int only_page(const PageTable& table, int batch_idx) {
   return table.max_pages == 1 ? page_of(table, batch_idx, 0) : -1;
 }

@@ -1,8 +1,8 @@
 #pragma once
 
 // The two halves of a barrier of a cluster's threads, for what need not be ordered with memory:
-// that every block has begun, or that none needs another's shared memory any more. Between them a
-// thread does other work. Only where there are clusters (sm_90).
+// that every block has begun, and may be sent to. Between them a thread does other work. Only where
+// there are clusters (sm_90).
 namespace hata {
 
 __device__ __forceinline__ void arrive_at_cluster_barrier() {

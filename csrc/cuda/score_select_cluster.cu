@@ -118,8 +118,9 @@ __global__ void __launch_bounds__(kManyThreads, 1)
   }
   arrive_at_cluster_barrier();
 #pragma unroll 1
-  for (int i = threadIdx.x; i < p.q_len * params.bins.counts[0]; i += blockDim.x)
+  for (int i = threadIdx.x; i < p.q_len * params.bins.counts[0]; i += blockDim.x) {
     shared.histogram[i] = 0;
+  }
   if (threadIdx.x < kMaxClusterTokens) {
     shared.scan.largest[threadIdx.x] = shared.scan.bases[threadIdx.x] = 0;
   }
@@ -260,6 +261,18 @@ bool run(ClusterParams& params, CudaStream stream) {
   return launched;
 }
 
+bool run_step(const DecodeStepParams& p, bool attends, CudaStream stream) {
+  if (p.select.num_recent < p.select.q_len) return false;
+  ClusterParams params{.select = p.select,
+                       .encodes = true,
+                       .encode = p.encode,
+                       .append = p.append,
+                       .group = p.encode.num_heads / p.encode.num_kv_heads,
+                       .attends = attends,
+                       .attend = p.attend};
+  return run(params, stream);
+}
+
 }  // namespace
 
 bool score_select_cluster(const ScoreSelectParams& p, CudaStream stream) {
@@ -269,25 +282,11 @@ bool score_select_cluster(const ScoreSelectParams& p, CudaStream stream) {
 }
 
 bool encode_score_select_cluster(const DecodeStepParams& p, CudaStream stream) {
-  if (p.select.num_recent < p.select.q_len) return false;
-  ClusterParams params{.select = p.select,
-                       .encodes = true,
-                       .encode = p.encode,
-                       .append = p.append,
-                       .group = p.encode.num_heads / p.encode.num_kv_heads};
-  return run(params, stream);
+  return run_step(p, false, stream);
 }
 
 bool decode_step_cluster(const DecodeStepParams& p, CudaStream stream) {
-  if (p.select.num_recent < p.select.q_len || !cluster_can_attend(p.attend)) return false;
-  ClusterParams params{.select = p.select,
-                       .encodes = true,
-                       .encode = p.encode,
-                       .append = p.append,
-                       .group = p.encode.num_heads / p.encode.num_kv_heads,
-                       .attends = true,
-                       .attend = p.attend};
-  return run(params, stream);
+  return cluster_can_attend(p.attend) && run_step(p, true, stream);
 }
 
 }  // namespace hata
