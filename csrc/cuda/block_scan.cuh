@@ -4,25 +4,26 @@
 
 namespace hata {
 
+// The sum over the lanes up to this one.
+__device__ __forceinline__ uint32_t warp_inclusive_scan(uint32_t value) {
+#pragma unroll
+  for (int offset = 1; offset < kWarpSize; offset *= 2) {
+    const uint32_t other = __shfl_up_sync(kFullMask, value, offset);
+    if (threadIdx.x % kWarpSize >= offset) value += other;
+  }
+  return value;
+}
+
 // The sum over the threads before this one, and in `total` over the whole block.
 __device__ inline uint32_t block_exclusive_scan(uint32_t value, uint32_t& total) {
   __shared__ uint32_t warp_sums[kWarpSize];
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
-  uint32_t inclusive = value;
-#pragma unroll
-  for (int offset = 1; offset < kWarpSize; offset *= 2) {
-    const uint32_t other = __shfl_up_sync(kFullMask, inclusive, offset);
-    if (lane >= offset) inclusive += other;
-  }
+  const uint32_t inclusive = warp_inclusive_scan(value);
   __syncthreads();  // the last scan's sums have been read
   if (lane == kWarpSize - 1) warp_sums[warp] = inclusive;
   __syncthreads();
-  uint32_t warp_sum = lane * kWarpSize < blockDim.x ? warp_sums[lane] : 0;
-#pragma unroll
-  for (int offset = 1; offset < kWarpSize; offset *= 2) {
-    const uint32_t other = __shfl_up_sync(kFullMask, warp_sum, offset);
-    if (lane >= offset) warp_sum += other;
-  }
+  const uint32_t warp_sum =
+      warp_inclusive_scan(lane * kWarpSize < blockDim.x ? warp_sums[lane] : 0);
   total = __shfl_sync(kFullMask, warp_sum, kWarpSize - 1);
   const uint32_t before = __shfl_sync(kFullMask, warp_sum, max(warp - 1, 0));
   return (warp == 0 ? 0 : before) + inclusive - value;

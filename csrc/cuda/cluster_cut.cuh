@@ -1,8 +1,8 @@
 #pragma once
 
+#include "cuda/block_scan.cuh"
 #include "cuda/cluster_exchange.cuh"
 #include "cuda/launch.cuh"
-#include "cuda/mma.cuh"
 
 // Finding the last selected key from the histograms of a cluster's blocks. Each block tells the
 // others the sums of groups of its bins, from which all of them find the group with the cut, and
@@ -81,12 +81,7 @@ struct FoundLane {
 
 __device__ __forceinline__ FoundLane find_lane(const ClusterCount& mine, uint32_t wanted) {
   const int lane = threadIdx.x % kWarpSize;
-  uint32_t inclusive = mine.total;
-#pragma unroll
-  for (int offset = 1; offset < kWarpSize; offset *= 2) {
-    const uint32_t other = __shfl_up_sync(kFullMask, inclusive, offset);
-    if (lane >= offset) inclusive += other;
-  }
+  const uint32_t inclusive = warp_inclusive_scan(mine.total);
   const int source = __ffs(__ballot_sync(kFullMask, inclusive >= wanted)) - 1;
   return {source,
           {__shfl_sync(kFullMask, inclusive - mine.total, source),

@@ -2,8 +2,8 @@
 
 #include <cuda_fp16.h>
 
+#include "cuda/block_scan.cuh"
 #include "cuda/check.h"
-#include "cuda/mma.cuh"
 
 // How one block of a cluster finds the selected positions of its slice again, in order.
 namespace hata {
@@ -122,12 +122,7 @@ __device__ __forceinline__ KeyCounts scan_counts(const KeyCounts& mine, KeyCount
   __shared__ uint32_t warp_counts[2][kWarpSize];
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
   const uint32_t both = mine.above | mine.ties << 16;
-  uint32_t inclusive = both;
-#pragma unroll
-  for (int offset = 1; offset < kWarpSize; offset *= 2) {
-    const uint32_t other = __shfl_up_sync(kFullMask, inclusive, offset);
-    if (lane >= offset) inclusive += other;
-  }
+  const uint32_t inclusive = warp_inclusive_scan(both);
   __syncthreads();  // the last scan's counts have been read
   if (lane == kWarpSize - 1) {
     warp_counts[0][warp] = inclusive & 0xffffu;

@@ -13,7 +13,9 @@ struct LaunchShape {
   dim3 grid;
   int threads;
   int shared_bytes = 0;
-  int cluster_size = 0;  // blocks of a cluster, along x; 0: the kernel knows no clusters
+  // Blocks of a cluster, along x; 0: the kernel knows no clusters. One that sends (st.async) must
+  // be launched in clusters even of one block, or it traps.
+  int cluster_size = 0;
   // The kernel calls wait_for_previous_kernel() before it touches what the kernel before it in the
   // stream writes, so that its launch may overlap with that kernel's end.
   bool overlaps_previous = false;
