@@ -11,6 +11,7 @@ import typer
 
 import hata
 from hata.checks import check
+from hata.outputs import make_room_for
 
 from . import ops
 from .baselines import Baselines
@@ -159,13 +160,7 @@ def checked_memory_limit(gigabytes: float | None, device: torch.device) -> int:
 
 
 def check_output(path: Path) -> None:
-    check(not path.is_dir(), "bench", "--output", "be a file", f"the folder {path}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        writable = os.access(path.parent, os.W_OK)
-    except OSError:
-        writable = False
-    check(writable, "bench", "--output", "lie in a folder that can be written", path)
+    make_room_for(path, "bench", "--output")
 
 
 def check_rows(results: Path, device: str) -> None:

@@ -50,17 +50,17 @@ def rows_of(path: Path) -> list[dict[str, str]]:
 
 
 def test_writes_every_file(folder: Path, device: str, capsys: pytest.CaptureFixture[str]) -> None:
-    (folder / "plots").mkdir()
     args = ["--calibration", folder / "train", *weights_of(folder), *BUDGETS, "--device", device]
-    files = ["--csv", folder / "means.csv", "--per-head", folder / "heads.csv"]
-    files += ["--plot", folder / "plots", "--frontier", folder / "frontier.json"]
+    written = folder / "not" / "there" / "yet"
+    files = ["--csv", written / "means.csv", "--per-head", written / "heads.csv"]
+    files += ["--plot", written / "plots", "--frontier", written / "frontier.json"]
     code, out, _ = run(capsys, folder / "heldout", *args, *files)
     assert code == 0
     for said in ("exact: softmax", "hata: ours, 64 bits, query 4", "loki: 8 channels", "Frontier"):
         assert said in out
 
-    assert (folder / "means.csv").read_text().splitlines()[0] == COLUMNS
-    means = rows_of(folder / "means.csv")
+    assert (written / "means.csv").read_text().splitlines()[0] == COLUMNS
+    means = rows_of(written / "means.csv")
     names = ["exact"] * 2 + ["hata"] * 2 + ["loki"] * 2 + ["quest"] + ["sparq"] * 2 + ["hata"] * 2
     assert [row["selector"] for row in means[::3]] == names
     ours = means[-3]
@@ -68,19 +68,19 @@ def test_writes_every_file(folder: Path, device: str, capsys: pytest.CaptureFixt
     assert (ours["key_norms"], ours["channels"], ours["top_k"]) == ("0", "", "20")
     assert (ours["bytes_per_token"], ours["torch"]) == ("8", torch.__version__)
 
-    heads = rows_of(folder / "heads.csv")
+    heads = rows_of(written / "heads.csv")
     assert len(heads) == len(means) * NUM_LAYERS * NUM_KV_HEADS
     same = [x for x in heads if x["num_bits"] == "64" and x["top_k"] == "20" and x["layer"] == "2"]
     mean = sum(float(row["attention_mass"]) for row in same) / NUM_KV_HEADS
     assert mean == pytest.approx(float(ours["attention_mass"]), abs=1e-4)  # five digits are kept
 
-    levels = json.loads((folder / "frontier.json").read_text())["levels"]
+    levels = json.loads((written / "frontier.json").read_text())["levels"]
     for level in levels:
         HataConfig(**level["uniform"])
         assert len(HataConfig(**level["per_layer"]).layer_bits(NUM_LAYERS)) == NUM_LAYERS
-    pictures = sorted(path.name for path in (folder / "plots").iterdir())
+    pictures = sorted(path.name for path in (written / "plots").iterdir())
     assert pictures == ["budgets.png", "frontier.png", "heat_map.png", "num_bits.png"]
-    assert all((folder / "plots" / name).read_bytes().startswith(PNG) for name in pictures)
+    assert all((written / "plots" / name).read_bytes().startswith(PNG) for name in pictures)
 
 
 def test_weights_alone(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -108,8 +108,9 @@ def test_without_calibration_there_is_no_loki(
         ("HELDOUT --top-k 40 --weights nowhere", "path must name an existing file, got nowhere"),
         ("HELDOUT --no-baselines", "--weights must be given with --no-baselines, got none"),
         ("HELDOUT --frontier a.json", "--weights must be given with --frontier, got none"),
-        ("HELDOUT --csv no/such.csv", "--csv must name a file in an existing folder, got no/such"),
-        ("HELDOUT --plot no/such", "--plot must name an existing folder, got no/such"),
+        ("HELDOUT --top-k 40 --csv HELDOUT", "--csv must be a file, got the folder .*heldout"),
+        ("HELDOUT --top-k 40 --csv /dev/null/a.csv", "--csv must lie in a folder that can be"),
+        ("HELDOUT --top-k 40 --plot PLAIN", "--plot must be a folder that can be written, got "),
         ("HELDOUT --query-bits 5", r"--query-bits must be in 1\.\.4, got 5"),
         ("HELDOUT --num-dense-layers 3", "--num-dense-layers must be less than .* got 3"),
         ("HELDOUT --top-k 10", r"top_k must be at least num_sink \+ num_recent=20, got 10"),

@@ -41,9 +41,10 @@ def run(capsys: pytest.CaptureFixture[str], args: str) -> tuple[int, str, str]:
 
 
 def test_one_command_captures_and_trains(tiny, texts, tmp_path, capsys):
-    out = tmp_path / "weights.safetensors"
+    out = tmp_path / "new" / "weights.safetensors"  # the folder is made
+    steps = "--num-steps 4 --num-keys 32"
     code, said, _ = run(
-        capsys, f"train {texts} --model {tiny} --out {out} {SMALL} {FEW} --num-steps 4 --device cpu"
+        capsys, f"train {texts} --model {tiny} --out {out} {SMALL} {FEW} {steps} --device cpu"
     )
     assert code == 0
     sizes = {"num_layers": NUM_LAYERS, "num_kv_heads": NUM_KV_HEADS, "head_dim": HEAD_DIM}
@@ -55,11 +56,12 @@ def test_one_command_captures_and_trains(tiny, texts, tmp_path, capsys):
         weights.metadata["heldout"].count(".txt"),
     }
     assert names == {2, 1}  # the last sequence, of another document, is held out
-    assert json.loads(weights.metadata["config"])["num_steps"] == 4
+    config = json.loads(weights.metadata["config"])
+    assert (config["num_steps"], config["num_keys"]) == (4, 32)
     assert "peak memory" in said
     assert "top_k 4" in said
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
-    assert Captures.open(tmp_path / "weights.safetensors.captures").info.num_sequences == 3
+    assert Captures.open(tmp_path / "new" / "weights.safetensors.captures").info.num_sequences == 3
 
 
 def test_captures_serve_every_recipe_and_seed(tiny, texts, tmp_path, capsys):
@@ -103,6 +105,8 @@ def test_synthetic_data_measures_time_and_memory(tmp_path, capsys):
         ("--recipe paper --num-steps 9", "--num-steps must be left out for recipe paper, got 9"),
         ("--num-bits 100", "num_bits must be a multiple of 32, got 100"),
         ("--num-steps 0", "num_steps must be at least 1, got 0"),
+        ("--num-keys 15", "num_keys must be at least 16, got 15"),
+        ("--recipe random --num-keys 64", "--num-keys must be left out for recipe random, got 64"),
         ("--key-norms", "key_norms must be False: recipe hata learns scores without norms"),
         ("--captures no/such", r"folder must hold a capture \(captures.json\), got no/such"),
         ("no/such.txt", "texts must name existing files or folders, got no/such.txt"),

@@ -17,6 +17,7 @@ from hata.commands import capture as capturing
 from hata.commands.device import torch_device
 from hata.commands.extras import need
 from hata.config import HataConfig
+from hata.outputs import make_room_for
 from hata.progress import terminal_progress
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ def train(
         bool | None, typer.Option(help="Scale scores by key norms; by default as the recipe does.")
     ] = None,
     num_steps: Annotated[int | None, typer.Option(help="Steps of recipe hata.")] = None,
+    num_keys: Annotated[int | None, typer.Option(help="Keys of a step of recipe hata.")] = None,
     captures: Annotated[
         Path | None,
         typer.Option(help="Folder of captures; with TEXTS it is written, by default beside --out."),
@@ -102,8 +104,12 @@ def train(
         query_bits=query_bits,
         key_norms=key_norms,
         num_steps=num_steps,
+        num_keys=num_keys,
         seed=seed,
     )
+    picture = plot or out.with_suffix(".png")
+    make_room_for(out, _WHERE, "--out")
+    make_room_for(picture, _WHERE, "--plot")
     always = {"num_sink": num_sink, "num_recent": num_recent}
     metadata = {name: str(count) for name, count in always.items()}
     source: Source
@@ -148,7 +154,6 @@ def train(
     console = Console(highlight=False)
     if test is not None:
         print_layers(console, parts, options_.budgets, _DEFAULTS.num_dense_layers)
-        picture = plot or out.with_suffix(".png")
         plot_layers(picture, parts, options_.budgets, f"{metadata['model']}, recipe {recipe}")
         console.print(f"plot: {picture}")
     memory = (

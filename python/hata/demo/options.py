@@ -63,9 +63,8 @@ class DemoOptions:
         self.config()
         self.torch_dtype()
         if self.plot is not None:
-            rule = "name a .png file in an existing folder"
-            fits = self.plot.suffix == ".png" and self.plot.parent.is_dir()
-            check(fits, WHERE, "--plot", rule, self.plot)
+            png = self.plot.suffix == ".png"
+            check(png, WHERE, "--plot", "name a .png file", self.plot)
 
     def config(self) -> HataConfig:
         """Returns hata's settings: the defaults but for what is given, sparse at any length."""

@@ -14,13 +14,14 @@ from hata.config import HataConfig
 from hata.demo.generate import Generation, generate
 from hata.demo.mass import MassRecorder
 from hata.demo.model import bundled_model, check_model_folder, load_model
-from hata.demo.options import DemoOptions
+from hata.demo.options import WHERE, DemoOptions
 from hata.demo.plot import plot_mass
 from hata.demo.prompt import NEEDLE, Prompt, build_prompt
 from hata.demo.report import Bytes, agreement, print_answers, print_mass
 from hata.demo.weights import choose_weights, config_for
 from hata.integrations.model_shape import model_shape, softmax_scale
 from hata.integrations.transformers import enable
+from hata.outputs import make_room_for
 from hata.weights import HashWeights
 
 
@@ -55,6 +56,8 @@ def run_demo(options: DemoOptions) -> DemoResult:
     Raises:
         ValueError: An option does not fit the model.
     """
+    if options.plot is not None:
+        make_room_for(options.plot, WHERE, "--plot")
     console = Console(highlight=False)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()

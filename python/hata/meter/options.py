@@ -7,6 +7,7 @@ import torch
 
 from hata.checks import check, check_int
 from hata.meter.measure import MeterOptions
+from hata.outputs import make_output_folder, make_room_for
 from hata.training.captures import CaptureInfo
 
 WHERE = "recall"
@@ -70,12 +71,6 @@ class RecallOptions:
 
     def __post_init__(self) -> None:
         """Checks every rule."""
-        files = {"--frontier": self.frontier, "--csv": self.csv, "--per-head": self.per_head}
-        for option, file in files.items():
-            fits = file is None or (file.parent.is_dir() and not file.is_dir())
-            check(fits, WHERE, option, "name a file in an existing folder", file)
-        folder = self.plot is None or self.plot.is_dir()
-        check(folder, WHERE, "--plot", "name an existing folder", self.plot)
         check_int(WHERE, "--num-dense-layers", self.num_dense_layers, 0)
         if self.query_bits is not None:
             check_int(WHERE, "--query-bits", self.query_bits, 1, 4)
@@ -83,6 +78,19 @@ class RecallOptions:
         check(some, WHERE, "--weights", "be given with --no-baselines", "none")
         rule = "be given with --frontier"
         check(not self.frontier or bool(self.weights), WHERE, "--weights", rule, "none")
+
+    def make_folders(self) -> None:
+        """Makes the folders of what will be written.
+
+        Raises:
+            ValueError: One cannot be made or written.
+        """
+        files = {"--frontier": self.frontier, "--csv": self.csv, "--per-head": self.per_head}
+        for option, file in files.items():
+            if file is not None:
+                make_room_for(file, WHERE, option)
+        if self.plot is not None:
+            make_output_folder(self.plot, WHERE, "--plot")
 
     def meter_options(self, info: CaptureInfo) -> MeterOptions:
         """Returns how to measure these captures.

@@ -54,6 +54,7 @@ def run_recall(options: RecallOptions) -> Results:
             page_size=options.page_size,
         )
         selectors = [ExactSelector(), *others, *trained]
+    options.make_folders()
 
     console = Console(highlight=False)
     if not console.is_terminal:

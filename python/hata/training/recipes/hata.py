@@ -14,6 +14,7 @@ from hata.training.recipes.fit import Fit, Recipe, generator_of, orthogonal
 
 _WARM_UP = 10  # steps until the learning rate has its full height
 _HIDDEN = -1e30  # the logit of a key that is not contested; finite, for queries without any
+_FEWEST_KEYS = 16  # of a step; every eighth tells how far the scores spread
 _LOGSUMEXP_ROWS = 128  # query tokens at once, which bounds memory
 
 
@@ -73,6 +74,7 @@ class HataRecipe(Recipe):
         rule = "be False: recipe hata learns scores without norms"
         check(not self.key_norms, "train", "key_norms", rule, self.key_norms)
         check_int("train", "num_steps", self.num_steps, 1)
+        check_int("train", "num_keys", self.num_keys, _FEWEST_KEYS)
 
     def head_bytes(self, shape: tuple[int, int, int, int, int, int]) -> int:
         """Logsumexps, and what a step holds for every pair and for every bit of a key."""
