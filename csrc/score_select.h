@@ -7,13 +7,14 @@
 namespace hata {
 
 // The ways to do it, with the same selection; the environment variable HATA_SCORE_SELECT forces one
-// (auto, two_kernels, cluster). two_kernels also keeps gather_attention from using clusters, so
-// that it is what any GPU runs. With cluster decode_step attends in a second launch; with auto, in
-// the same one where it can.
+// (auto, two_kernels, cluster, candidates). two_kernels also keeps gather_attention from using
+// clusters, so that it is what any GPU runs. With cluster decode_step attends in a second launch;
+// with auto and candidates, in the same one where it can.
 enum class ScoreSelectAlgorithm {
   kAuto,
   kTwoKernels,  // any GPU: a scan that writes keys to the workspace, then a selection from them
   kCluster,  // sm_90: one kernel, keys and histograms in the shared memory of a cluster of blocks
+  kCandidates,  // the same, and no slice's keys are taken to fit, nor more candidates than a few
 };
 
 // select_topk of hamming_score, without the public score tensor.
@@ -27,13 +28,25 @@ struct ScoreSelectParams {
   const uint32_t* planes;  // [batch, q_len, num_kv_heads, num_planes, num_words], contiguous
   int32_t* indices;        // [batch, q_len, num_kv_heads, top_k], contiguous
   int32_t* num_selected;   // [batch, q_len, num_kv_heads], contiguous
-  uint16_t* keys;          // workspace [batch, q_len, num_kv_heads, key_row_pitch]
+  void* keys;              // workspace [batch, q_len, num_kv_heads], rows of key_row_bytes
   ScoreSelectAlgorithm algorithm;  // on CUDA
 };
 
 // Keys are read 16 bytes at a time, so that a row of them is a multiple of that long.
 constexpr int64_t key_row_pitch(int64_t capacity) {
   return (capacity + 7) / 8 * 8;
+}
+
+// Candidates that a cluster's blocks cannot hold take 4 bytes; each block rounds its slice up to
+// what a warp scores at a time.
+constexpr int64_t candidate_row_pitch(int64_t capacity) {
+  constexpr int kMostBlocks = 8, kMostPositions = 256;
+  return capacity + kMostBlocks * kMostPositions;
+}
+
+// For either.
+constexpr int64_t key_row_bytes(int64_t capacity) {
+  return candidate_row_pitch(capacity) * 4;
 }
 
 // The scan of score_select: 16-bit keys to the workspace.

@@ -88,6 +88,34 @@ def test_all_scores_equal(device, algorithm, key_norms):
     assert (num_selected == 300).all()
 
 
+@pytest.mark.parametrize("top_k", [50, 600, 1100, 1350, 1600, 1900])
+def test_norms_of_any_value(device, algorithm, top_k):
+    """Scores may be infinite, NaN (below everything), or zeros of either sign, and tie."""
+    caches = make_caches([2000], device=device, key_norms=True)
+    special = [torch.nan, torch.inf, 0.0, 1.0, 2.0, 65504.0, 2**-24, 3 * 2**-15]
+    norms = torch.tensor(special, dtype=torch.float16)
+    drawn = torch.randint(len(special), caches.norm_cache.shape)
+    caches.norm_cache.copy_(norms[drawn])
+    caches.code_cache[::2] = caches.code_cache[:1, :, :1]  # every other page holds one code
+    planes = random_planes(1, 2, 2, 15, 64, device=device)
+    assert_selects(planes, caches, top_k, 15, num_sink=2, num_recent=3)
+
+
+@pytest.mark.parametrize("q_len", [1, 4])
+def test_keys_that_bunch(device, algorithm, q_len):
+    """The best keys lie in a few runs: a sample of a slice says little of how many it holds."""
+    seq_len, run = 200_000, 64
+    caches = make_caches([seq_len], device=device, num_kv_heads=1, page_size=None)
+    planes = random_planes(1, 1, 1, 15, 64, device=device).expand(-1, q_len, -1, -1, -1)
+    planes = planes.contiguous()
+    page = caches.block_table[0, 0]
+    starts = torch.randperm(seq_len // run)[:40] * run
+    best = (starts[:, None] + torch.arange(run)).flatten().to(device)
+    caches.code_cache[page, 0, best] = planes[0, 0, 0, 3]  # of the plane that weighs most
+    for top_k in (len(best) - 50, len(best) + 50, 2 * len(best)):
+        assert_selects(planes, caches, top_k, 15)
+
+
 @pytest.mark.parametrize("key_norms", [False, True])
 def test_does_not_depend_on_batch_paging_or_launch(device, algorithm, key_norms):
     """One sequence alone and contiguous, and at every place of paged batches of others."""

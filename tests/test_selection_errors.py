@@ -121,11 +121,12 @@ def test_algorithm(device, monkeypatch):
 
 @pytest.mark.skipif("cluster" not in algorithms("cuda"), reason="this GPU has no clusters")
 @gpu_only
-def test_a_cluster_takes_eight_query_tokens(monkeypatch):
+@pytest.mark.parametrize("forced", ["cluster", "candidates"])
+def test_a_cluster_takes_eight_query_tokens(monkeypatch, forced):
     arguments = Rejects("score_select", "cuda").valid
     arguments["planes"] = arguments["planes"].expand(-1, 9, -1, -1, -1).contiguous()
-    monkeypatch.setenv("HATA_SCORE_SELECT", "cluster")
-    with pytest.raises(RuntimeError, match="hata::score_select: algorithm cluster needs"):
+    monkeypatch.setenv("HATA_SCORE_SELECT", forced)
+    with pytest.raises(RuntimeError, match="hata::score_select: clusters need sm_90"):
         hata.score_select(**arguments)
 
 

@@ -17,8 +17,9 @@ ScoreSelectAlgorithm forced_algorithm(const ArgumentChecks& check) {
   const std::string_view algorithm = name == nullptr ? "auto" : name;
   if (algorithm == "two_kernels") return ScoreSelectAlgorithm::kTwoKernels;
   if (algorithm == "cluster") return ScoreSelectAlgorithm::kCluster;
+  if (algorithm == "candidates") return ScoreSelectAlgorithm::kCandidates;
   check.rule(algorithm == "auto", "environment variable HATA_SCORE_SELECT",
-             "be auto, two_kernels or cluster", algorithm);
+             "be auto, two_kernels, cluster or candidates", algorithm);
   return ScoreSelectAlgorithm::kAuto;
 }
 

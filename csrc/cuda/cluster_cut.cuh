@@ -18,6 +18,7 @@ struct Cut {
   uint32_t bin;
   uint32_t above, ties;
   uint32_t above_before, ties_before;
+  bool is_counted = true;  // no block has left out keys from its bin on
 };
 
 // Where in the cluster a block is.
@@ -72,8 +73,8 @@ __device__ __forceinline__ void send_group_sums(const ClusterPlace& place,
   }
 }
 
-// The lane with the `wanted`-th of the things that the lanes count, those of lane 0 first, and what
-// the lanes before it count.
+// The lane with the `wanted`-th of the things that the lanes count, those of lane 0 first, or the
+// last lane if there are fewer, and what the lanes before it count.
 struct FoundLane {
   int lane;
   ClusterCount above;
@@ -82,7 +83,8 @@ struct FoundLane {
 __device__ __forceinline__ FoundLane find_lane(const ClusterCount& mine, uint32_t wanted) {
   const int lane = threadIdx.x % kWarpSize;
   const uint32_t inclusive = warp_inclusive_scan(mine.total);
-  const int source = __ffs(__ballot_sync(kFullMask, inclusive >= wanted)) - 1;
+  const unsigned reached = __ballot_sync(kFullMask, inclusive >= wanted);
+  const int source = reached == 0 ? kWarpSize - 1 : __ffs(reached) - 1;
   return {source,
           {__shfl_sync(kFullMask, inclusive - mine.total, source),
            __reduce_add_sync(kFullMask, lane < source ? mine.before : 0)}};
@@ -95,7 +97,7 @@ struct FoundGroup {
 };
 
 // By one warp of each block, once all group sums have arrived. groups[b * pitch + g] is group g of
-// block b. At least `wanted` >= 1 keys are counted.
+// block b. If fewer than `wanted` keys are counted, it is some group.
 __device__ __forceinline__ FoundGroup find_group(const ClusterPlace& place, const uint32_t* groups,
                                                  int pitch, int num_groups, uint32_t wanted) {
   const int lane = threadIdx.x % kWarpSize;
@@ -109,9 +111,9 @@ __device__ __forceinline__ FoundGroup find_group(const ClusterPlace& place, cons
   }
   const FoundLane of_groups = find_lane(mine, wanted);
   ClusterCount above = of_groups.above;
-  int group = num_groups - 1 - of_groups.lane * per_lane;
+  int group = max(num_groups - 1 - of_groups.lane * per_lane, 0);
 #pragma unroll 1
-  for (int i = 1; i < per_lane; ++i) {
+  for (int i = 1; i < per_lane && group > 0; ++i) {
     const ClusterCount sum = sum_of_blocks(place, groups + group, pitch);
     if (wanted <= above.total + sum.total) break;
     above += sum;
@@ -146,6 +148,23 @@ __device__ __forceinline__ Cut find_bin(const ClusterPlace& place, const uint32_
   return {static_cast<uint32_t>(first_bin - of_bins.lane), above.total,
           __shfl_sync(kFullMask, ties.total, of_bins.lane), above.before,
           __shfl_sync(kFullMask, ties.before, of_bins.lane)};
+}
+
+// By one warp: the bin of the `wanted`-th largest key that a histogram counts; 0 if it counts
+// fewer.
+__device__ __forceinline__ uint32_t find_bound(const uint32_t* histogram, int num_bins,
+                                               uint32_t wanted) {
+  const int lane = threadIdx.x % kWarpSize;
+  uint32_t above = 0;
+#pragma unroll 1
+  for (int first = num_bins - kGroupBins; first >= 0; first -= kGroupBins) {
+    const uint32_t inclusive =
+        above + warp_inclusive_scan(histogram[first + kGroupBins - 1 - lane]);
+    const unsigned reached = __ballot_sync(kFullMask, inclusive >= wanted);
+    if (reached != 0) return first + kGroupBins - __ffs(reached);
+    above = __shfl_sync(kFullMask, inclusive, kWarpSize - 1);
+  }
+  return 0;
 }
 
 #endif

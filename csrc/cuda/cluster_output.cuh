@@ -1,51 +1,23 @@
 #pragma once
 
-#include <cuda_fp16.h>
-
 #include "cuda/block_scan.cuh"
-#include "cuda/check.h"
+#include "cuda/cluster_keys.cuh"
 
 // How one block of a cluster finds the selected positions of its slice again, in order.
 namespace hata {
 
-// One block's part of a row of keys. Positions outside first..last do not compete.
-struct KeySlice {
-  const uint16_t* keys;  // of position `begin` on; a multiple of 8 of them can be read
-  int begin, end;
-  int first, last;
-  bool are_small;  // all keys are below kSmallKeys
+// How many keys lie above the cut, and how many equal it.
+struct KeyCounts {
+  uint32_t above, ties;
 };
 
-// Smaller keys are compared as numbers of type float16, whose order is theirs, two in one
-// instruction: infinity and NaN begin here.
-constexpr int kSmallKeys = 0x7c00;
-
-// Bit i of the result: is key i of eight at least `least`?
-__device__ __forceinline__ uint32_t compare_keys(const uint4& eight, uint32_t least, bool small) {
-  const uint32_t pairs[] = {eight.x, eight.y, eight.z, eight.w};
-  uint32_t bits = 0;
-  if (small) {
-    const __half2 both = __half2half2(__ushort_as_half(static_cast<uint16_t>(least)));
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      bits |= __hge2_mask(reinterpret_cast<const __half2&>(pairs[i]), both) & (0x20001u << 2 * i);
-    }
-    return (bits | bits >> 16) & 0xffu;
-  }
-  const uint32_t high = least << 16;  // what is below the upper key of a pair does not matter
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    if (pairs[i] << 16 >= high) bits |= 1u << 2 * i;
-    if (pairs[i] >= high) bits |= 2u << 2 * i;
-  }
-  return bits;
-}
-
-// The positions of one tile of a slice that this thread looks at, consecutive ones, and which of
-// them may be selected. Threads follow one another as their positions do. Loops are not unrolled,
-// and few instructions matter: every warp of the block goes through them, whatever it finds.
-class Candidates {
+// The positions of one tile of a slice that this thread looks at, consecutive ones, and how their
+// keys compare with a range, in the end with the cut. Threads follow one another as their positions
+// do. Few instructions matter: every warp of the block goes through them, whatever it finds.
+class ComparedKeys {
  public:
+  static constexpr int kWords = 4;
+
   // Positions of a tile, by a whole block.
   __device__ static int tile_positions() { return blockDim.x * kMostPieces * 8; }
 
@@ -55,65 +27,99 @@ class Candidates {
     return min(ceil_div(positions, static_cast<int>(blockDim.x) * 8) | 1, kMostPieces);
   }
 
-  // Finds those of the tile whose key is at least `least`.
-  __device__ __forceinline__ void mark(const KeySlice& slice, int tile, int pieces,
-                                       uint32_t least) {
+  // `keys` are those from slice.begin on; a multiple of 8 of them can be read.
+  template <bool kNorms>
+  __device__ __forceinline__ void compare(const uint16_t* keys, const KeySlice& slice, int tile,
+                                          int pieces, const KeyRange& range) {
     first_ = tile + static_cast<int>(threadIdx.x) * pieces * 8;
-    const int stop = min(slice.last, slice.end);
-    const int end = first_ + pieces * 8;
-    const bool is_edge = first_ < slice.first || end > stop;
     num_words_ = 0;
-    words_[0] = words_[1] = words_[2] = words_[3] = 0;
+#pragma unroll
+    for (KeyBits& word : words_) word = {};
+    const int end = min(first_ + pieces * 8, slice.end);
 #pragma unroll 1
-    for (int position = first_; position < min(end, stop); position += 32) {
-      uint32_t word = 0;
-#pragma unroll 1
-      for (int i = 0; i < 32 && position + i < min(end, stop); i += 8) {
-        const auto* eight =
-            reinterpret_cast<const uint4*>(slice.keys + (position + i - slice.begin));
-        word |= compare_keys(*eight, least, slice.are_small) << i;
+    for (int position = first_; position < end; position += 32) {
+      KeyBits word{};
+#pragma unroll
+      for (int i = 0; i < 32; i += 8) {
+        if (position + i >= end) break;
+        const KeyBits bits = compare_keys<kNorms>(keys + (position + i - slice.begin), range);
+        word.above |= bits.above << i, word.within |= bits.within << i;
       }
-      if (is_edge) {
-        if (position < slice.first) {
-          word = position + 32 <= slice.first ? 0 : word & ~0u << (slice.first - position);
-        }
-        if (position + 32 > stop) word &= ~0u >> (position + 32 - stop);
-      }
+      const uint32_t competing = slice.competing(position);
+      word.above &= competing, word.within &= competing;
 #pragma unroll
       for (int w = 0; w < kWords; ++w) words_[w] = num_words_ == w ? word : words_[w];
       ++num_words_;
     }
   }
 
-  // Calls fn(position, key) for each of them, in order.
+  // Narrows the range to one key. fn(position) is the key of a position in the range.
   template <typename Fn>
-  __device__ __forceinline__ void for_each(const KeySlice& slice, const Fn& fn) const {
-#pragma unroll 1
-    for (int w = 0; w < num_words_; ++w) {
-      uint32_t rest = words_[0];
+  __device__ __forceinline__ void narrow(uint32_t cut, const Fn& key_of) {
 #pragma unroll
-      for (int other = 1; other < kWords; ++other) rest = w == other ? words_[other] : rest;
-      const int first = first_ + w * 32;
+    for (int w = 0; w < kWords; ++w) {
+      uint32_t rest = words_[w].within;
 #pragma unroll 1
       for (; rest != 0; rest &= rest - 1) {
-        const int position = first + __ffs(rest) - 1;
-        fn(position, static_cast<uint32_t>(slice.keys[position - slice.begin]));
+        const int i = __ffs(rest) - 1;
+        const uint32_t key = key_of(first_ + w * 32 + i);
+        if (key > cut) words_[w].above |= 1u << i;
+        if (key != cut) words_[w].within &= ~(1u << i);
       }
+    }
+  }
+
+  // Takes `count` words from where the positions of this thread begin, and leaves zeros.
+  __device__ __forceinline__ void take(uint32_t* above, uint32_t* ties, int first, int count) {
+    first_ = first, num_words_ = count;
+#pragma unroll
+    for (int w = 0; w < kWords; ++w) {
+      words_[w] = {};
+      if (w >= count) continue;
+      words_[w] = {above[w], ties[w]};
+      above[w] = ties[w] = 0;
+    }
+  }
+
+  __device__ __forceinline__ KeyCounts count() const {
+    KeyCounts counts{};
+#pragma unroll
+    for (const KeyBits& word : words_) {
+      counts.above += __popc(word.above), counts.ties += __popc(word.within);
+    }
+    return counts;
+  }
+
+  // Calls fn(position) for those in the range.
+  template <typename Fn>
+  __device__ __forceinline__ void for_each_within(const Fn& fn) const {
+#pragma unroll
+    for (int w = 0; w < kWords; ++w) {
+#pragma unroll 1
+      for (uint32_t rest = words_[w].within; rest != 0; rest &= rest - 1) {
+        fn(first_ + w * 32 + __ffs(rest) - 1);
+      }
+    }
+  }
+
+  // Calls fn(first position, bits) for each word, in order.
+  template <typename Fn>
+  __device__ __forceinline__ void for_each_word(const Fn& fn) const {
+#pragma unroll 1
+    for (int w = 0; w < num_words_; ++w) {
+      KeyBits word = words_[0];
+#pragma unroll
+      for (int other = 1; other < kWords; ++other) word = w == other ? words_[other] : word;
+      fn(first_ + w * 32, word);
     }
   }
 
  private:
   static constexpr int kMostPieces = 15;
-  static constexpr int kWords = 4;
 
   int first_;
   int num_words_;
-  uint32_t words_[kWords];  // bit i of word w: position first_ + 32 w + i
-};
-
-// How many keys lie above the cut, and how many equal it.
-struct KeyCounts {
-  uint32_t above, ties;
+  KeyBits words_[kWords];  // bit i of word w: position first_ + 32 w + i
 };
 
 // The counts of the threads before this one, and in `total` those of the whole block. A thread
@@ -169,30 +175,25 @@ struct OutputCut {
   }
 };
 
-// Writes the selected positions of a tile, in order, by a whole block: the candidates whose key
-// lies above the cut, and of the ties all but the first, from entry `first_entry` of the row on.
-// Advances the cut past the tile.
-__device__ __forceinline__ void write_selected(const Candidates& candidates, const KeySlice& slice,
-                                               OutputCut& cut, int first_entry,
-                                               const IndexRow& row) {
-  KeyCounts mine{};
-  candidates.for_each(slice, [&](int, uint32_t key) {
-    mine.above += key > cut.key;
-    mine.ties += key == cut.key;
-  });
+// Writes the selected positions of a tile, in order, by a whole block: all whose key lies above the
+// cut, and of the ties all but the first, from entry `first_entry` of the row on. Advances the cut
+// past the tile.
+__device__ __forceinline__ void write_selected(const ComparedKeys& keys, OutputCut& cut,
+                                               int first_entry, const IndexRow& row) {
   KeyCounts total;
-  const KeyCounts before = scan_counts(mine, total);
-  uint32_t num_above = cut.above_before + before.above;
+  const KeyCounts before = scan_counts(keys.count(), total);
   uint32_t num_ties = cut.ties_before + before.ties;
-  candidates.for_each(slice, [&](int position, uint32_t key) {
-    if (key < cut.key) return;
-    const bool tied = key == cut.key;
-    if (!tied || num_ties >= cut.ties_to_skip) {
-      const uint32_t ties_selected = num_ties > cut.ties_to_skip ? num_ties - cut.ties_to_skip : 0;
-      row.write(first_entry + num_above + ties_selected, position);
+  int entry = first_entry + cut.above_before + before.above +
+              (num_ties > cut.ties_to_skip ? num_ties - cut.ties_to_skip : 0);
+  keys.for_each_word([&](int first, KeyBits word) {
+#pragma unroll 1
+    for (; word.within != 0 && num_ties < cut.ties_to_skip; ++num_ties) {
+      word.within &= word.within - 1;
     }
-    num_above += !tied;
-    num_ties += tied;
+#pragma unroll 1
+    for (uint32_t rest = word.above | word.within; rest != 0; rest &= rest - 1) {
+      row.write(entry++, first + __ffs(rest) - 1);
+    }
   });
   cut.above_before += total.above;
   cut.ties_before += total.ties;

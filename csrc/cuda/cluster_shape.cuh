@@ -1,6 +1,7 @@
 #pragma once
 
 #include <algorithm>
+#include <bit>
 #include <cstddef>
 
 #include "cuda/cluster_scan.cuh"
@@ -11,7 +12,7 @@ namespace hata {
 
 // Threads of a block: two blocks share a multiprocessor, or one has it to itself.
 constexpr int kFewThreads = 320, kManyThreads = 640;
-constexpr int kSliceAlignment = 32;  // positions: a word of the candidates' bits
+constexpr int kSliceAlignment = 32;  // positions: a word of ComparedKeys
 constexpr int kKeyOffset = (sizeof(ClusterShared) + 15) / 16 * 16;
 // Shared memory of a block for keys, and before that for hash weights: the most of which two
 // blocks fit, and the most there is. A block may have 227 KB, a multiprocessor has 228 KB and takes
@@ -36,19 +37,62 @@ struct ClusterShape {
   int cluster_size;
 };
 
+// Positions of a block's slice of a full cache.
+inline int slice_of(const ScoreSelectParams& p, int cluster_size) {
+  return ceil_div(p.table.capacity, cluster_size * kSliceAlignment) * kSliceAlignment;
+}
+
 // Shared memory for the keys of one block's slice of a full cache, within what there is; in all
 // enough for rows, which take the place of everything from the histogram on.
 inline int key_bytes_for(const ClusterParams& params, int threads, int cluster_size) {
-  if (threads == kFewThreads) return kSharedKeyBytes;
   const ScoreSelectParams& p = params.select;
-  const int64_t slice =
-      ceil_div(p.table.capacity, cluster_size * kSliceAlignment) * kSliceAlignment;
-  int64_t bytes = slice * p.q_len * 2;
+  if (threads == kFewThreads) return kSharedKeyBytes;
+  if (p.algorithm == ScoreSelectAlgorithm::kCandidates) return kMostKeyBytes;
+  int64_t bytes = int64_t{slice_of(p, cluster_size)} * p.q_len * 2;
   if (params.attends) {
     const int row_bytes = attend_row_bytes(threads, params.attend.cache.head_dim);
     bytes = std::max<int64_t>(bytes, kRowOffset + row_bytes - kKeyOffset) + kKeptBytes;
   }
   return static_cast<int>(std::clamp<int64_t>(bytes, kSharedKeyBytes, kMostKeyBytes));
+}
+
+// Whether the keys of a full cache fit into shared memory. Otherwise, lists of candidates do.
+inline bool all_keys_fit(const ScoreSelectParams& p, const ClusterShape& shape) {
+  return p.algorithm != ScoreSelectAlgorithm::kCandidates &&
+         int64_t{slice_of(p, shape.cluster_size)} * p.q_len * 2 <= shape.key_bytes;
+}
+
+constexpr int list_entries(int bytes, int bit_words, int threads, int q_len) {
+  return (bytes - (kTableWords + 2 * bit_words) * 4) / (threads * q_len * 4);
+}
+constexpr bool lists_fit(int bytes, int threads) {
+  return list_entries(bytes, threads * ComparedKeys::kWords, threads, kMaxClusterTokens) >=
+         kListHeader + kListGroup;
+}
+static_assert(lists_fit(kSharedKeyBytes, kFewThreads) && lists_fit(kMostKeyBytes, kManyThreads));
+
+// Says how long they are, and how many words each half of TileBits has.
+inline void share_out_candidates(ClusterParams& params, const ClusterShape& shape) {
+  const ScoreSelectParams& p = params.select;
+  params.num_bit_words =
+      shape.threads * TileBits::words_for(slice_of(p, shape.cluster_size), shape.threads);
+  const int entries = list_entries(shape.key_bytes, params.num_bit_words, shape.threads, p.q_len);
+  const bool few = p.algorithm == ScoreSelectAlgorithm::kCandidates;
+  params.list_capacity = few ? kListGroup : entries - kListHeader;
+}
+
+// Keys are below this.
+inline int num_keys(const ScoreSelectParams& p) {
+  if (p.code_cache.norms != nullptr) return 1 << 16;
+  return p.weight_sum * p.code_cache.num_words * kWordBits + 1;
+}
+
+inline Bins bins_for(const ScoreSelectParams& p, int keys) {
+  const auto padded = [](int bins) { return ceil_div(bins, kGroupBins) * kGroupBins; };
+  // If there must be a second histogram, one of a single group is found fastest.
+  int shift = padded(keys) * p.q_len <= kHistogramBins ? 0 : std::bit_width(kGroupBins - 1u);
+  while (padded(ceil_div(keys, 1 << shift)) * p.q_len > kHistogramBins) ++shift;
+  return {{padded(ceil_div(keys, 1 << shift)), padded(1 << shift)}, shift};
 }
 
 // The shape with the most threads for which all clusters are resident at once: a second wave would

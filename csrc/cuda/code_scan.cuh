@@ -14,27 +14,34 @@ constexpr int padded_planes(int num_planes) {
   return (num_planes + 1) / 2 * 2;
 }
 
-// The weights of the planes in shared memory, those of a product's two planes together; 0 past the
-// last plane.
+// What a count of k & s_p, p a plane, is multiplied with for `matches`, in shared memory, those of
+// a product's two planes together. An odd number of planes leaves room for one that is all ones,
+// which counts the bits of k.
 struct PlaneWeights {
   int2 pairs[kMaxPlanes / 2];
 
   // By kMaxPlanes threads.
   __device__ void set(int weight_sum, int thread) {
     const int planes = num_planes(weight_sum);
-    if (thread < kMaxPlanes) {
-      reinterpret_cast<int*>(pairs)[thread] =
-          thread < planes ? plane_weight(thread, weight_sum) : 0;
-    }
+    if (thread >= kMaxPlanes) return;
+    int weight = thread < planes ? 2 * plane_weight(thread, weight_sum) : 0;
+    if (thread == planes && planes % 2 == 1) weight = -weight_sum;
+    reinterpret_cast<int*>(pairs)[thread] = weight;
   }
 };
+
+// Writes that plane behind the others, if there is room for it, by any number of threads.
+__device__ __forceinline__ void add_ones(uint32_t* planes, int num_planes, int num_words,
+                                         int thread, int num_threads) {
+  if (num_planes % 2 == 0) return;
+  for (int i = thread; i < num_words; i += num_threads) planes[num_planes * num_words + i] = ~0u;
+}
 
 // The planes of one query token in shared memory, as the scan reads them. `rows` is what
 // plane_rows() gave this thread; base = sum_p w_p (num_bits - popcount(plane_p)).
 struct ScanPlanes {
   const uint32_t* rows;
   const PlaneWeights& weights;
-  int weight_sum;
   int num_planes;
   int base;
 };
@@ -59,11 +66,11 @@ __device__ int plane_base(const uint32_t* rows, int weight_sum) {
   return __reduce_add_sync(kFullMask, base);
 }
 
-// Adds w_p popcount(k & s_p) of planes 2 tile and 2 tile + 1 for every position of the units.
+// Adds the weighted counts of planes 2 tile and 2 tile + 1 for every position of the units.
 template <int kNumWords, int kUnits>
 __device__ __forceinline__ void count_tile(const CodeUnit<kNumWords> (&units)[kUnits],
                                            const ScanPlanes& planes, int tile,
-                                           int (&common)[kUnits * CodeUnit<kNumWords>::kTokens]) {
+                                           int (&matches)[kUnits * CodeUnit<kNumWords>::kTokens]) {
   using Unit = CodeUnit<kNumWords>;
   uint32_t b[kNumWords];
 #pragma unroll
@@ -81,52 +88,70 @@ __device__ __forceinline__ void count_tile(const CodeUnit<kNumWords> (&units)[kU
     if constexpr (kNumWords % 2 == 1) {
       mma_m16n8k128(counts, {words[2 * kNumWords - 2], words[2 * kNumWords - 1]}, b[kNumWords - 1]);
     }
-    common[i] += weight.x * counts[0] + weight.y * counts[1];
-    common[i + 1] += weight.x * counts[2] + weight.y * counts[3];
+    matches[i] += weight.x * counts[0] + weight.y * counts[1];
+    matches[i + 1] += weight.x * counts[2] + weight.y * counts[3];
+  }
+}
+
+// offsets[i] = -weight_sum popcount(code_i), unless an odd number of planes brings it.
+template <int kNumWords, int kUnits>
+__device__ __forceinline__ void offset_matches(
+    const CodeUnit<kNumWords> (&units)[kUnits], int num_planes, int weight_sum,
+    int (&offsets)[kUnits * CodeUnit<kNumWords>::kTokens]) {
+  using Unit = CodeUnit<kNumWords>;
+#pragma unroll
+  for (int i = 0; i < kUnits * Unit::kTokens; ++i) {
+    offsets[i] = 0;
+    if (num_planes % 2 == 1) continue;
+#pragma unroll
+    for (int w = 0; w < kNumWords; ++w) {
+      offsets[i] -= __popc(units[i / Unit::kTokens].words[Unit::place(i % Unit::kTokens, w)]);
+    }
+    offsets[i] *= weight_sum;
   }
 }
 
 // matches[i] = sum_p w_p (num_bits - popcount(code_i ^ plane_p)) for every position of the units,
-// by a whole warp. popcount(k ^ s) = popcount(k) + popcount(s) - 2 popcount(k & s), and the binary
-// product counts k & s: its 16 rows are the keys of eight quads, two a thread, and of its columns
-// the pair 2c, 2c + 1 holds two planes where only the words of quad member c are not zero. So each
-// thread is given the counts of its own keys.
+// by a whole warp, from their offsets. popcount(k ^ s) = popcount(k) + popcount(s) - 2 popcount(k &
+// s), and the binary product counts k & s: its 16 rows are the keys of eight quads, two a thread,
+// and of its columns the pair 2c, 2c + 1 holds two planes where only the words of quad member c are
+// not zero. So each thread is given the counts of its own keys.
 template <int kNumWords, int kUnits>
 __device__ __forceinline__ void count_matches(
-    const CodeUnit<kNumWords> (&units)[kUnits], const ScanPlanes& planes,
+    const CodeUnit<kNumWords> (&units)[kUnits],
+    const int (&offsets)[kUnits * CodeUnit<kNumWords>::kTokens], const ScanPlanes& planes,
     int (&matches)[kUnits * CodeUnit<kNumWords>::kTokens]) {
-  using Unit = CodeUnit<kNumWords>;
-  constexpr int kTokens = kUnits * Unit::kTokens;
-  int common[kTokens] = {};                                // sum_p w_p popcount(k & s_p)
+#pragma unroll
+  for (int i = 0; i < kUnits * CodeUnit<kNumWords>::kTokens; ++i) {
+    matches[i] = planes.base + offsets[i];
+  }
   if (planes.num_planes == 3 || planes.num_planes == 4) {  // query_bits 3 and 4, groups 4 to 15
-    count_tile(units, planes, 0, common);
-    count_tile(units, planes, 1, common);
+    count_tile(units, planes, 0, matches);
+    count_tile(units, planes, 1, matches);
   } else {
 #pragma unroll 1
     for (int tile = 0; 2 * tile < planes.num_planes; ++tile) {
-      count_tile(units, planes, tile, common);
+      count_tile(units, planes, tile, matches);
     }
-  }
-#pragma unroll
-  for (int i = 0; i < kTokens; ++i) {
-    int set = 0;
-#pragma unroll
-    for (int w = 0; w < kNumWords; ++w) {
-      set += __popc(units[i / Unit::kTokens].words[Unit::place(i % Unit::kTokens, w)]);
-    }
-    matches[i] = planes.base - planes.weight_sum * set + 2 * common[i];
   }
 }
 
-// The float16 score of a key with this norm, as bits. The division is exact where kNumBits is a
-// power of two, and then a product with its reciprocal is the same.
+// The score that a key has with this norm, before it is rounded to float16. `score` is that without
+// norms. The division is exact where kNumBits is a power of two, and then a product with its
+// reciprocal is the same.
+template <int kNumBits>
+__device__ __forceinline__ float scaled_score(int score, uint32_t norm) {
+  const float scaled = (kNumBits & (kNumBits - 1)) == 0
+                           ? __fmul_rn(static_cast<float>(score), 1.0f / kNumBits)
+                           : __fdiv_rn(static_cast<float>(score), static_cast<float>(kNumBits));
+  return __fmul_rn(scaled, __half2float(__ushort_as_half(static_cast<uint16_t>(norm))));
+}
+
+// After it, as bits.
 template <int kNumBits>
 __device__ __forceinline__ uint16_t float16_score(int matches, int weight_sum, uint16_t norm) {
-  const float score = static_cast<float>(2 * matches - weight_sum * kNumBits);
-  const float scaled = (kNumBits & (kNumBits - 1)) == 0
-                           ? __fmul_rn(score, 1.0f / kNumBits)
-                           : __fdiv_rn(score, static_cast<float>(kNumBits));
-  return __half_as_ushort(__float2half_rn(__fmul_rn(scaled, __half2float(__ushort_as_half(norm)))));
+  const int score = 2 * matches - weight_sum * kNumBits;
+  return __half_as_ushort(__float2half_rn(scaled_score<kNumBits>(score, norm)));
 }
 
 }  // namespace hata

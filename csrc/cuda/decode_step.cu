@@ -6,7 +6,9 @@ namespace hata {
 
 void decode_step_cuda(const DecodeStepParams& params, CudaStream stream) {
   const ScoreSelectAlgorithm algorithm = params.select.algorithm;
-  if (algorithm == ScoreSelectAlgorithm::kAuto && decode_step_cluster(params, stream)) return;
+  const bool one_launch =
+      algorithm == ScoreSelectAlgorithm::kAuto || algorithm == ScoreSelectAlgorithm::kCandidates;
+  if (one_launch && decode_step_cluster(params, stream)) return;
   if (algorithm == ScoreSelectAlgorithm::kTwoKernels ||
       !encode_score_select_cluster(params, stream)) {
     cache_append_cuda(params.append, stream);

@@ -63,14 +63,16 @@ __device__ __forceinline__ void score_chunk(const HammingScoreParams& p, int bat
   constexpr int kTokens = CodeUnit<kNumWords>::kTokens;
   const int seq_len = seq_len_of(p.table, batch_idx);
   const int num_planes = hata::num_planes(p.weight_sum);
+  int offsets[kUnits * kTokens];
+  offset_matches(chunk.units, num_planes, p.weight_sum, offsets);
   for (int t = 0; t < min(kMaxTokens, p.q_len - first_token); ++t) {
     const int j = first_token + t;
     const int visible = min(visible_len(seq_len, p.q_len, j), p.max_seq_len);
     const int64_t row = (int64_t{batch_idx} * p.q_len + j) * p.num_kv_heads + kv_head_idx;
     int matches[kUnits * kTokens];
-    count_matches(chunk.units,
-                  {plane_rows<kNumWords>(planes.rows[t], planes.zeros), planes.weights,
-                   p.weight_sum, num_planes, planes.bases[t]},
+    count_matches(chunk.units, offsets,
+                  {plane_rows<kNumWords>(planes.rows[t], planes.zeros), planes.weights, num_planes,
+                   planes.bases[t]},
                   matches);
 #pragma unroll
     for (int i = 0; i < kUnits * kTokens; ++i) {
@@ -115,6 +117,9 @@ __global__ void __launch_bounds__(kThreads, 1)
       const int t = i / token_words, word = i % token_words;
       const int64_t row = (int64_t{batch_idx} * p.q_len + token + t) * p.num_kv_heads + kv_head_idx;
       planes.rows[t][word] = p.planes[row * token_words + word];
+    }
+    if (threadIdx.x < num_tokens) {
+      add_ones(planes.rows[threadIdx.x], num_planes(p.weight_sum), kNumWords, 0, 1);
     }
     __syncthreads();
     static_assert(kMaxTokens <= kThreads / kWarpSize);

@@ -2,10 +2,9 @@
 
 #include <cooperative_groups.h>
 
-#include <bit>
-
 #include "cuda/cluster_barrier.cuh"
 #include "cuda/cluster_encode.cuh"
+#include "cuda/cluster_guess.cuh"
 #include "cuda/cluster_scan.cuh"
 #include "cuda/cluster_select.cuh"
 #include "cuda/cluster_shape.cuh"
@@ -15,21 +14,8 @@
 namespace hata {
 namespace {
 
-constexpr int kMaxGridY = 65535;  // KV heads
-
-// Keys are below this.
-int num_keys(const ScoreSelectParams& p) {
-  if (p.code_cache.norms != nullptr) return 1 << 16;
-  return p.weight_sum * p.code_cache.num_words * kWordBits + 1;
-}
-
-Bins bins_for(const ScoreSelectParams& p, int keys) {
-  const auto padded = [](int bins) { return ceil_div(bins, kGroupBins) * kGroupBins; };
-  // If there must be a second histogram, one of a single group is found fastest.
-  int shift = padded(keys) * p.q_len <= kHistogramBins ? 0 : std::bit_width(kGroupBins - 1u);
-  while (padded(ceil_div(keys, 1 << shift)) * p.q_len > kHistogramBins) ++shift;
-  return {{padded(ceil_div(keys, 1 << shift)), padded(1 << shift)}, shift};
-}
+constexpr int kMaxGridY = 65535;          // KV heads
+constexpr int kMostCapacity = 2'000'000;  // every position of one block has a place (CandidateList)
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 
@@ -102,13 +88,14 @@ __device__ __forceinline__ void attend_selected(const GatherAttentionParams& p,
 // grid: (batch clusters, num_kv_heads). Each block of a cluster scans one slice of the sequence,
 // keeping 16-bit keys and a histogram of them; the cluster adds up its histograms and finds the key
 // of the last selected position; each block writes its part of the indices, in order, and attends
-// over it.
-template <int kNumWords, bool kNorms>
+// over it. kAllFit: so do the keys of a full cache.
+template <int kNumWords, bool kNorms, bool kAllFit>
 __global__ void __launch_bounds__(kManyThreads, 1)
     score_select_kernel(const __grid_constant__ ClusterParams params) {
   extern __shared__ __align__(16) char shared_bytes[];
   ClusterShared& shared = *reinterpret_cast<ClusterShared*>(shared_bytes);
   const ScoreSelectParams& p = params.select;
+  constexpr int kChunk = AllKeys<kNumWords, kNorms, kAllFit>::Chunk::kPositions;
   const int warp = threadIdx.x / kWarpSize;
   const int num_blocks = cg::this_cluster().num_blocks();
   if (threadIdx.x == 0) {
@@ -126,6 +113,12 @@ __global__ void __launch_bounds__(kManyThreads, 1)
   }
   if (threadIdx.x < kMaxPlanes * kMaxWords) shared.scan.no_planes[threadIdx.x] = 0;
   shared.scan.weights.set(p.weight_sum, threadIdx.x);
+  if (warp < p.q_len) {
+    const int planes = num_planes(p.weight_sum);
+    if (threadIdx.x == 0) shared.scan.num_planes = planes;
+    add_ones(shared.scan.planes + warp * padded_planes(planes) * kNumWords, planes, kNumWords,
+             threadIdx.x % kWarpSize, kWarpSize);
+  }
   {
     const ClusterPlace place{static_cast<int>(cg::this_cluster().block_rank()), num_blocks};
     const int batch_idx = cluster_idx();
@@ -155,30 +148,36 @@ __global__ void __launch_bounds__(kManyThreads, 1)
                        .only_page = page,
                        .begin = min(place.rank * slice_len, seq_len)};
     slice.end = min(slice.begin + slice_len, seq_len);
-    slice.pieces = Candidates::pieces_for(slice_len);
-    slice.keys_are_shared = int64_t{slice_len} * p.q_len * 2 <= params.key_bytes;
-    if (slice.keys_are_shared) {
-      slice.keys = reinterpret_cast<uint16_t*>(shared_bytes + kKeyOffset);
-      slice.key_pitch = slice_len;
-    } else {
-      const int64_t pitch = key_row_pitch(p.table.capacity);
-      slice.keys = p.keys + slice.first_row * pitch + slice.begin;
-      slice.key_pitch = p.num_kv_heads * pitch;
-    }
+    slice.length = slice_len;
     if (threadIdx.x == 0) shared.slice = slice;
     // Memory works on the first codes while the planes are made.
-    constexpr int kChunk = CodeChunk<kNumWords, kNorms, units_per_thread(kNumWords)>::kPositions;
     reader.template prefetch<kNorms, kChunk>(slice.begin + warp * kChunk, slice.end);
     prepare_planes<kNumWords>(params, shared, task, scratch);
   }
   // In shared memory, which leaves the scan its registers.
   const ClusterSlice& slice = shared.slice;
   const bool chooses = must_choose(p, slice.seq_len);
-  if (chooses) scan_slice<kNumWords, kNorms>(params, shared, slice);
-  __syncthreads();
-  wait_at_cluster_barrier();  // every block has begun
-  if (chooses) find_cuts(params, shared, 0);
-  // The last warps append meanwhile.
+  const AllKeys<kNumWords, kNorms, kAllFit> keys{
+      reinterpret_cast<uint16_t*>(shared_bytes + kKeyOffset), slice.length};
+  const bool keeps_all = kAllFit || !chooses ||
+                         (p.algorithm != ScoreSelectAlgorithm::kCandidates &&
+                          int64_t{slice.length} * p.q_len * 2 <= params.key_bytes);
+  const auto scratch = reinterpret_cast<uint32_t*>(shared_bytes + kKeyOffset);
+  const CandidateSource<Candidates<kNumWords, kNorms>> source{
+      {params, shared, scratch},
+      {scratch + kTableWords, scratch + kTableWords + params.num_bit_words,
+       TileBits::words_for(slice.length, static_cast<int>(blockDim.x))}};
+  int repeats = 0;
+  if (keeps_all) {
+    if (chooses)
+      scan<kNumWords, kNorms>(params, shared, slice, keys, chunks_of_slice(slice, kChunk));
+    __syncthreads();
+    wait_at_cluster_barrier();  // every block has begun
+    if (chooses) find_cuts(params, shared, 0);
+  } else {
+    repeats = scan_for_candidates<kNumWords, kNorms>(params, shared, source);
+  }
+  // The last warps append while others find the cuts.
   if (params.encodes) {
     if (params.encode.dtype == DType::kBFloat16) {
       write_new_tokens<__nv_bfloat16>(params.append, slice.kv_head_idx, slice.place, slice.begin,
@@ -190,19 +189,18 @@ __global__ void __launch_bounds__(kManyThreads, 1)
   }
   __syncthreads();
   // Positions are kept where neither keys nor rows lie.
-  const int kept_offset =
-      !params.attends ? 0
-      : slice.keys_are_shared
-          ? max(kKeyOffset + (slice.end - slice.begin + 7) / 8 * 16, params.row_end)
-          : params.row_end;
+  const int kept_offset = max(kKeyOffset + (slice.end - slice.begin + 7) / 8 * 16, params.row_end);
   const auto kept = reinterpret_cast<int32_t*>(shared_bytes + kept_offset);
-  const int num_kept = params.attends ? max(kKeyOffset + params.key_bytes - kept_offset, 0) / 4 : 0;
-  const IndexRange range =
-      slice.keys_are_shared
-          ? select_from_keys(params, shared,
-                             reinterpret_cast<const uint16_t*>(shared_bytes + kKeyOffset), kept,
-                             num_kept)
-          : select_from_keys(params, shared, slice.keys, kept, num_kept);
+  const int num_kept =
+      params.attends && keeps_all ? max(kKeyOffset + params.key_bytes - kept_offset, 0) / 4 : 0;
+  IndexRange range;
+  if (keeps_all) {
+    const KeySource<AllKeys<kNumWords, kNorms, kAllFit>, kNorms> source{
+        keys, ComparedKeys::pieces_for(slice.length)};
+    range = select_from(params, shared, source, 0, kept, num_kept);
+  } else {
+    range = select_from(params, shared, source, repeats, kept, num_kept);
+  }
   if (!params.attends) return;
   if (threadIdx.x == 0) {
     const int num_positions = range.end - range.first;
@@ -221,7 +219,7 @@ __global__ void __launch_bounds__(kManyThreads, 1)
 
 #else
 
-template <int kNumWords, bool kNorms>
+template <int kNumWords, bool kNorms, bool kAllFit>
 __global__ void score_select_kernel(const __grid_constant__ ClusterParams) {}
 
 #endif
@@ -229,16 +227,17 @@ __global__ void score_select_kernel(const __grid_constant__ ClusterParams) {}
 template <int kNumWords, bool kNorms>
 bool launch(ClusterParams& params, CudaStream stream) {
   constexpr const char* kOp = "hata::score_select";
-  const auto kernel = score_select_kernel<kNumWords, kNorms>;
+  const auto kernel = score_select_kernel<kNumWords, kNorms, true>;
+  const auto for_candidates = score_select_kernel<kNumWords, kNorms, false>;
   if (!compiled_for_clusters(kernel, kOp)) return false;
   allow_shared_memory(kernel, kKeyOffset + kMostKeyBytes, kOp);
   const ClusterShape shape = choose_shape(kernel, params, kOp);
-  params.num_keys = num_keys(params.select);
-  params.bins = bins_for(params.select, params.num_keys);
+  params.bins = bins_for(params.select, num_keys(params.select));
   params.key_bytes = shape.key_bytes;
+  share_out_candidates(params, shape);
   params.row_end = kRowOffset + attend_row_bytes(shape.threads, params.attend.cache.head_dim);
   launch_kernel(
-      kernel,
+      all_keys_fit(params.select, shape) ? kernel : for_candidates,
       {.grid = dim3(params.select.table.batch * shape.cluster_size, params.select.num_kv_heads),
        .threads = shape.threads,
        .shared_bytes = kKeyOffset + shape.key_bytes,
@@ -250,7 +249,7 @@ bool launch(ClusterParams& params, CudaStream stream) {
 
 bool run(ClusterParams& params, CudaStream stream) {
   const ScoreSelectParams& p = params.select;
-  if (p.q_len > kMaxClusterTokens) return false;
+  if (p.q_len > kMaxClusterTokens || p.table.capacity > kMostCapacity) return false;
   if (p.num_kv_heads > kMaxGridY) return false;
   if (p.table.batch == 0 || p.num_kv_heads == 0 || p.q_len == 0) return true;
   bool launched = false;
