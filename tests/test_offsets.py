@@ -101,8 +101,8 @@ def test_indices_that_are_written():
 @gpu_only
 @pytest.mark.parametrize("key_norms", [False, True])
 def test_a_capacity_whose_keys_pass_2_31(algorithm, key_norms):
-    """Three sequences share one page of 2^29 positions; the workspace has keys for each."""
-    capacity = 2**29
+    """Sequences share one long page; the workspace has keys for each."""
+    capacity, batch = (2**29, 3) if algorithm in ("auto", "two_kernels") else (20 * 2**20, 60)
     near = make_caches([3000], device="cuda", page_size=None, key_norms=key_norms)
     page = int(near.block_table[0, 0])
     codes = torch.empty(1, 2, capacity, 2, dtype=torch.int32, device="cuda")
@@ -111,9 +111,9 @@ def test_a_capacity_whose_keys_pass_2_31(algorithm, key_norms):
     if key_norms:
         norms = torch.empty(1, 2, capacity, dtype=torch.float16, device="cuda")
         norms[0, :, :3000] = near.norm_cache[page, :, :3000]
-    planes = random_planes(3, 1, 2, 15, 64, device="cuda")
-    lengths = torch.tensor([3000, 1, 2900], dtype=torch.int32, device="cuda")
-    table = torch.zeros(3, 1, dtype=torch.int32, device="cuda")
+    planes = random_planes(batch, 1, 2, 15, 64, device="cuda")
+    lengths = torch.tensor([3000, 1, 2900], dtype=torch.int32, device="cuda").repeat(batch // 3)
+    table = torch.zeros(batch, 1, dtype=torch.int32, device="cuda")
     settings = {"weight_sum": 15, "num_recent": 4}
     selected = hata.score_select(planes, codes, table, lengths, 64, norm_cache=norms, **settings)
     expected = hata.score_select(

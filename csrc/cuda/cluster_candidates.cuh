@@ -12,6 +12,7 @@ namespace hata {
 
 constexpr int kListHeader = 2;
 constexpr int kListGroup = 4;  // entries that may be added after one make_room()
+constexpr int kMostPlaces = 1 << 16;
 
 // The candidates that one thread has of one query token. An entry is a key, and below it which of
 // the thread's positions has it: its place. kTokens places follow one another in the sequence, and
@@ -24,8 +25,6 @@ constexpr int kListGroup = 4;  // entries that may be added after one make_room(
 template <typename Store, int kTokens, int kPositions>
 class CandidateList {
  public:
-  static constexpr int kMostPlaces = 1 << 16;
-
   __device__ CandidateList(const Store& store, int token_idx)
       : store_(store),
         token_idx_(token_idx),

@@ -14,8 +14,9 @@
 namespace hata {
 namespace {
 
-constexpr int kMaxGridY = 65535;          // KV heads
-constexpr int kMostCapacity = 2'000'000;  // every position of one block has a place (CandidateList)
+constexpr int kMaxGridY = 65535;  // KV heads
+// Of one block alone, so that every position has a place in a CandidateList.
+constexpr int kMostCapacity = kFewThreads * kMostPlaces;
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 
