@@ -3,7 +3,8 @@
 The caller passes one call per input set, and as many sets as exceed twice the last-level cache
 together (``Timer.num_sets``), so that each call finds its inputs in memory. On a GPU all calls are
 captured in one CUDA graph and its replays are timed with events; the replays are queued back to
-back, so that no launch latency of the host is in the figure, behind some that warm up. On a CPU each call is timed alone.
+back, so that no launch latency of the host is in the figure, behind others that warm up. On a CPU
+each call is timed alone.
 """
 
 import itertools
