@@ -11,9 +11,8 @@ void score_select_cuda(const ScoreSelectParams& p, CudaStream stream) {
   if (p.algorithm == ScoreSelectAlgorithm::kCluster ||
       p.algorithm == ScoreSelectAlgorithm::kCandidates) {
     throw std::runtime_error(
-        "hata::score_select: clusters need sm_90 or newer, at most 8 query tokens and a capacity "
-        "of "
-        "at most 20 million positions");
+        "hata::score_select: clusters need sm_90 or newer, at most 8 query tokens "
+        "and a capacity of at most 20 million positions");
   }
   hamming_score_cuda(key_score_params(p), stream);
   select_topk_cuda(key_select_params(p), stream);
