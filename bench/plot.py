@@ -1,4 +1,4 @@
-"""Pictures of the committed results: ``hata bench plot``."""
+"""Pictures of the committed results: ``python -m bench plot``."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -20,7 +20,7 @@ MAX_FAILURE_S = 10.0
 
 @dataclass
 class Run:
-    """One run of ``hata bench``."""
+    """One run of ``python -m bench``."""
 
     plan: Plan
     timer: Timer

@@ -1,4 +1,4 @@
-"""The committed results as Markdown tables for the documentation: ``hata bench tables``."""
+"""The committed results as Markdown tables for the documentation: ``python -m bench tables``."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path

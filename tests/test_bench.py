@@ -1,20 +1,17 @@
 import csv
 import itertools
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from hata import cli
-from hata.checkout import commit
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # bench belongs to the checkout
-
 from bench import decode, report, timing
+from bench.__main__ import app
 from bench.buffers import CodePool, KvPool
 from bench.cases import CONFIGS, Case, Shape
 from bench.checks import CheckError, check_dense, check_encode, check_selection, check_step
+from hata.cli import run_app
+from hata.provenance import commit
 
 DECODE_COLUMNS = [
     "gpu",
@@ -58,7 +55,7 @@ OPS = {
 
 def run(*args: str) -> int:
     with pytest.raises(SystemExit) as exit_info:
-        cli.main(["bench", *args])
+        run_app(app, "python -m bench", list(args))
     return exit_info.value.code
 
 
@@ -95,7 +92,7 @@ def test_rows_say_where_they_come_from(results):
         assert row["torch"] == torch.__version__
         assert row["dtype"] == "float32"
         assert row["commit"]
-        assert row["command"] == "hata bench all --device cpu --quick"
+        assert row["command"] == "python -m bench all --device cpu --quick"
 
 
 def test_floors_and_ratios_follow_from_bytes_and_times(results):

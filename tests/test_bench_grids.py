@@ -1,30 +1,28 @@
 """What the benchmarks measure: grids, variants, captured inputs, rows that are appended."""
 
 import csv
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from hata import cli, reference
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # bench belongs to the checkout
-
 from bench import decode, grids, timing, variants
+from bench.__main__ import app
 from bench.buffers import CodePool, KvPool
 from bench.cases import CONFIGS, Case, Shape
 from bench.checks import check_step
 from bench.inputs import Captured, repeat_to
 from bench.run import Run
+from hata import reference
+from hata.cli import run_app
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
 def run(*args: str) -> int:
     with pytest.raises(SystemExit) as exit_info:
-        cli.main(["bench", *args, "--device", "cpu", "--quick"])
+        run_app(app, "python -m bench", [*args, "--device", "cpu", "--quick"])
     return exit_info.value.code
 
 
@@ -101,7 +99,7 @@ def test_every_grid_runs_small(name, tmp_path):
     found = rows(path)
     assert found
     assert {row["command"] for row in found} == {
-        f"hata bench decode --device cpu --quick --grid {name}"
+        f"python -m bench decode --device cpu --quick --grid {name}"
     }
 
 
@@ -118,7 +116,7 @@ def test_the_crossover_ends_where_every_setting_wins(tmp_path, monkeypatch):
         tuple(Shape(1, 2, 2, n, dtype=torch.float32) for n in lengths), CONFIGS[:2], True
     )
     plan = grids.Plan((sweep,), (), (), CONFIGS[:2], (), sweep.shapes[0])
-    monkeypatch.setattr("bench.main.plan_for", lambda *args: plan)
+    monkeypatch.setattr("bench.__main__.plan_for", lambda *args: plan)
     times = {(512, "A"): 2.0, (512, "B"): 0.5, (1024, "A"): 0.9, (1024, "B"): 0.5}
     monkeypatch.setattr("bench.run.measure_dense", lambda *args: {"sdpa_us": 1.0})
     monkeypatch.setattr(
@@ -209,7 +207,7 @@ def test_rows_say_which_inputs_they_had(captured_file, tmp_path):
         (["ops", "--op", "attention"], "--op must be one of prompt, encode_query"),
         (["decode", "--codes", "D"], "--codes must be one of A, B, C, got D"),
         (["decode", "--shape", "8 x 8"], "--shape must be one of 1 x 8/2 x 2K, got 8 x 8"),
-        (["decode", "--inputs", "missing"], "--inputs must be a file of hata bench capture"),
+        (["decode", "--inputs", "missing"], "--inputs must be a file of python -m bench capture"),
         (["decode", "--inputs", __file__], "--inputs must be safetensors"),
         (["decode", "--baselines", "some"], "--baselines"),
     ],

@@ -2,27 +2,24 @@
 
 import itertools
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from hata import cli
-from tiny_models import make_model
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # bench belongs to the checkout
-
 from bench import decode, grids, records, tables
+from bench.__main__ import app
 from bench.capture import attention_inputs
 from bench.cases import CONFIGS, Case, Shape
 from bench.plot import TITLES
 from bench.report import RESULTS, Report
+from hata.cli import run_app
+from tiny_models import make_model
 
 
 def run(*args: str) -> int:
     with pytest.raises(SystemExit) as exit_info:
-        cli.main(["bench", *args])
+        run_app(app, "python -m bench", list(args))
     return exit_info.value.code
 
 

@@ -19,8 +19,8 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 import hata.training.captures
 from closeness import assert_equal
-from hata.training.capture import CaptureOptions, capture
 from hata.training.captures import CaptureInfo, Captures, CaptureWriter, shard_path
+from hata.training.record import CaptureOptions, capture
 from hata.training.texts import text_files, token_sequences
 from tiny_folder import bytewise_tokenizer
 from tiny_models import MODELS, make_model
@@ -104,10 +104,10 @@ def test_the_same_seed_gives_the_same_capture_and_another_one_does_not(tmp_path)
 
 
 def test_chunks_capture_what_a_whole_pass_captures(tmp_path, monkeypatch):
-    monkeypatch.setattr(hata.training.capture, "_SMALLEST_CHUNK", 32)
+    monkeypatch.setattr(hata.training.record, "_SMALLEST_CHUNK", 32)
     model = tiny()
     whole = run(tmp_path / "whole", model)
-    need = hata.training.capture._memory(model, SEQ_LEN, 32) / 1e9
+    need = hata.training.record._memory(model, SEQ_LEN, 32) / 1e9
     options = dataclasses.replace(OPTIONS, memory_limit_gb=need)
     chunks = run(tmp_path / "chunks", model, options)
     for a, b in zip(tensors_of(whole), tensors_of(chunks), strict=True):

@@ -33,11 +33,10 @@ def test_version_is_printed_by_the_module_as_by_the_command(capsys):
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == out
 
 
-def test_help_lists_both_subcommands(capsys):
+def test_help_lists_the_commands(capsys):
     code, out, _ = run(capsys, "--help")
     assert code == 0
-    assert "demo" in out
-    assert "bench" in out
+    assert all(command in out for command in ("demo", "corpus", "capture", "train", "recall"))
 
 
 @pytest.mark.parametrize(
@@ -110,22 +109,6 @@ def test_a_config_that_is_no_json_is_one_line(capsys, tmp_path):
     code, _, err = run(capsys, "demo", "--model", str(tmp_path))
     assert (code, err.count("\n")) == (2, 1)
     assert "--model must hold a config.json in JSON" in err
-
-
-def test_bench_outside_a_checkout_is_one_line(capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr(hata.cli, "__file__", str(tmp_path / "python" / "hata" / "cli.py"))
-    code, _, err = run(capsys, "bench")
-    assert code == 2
-    assert err == (
-        "error: hata bench must run in hata's checkout, installed with pip install -e, "
-        f"got {Path(tmp_path).resolve()}\n"
-    )
-
-
-def test_bench_hands_its_arguments_on(capsys):
-    code, out, _ = run(capsys, "bench", "--help")
-    assert code == 0
-    assert "hata bench" in out
 
 
 def test_a_fault_of_hatas_own_keeps_its_trace(monkeypatch):

@@ -9,9 +9,9 @@ import torch
 
 from capture_cases import HEAD_DIM, NUM_LAYERS, SEQ_LEN, SHAPE, make_captures
 from hata import HashWeights, HataConfig
-from hata.meter.frontier import Frontier
-from hata.meter.measure import Measurement
-from hata.meter.results import Results
+from hata.recall.frontier import Frontier
+from hata.recall.measure import Measurement
+from hata.recall.results import Results
 from hata.selectors import ExactSelector, HataSelector
 from hata.selectors.quality import Quality
 

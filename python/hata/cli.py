@@ -1,20 +1,17 @@
-"""The command `hata`: the demo and the benchmarks.
+"""The command `hata`.
 
 Whatever a user can get wrong is answered with one line, "error: <argument> must <rule>, got
 <value>", and exit status 2.
 """
 
-import importlib
 import re
 import sys
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from hata.checks import check
 from hata.commands.capture import capture, corpus
-from hata.commands.extras import need
+from hata.commands.demo import demo
 from hata.commands.recall import recall
 from hata.commands.train import train
 from hata.version import VERSION
@@ -43,78 +40,7 @@ def hata(
     """Hash-aware top-k attention for long-context decoding."""
 
 
-@app.command()
-def demo(
-    model: Annotated[
-        Path | None,
-        typer.Option(help="Local transformers folder; by default SmolLM2-135M-Instruct."),
-    ] = None,
-    context: Annotated[int, typer.Option(help="Tokens of prompt and answer together.")] = 2048,
-    depth: Annotated[
-        float, typer.Option(help="Where in the prose the fact stands, 0 (first) to 1 (last).")
-    ] = 0.5,
-    top_k: Annotated[int, typer.Option(help="Positions each KV head attends to.")] = 128,
-    weights: Annotated[
-        str | None,
-        typer.Option(help="File of hash weights, or random; by default the package's own."),
-    ] = None,
-    num_bits: Annotated[
-        int | None, typer.Option(help="Bits of a key's code; by default what the weights have.")
-    ] = None,
-    query_bits: Annotated[
-        int | None, typer.Option(help="Bits of a query's projection, 1 to 4; 4 by default.")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of random hash weights and of the fact.")] = 0,
-    max_new_tokens: Annotated[int, typer.Option(help="The longest answer, in tokens.")] = 32,
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda or cuda:N; by default a GPU where there is one.")
-    ] = None,
-    dtype: Annotated[
-        str | None,
-        typer.Option(help="float32, bfloat16 or float16; by default float32, on a GPU bfloat16."),
-    ] = None,
-    plot: Annotated[
-        Path | None, typer.Option(help="Write the attention mass per layer to this PNG file.")
-    ] = None,
-) -> None:
-    """Generates an answer from a long prompt twice: with dense attention and with hata."""
-    need("demo", "transformers", "matplotlib")
-    from hata.demo.options import DemoOptions
-    from hata.demo.run import run_demo
-
-    run_demo(
-        DemoOptions(
-            model=model,
-            context=context,
-            depth=depth,
-            top_k=top_k,
-            weights=weights,
-            num_bits=num_bits,
-            query_bits=query_bits,
-            seed=seed,
-            max_new_tokens=max_new_tokens,
-            device=device,
-            dtype=dtype,
-            plot=plot,
-        )
-    )
-
-
-@app.command(
-    add_help_option=False,
-    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
-)
-def bench(context: typer.Context) -> None:
-    """Measures the operators and the decoding step; needs a checkout (see its own --help)."""
-    checkout = Path(__file__).resolve().parents[2]
-    rule = "run in hata's checkout, installed with pip install -e"
-    check((checkout / "bench" / "main.py").is_file(), "bench", "hata bench", rule, checkout)
-    sys.path.insert(0, str(checkout))
-    bench_app = importlib.import_module("bench.main").app
-    status = bench_app(args=context.args, prog_name="hata bench", standalone_mode=False)
-    raise typer.Exit(status if isinstance(status, int) else 0)
-
-
+app.command()(demo)
 app.command()(corpus)
 app.command()(capture)
 app.command()(train)
@@ -129,14 +55,16 @@ def _user_error(error: Exception) -> str | None:
     return named[1] if named else None
 
 
-def main(args: list[str] | None = None) -> None:
-    """Runs the command and exits with its status.
+def run_app(app: typer.Typer, prog_name: str, args: list[str] | None = None) -> None:
+    """Runs a command line and exits with its status.
 
     Args:
+        app: The commands.
+        prog_name: The program's name.
         args: The command line without the program's name; None takes the process's.
     """
     try:
-        status = app(args=args, prog_name="hata", standalone_mode=False)
+        status = app(args=args, prog_name=prog_name, standalone_mode=False)
     except typer.Abort:
         sys.exit(130)
     except Exception as error:
@@ -146,3 +74,8 @@ def main(args: list[str] | None = None) -> None:
         print(f"error: {message}", file=sys.stderr)
         sys.exit(2)
     sys.exit(status if isinstance(status, int) else 0)
+
+
+def main(args: list[str] | None = None) -> None:
+    """Runs the command `hata` and exits with its status; see `run_app`."""
+    run_app(app, "hata", args)

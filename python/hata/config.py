@@ -12,7 +12,7 @@ from hata.checks import check, check_int, check_type
 # overtakes the fastest dense attention here for batch 1 with 8 KV heads (8K tokens), 1 with 32
 # (2K) and 8 with 8 (1K), and has overtaken it at twice as many, the fewest measured, for 8 with 32
 # (512). 32 bits cross here too, 128 with norms at twice as many.
-# Source: bench/results/decode_h100.csv, `hata bench decode --grid crossover`.
+# Source: bench/results/decode_h100.csv, `python -m bench decode --grid crossover`.
 MEASURED_SPARSE_ROWS = 65536
 
 

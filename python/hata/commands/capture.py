@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from hata.commands.device import torch_device, torch_dtype
 from hata.commands.extras import need
+from hata.device import torch_device, torch_dtype
 from hata.progress import terminal_progress
 
 if TYPE_CHECKING:
-    from hata.training.capture import CaptureOptions
+    from hata.training.record import CaptureOptions
 
 Texts = Annotated[list[Path], typer.Argument(help="Text files, or folders of them.")]
 Model = Annotated[
@@ -66,7 +66,7 @@ def capture(
 ) -> None:
     """Runs a model over text and writes its queries and keys, to train hash weights on."""
     need("capture", "transformers")
-    from hata.training.capture import CaptureOptions
+    from hata.training.record import CaptureOptions
 
     options = CaptureOptions(
         num_sequences=num_sequences,
@@ -92,7 +92,7 @@ def capture_to(
     from transformers.utils import logging as transformers_logging
 
     from hata.demo.model import bundled_model, check_model_folder, load_model
-    from hata.training.capture import capture
+    from hata.training.record import capture
     from hata.training.texts import text_files
 
     where = torch_device(device, "capture")

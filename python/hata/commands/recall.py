@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
-from hata.commands.device import torch_device
 from hata.commands.extras import need
 from hata.config import HataConfig
+from hata.device import torch_device
 
 _DEFAULT = HataConfig()
 
@@ -80,8 +80,8 @@ def recall(
     """Measures how much of the attention hash weights and other selectors find."""
     if plot is not None:
         need("recall", "matplotlib")
-    from hata.meter.options import RecallOptions
-    from hata.meter.run import run_recall
+    from hata.recall.options import RecallOptions
+    from hata.recall.run import run_recall
 
     run_recall(
         RecallOptions(

@@ -14,9 +14,9 @@ from rich.console import Console
 
 from hata.checks import check
 from hata.commands import capture as capturing
-from hata.commands.device import torch_device
 from hata.commands.extras import need
 from hata.config import HataConfig
+from hata.device import torch_device
 from hata.outputs import make_room_for
 from hata.progress import terminal_progress
 
@@ -88,7 +88,7 @@ def train(
 ) -> None:
     """Learns hash weights for a model: captures its queries and keys, then trains on them."""
     need(_WHERE, "transformers", "matplotlib")
-    from hata.training.capture import CaptureOptions
+    from hata.training.record import CaptureOptions
     from hata.training.report import plot_layers, print_layers
     from hata.training.source_options import captured_sources, synthetic_source
     from hata.training.train import TrainOptions

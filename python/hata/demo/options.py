@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 
 from hata.checks import check
-from hata.commands.device import torch_device, torch_dtype
 from hata.config import HataConfig
+from hata.device import torch_device, torch_dtype
 
 WHERE = "demo"
 

@@ -4,8 +4,8 @@ import csv
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from hata.meter.measure import Measurement
-from hata.meter.results import Results
+from hata.recall.measure import Measurement
+from hata.recall.results import Results
 from hata.training.captures import CaptureInfo
 
 METRICS = ("recall", "attention_mass", "output_error")
@@ -55,7 +55,7 @@ def write_rows(
         columns: Of the rows, in order.
         rows: What `mean_rows` or `head_rows` yields; columns that a row lacks stay empty, floats
             keep five digits.
-        where_from: What `hata.checkout.origin` says.
+        where_from: What `hata.provenance.origin` says.
     """
     names = ["gpu", "torch", "commit", "date", *columns, "command"]
     with path.open("w", newline="") as file:

@@ -1,4 +1,4 @@
-"""The command ``hata bench``: each operator alone, and the whole decoding step."""
+"""The command ``python -m bench``: each operator alone, and the whole decoding step."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -12,8 +12,9 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
-from hata.checkout import origin
 from hata.checks import check
+from hata.cli import run_app
+from hata.provenance import origin
 
 from . import decode, ops, variants
 from .baselines import Baselines
@@ -220,7 +221,7 @@ def measure(command: str, names: list[str], options: Options) -> None:
         paths = {name: options.output or RESULTS / file for name, file in files.items()}
     for path in paths.values():
         check_output(path)
-    words = ["hata bench", command, f"--device {device.type}", *options.words()]
+    words = ["python -m bench", command, f"--device {device.type}", *options.words()]
     common = origin(device, " ".join(words))
     reports = {
         name: Report(path, BENCHES[name].columns, common, options.append)
@@ -258,3 +259,7 @@ def measure(command: str, names: list[str], options: Options) -> None:
     if run.errors:
         run.note(f"{len(run.errors)} cases failed")
         raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    run_app(app, "python -m bench")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hata.meter.measure import Measurement
+from hata.recall.measure import Measurement
 from hata.training.captures import CaptureInfo
 
 

@@ -4,22 +4,22 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from hata.checkout import origin
-from hata.meter.frontier import Frontier
-from hata.meter.frontier_report import print_frontier, write_frontier
-from hata.meter.lineup import baseline_selectors, trained_selectors
-from hata.meter.measure import Measurement, MeterOptions, measure
-from hata.meter.options import RecallOptions
-from hata.meter.results import Results
-from hata.meter.rows import (
+from hata.progress import terminal_progress
+from hata.provenance import origin
+from hata.recall.frontier import Frontier
+from hata.recall.frontier_report import print_frontier, write_frontier
+from hata.recall.lineup import baseline_selectors, trained_selectors
+from hata.recall.measure import Measurement, MeasureOptions, measure
+from hata.recall.options import RecallOptions
+from hata.recall.results import Results
+from hata.recall.rows import (
     HEAD_COLUMNS,
     MEAN_COLUMNS,
     head_rows,
     mean_rows,
     write_rows,
 )
-from hata.meter.table import print_layers, print_means
-from hata.progress import terminal_progress
+from hata.recall.table import print_layers, print_means
 from hata.selectors import ExactSelector, Selector
 from hata.training.captures import Captures
 
@@ -40,7 +40,7 @@ def run_recall(options: RecallOptions) -> Results:
     """
     captures = Captures.open(options.captures)
     info = captures.info
-    how = options.meter_options(info)
+    how = options.measure_options(info)
     calibration = None if options.calibration is None else Captures.open(options.calibration)
     trained = trained_selectors(info, options.weights, options.query_bits, options.key_norms)
     selectors: list[Selector] = [ExactSelector(), *trained]
@@ -80,7 +80,7 @@ def run_recall(options: RecallOptions) -> Results:
         write_frontier(options.frontier, info, chosen_on, frontier, made)
         frontiers = chosen_on, frontier
     if options.plot is not None:
-        from hata.meter import plots  # matplotlib is an extra
+        from hata.recall import plots  # matplotlib is an extra
 
         plots.plot_budgets(options.plot / "budgets.png", results)
         plots.plot_bits(options.plot / "num_bits.png", results)
@@ -91,7 +91,7 @@ def run_recall(options: RecallOptions) -> Results:
 
 
 def _measure(
-    captures: Captures, selectors: Sequence[Selector], how: MeterOptions, text: str
+    captures: Captures, selectors: Sequence[Selector], how: MeasureOptions, text: str
 ) -> list[Measurement]:
     with terminal_progress() as progress:
         task = progress.add_task(f"{text}: layers", total=captures.info.num_layers)

@@ -7,9 +7,9 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from hata.meter.frontier import Frontier
-from hata.meter.measure import Measurement
-from hata.meter.results import Results
+from hata.recall.frontier import Frontier
+from hata.recall.measure import Measurement
+from hata.recall.results import Results
 from hata.selectors import HataSelector
 from hata.training.captures import CaptureInfo
 

@@ -4,7 +4,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from hata.meter.results import Results
+from hata.recall.results import Results
 
 
 def print_means(console: Console, results: Results) -> None:

@@ -9,7 +9,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from hata.meter.frontier import Frontier
+from hata.recall.frontier import Frontier
 from hata.training.captures import CaptureInfo
 
 
@@ -60,7 +60,7 @@ def write_frontier(
         info: Of the captures.
         chosen_on: Measured on the text that the pairs are chosen by.
         frontier: Measured on held-out text, which the mass is of.
-        where_from: What `hata.checkout.origin` says.
+        where_from: What `hata.provenance.origin` says.
     """
     levels = []
     for uniform in chosen_on.uniform():

@@ -13,7 +13,7 @@ from hata.training.captures import Captures, LayerCapture
 
 
 @dataclass(frozen=True)
-class MeterOptions:
+class MeasureOptions:
     """How to measure.
 
     Attributes:
@@ -70,7 +70,7 @@ class Measurement:
 def measure(
     captures: Captures,
     selectors: Sequence[Selector],
-    options: MeterOptions,
+    options: MeasureOptions,
     on_layer: Callable[[], None] = lambda: None,
 ) -> list[Measurement]:
     """Measures selectors on the same queries.
@@ -105,7 +105,7 @@ def _measure_layer(
     layer_idx: int,
     softmax_scale: float,
     selectors: Sequence[Selector],
-    options: MeterOptions,
+    options: MeasureOptions,
 ) -> list[Quality]:
     exact_selector = ExactSelector()
     chunk = _queries_at_once(layer, options)
@@ -129,7 +129,7 @@ def _measure_layer(
     return [total.mean(num_tokens) for total in sums]
 
 
-def _order(scores: Tensor, positions: Tensor, page_size: int, options: MeterOptions) -> Tensor:
+def _order(scores: Tensor, positions: Tensor, page_size: int, options: MeasureOptions) -> Tensor:
     return rank(
         scores,
         positions,
@@ -141,7 +141,7 @@ def _order(scores: Tensor, positions: Tensor, page_size: int, options: MeterOpti
 
 
 def _queries(
-    layer: LayerCapture, sequence_idx: int, options: MeterOptions
+    layer: LayerCapture, sequence_idx: int, options: MeasureOptions
 ) -> tuple[Tensor, Tensor]:
     """One sequence's q ``[num_queries, num_kv_heads, group, head_dim]`` and positions."""
     q, positions = layer.q[sequence_idx], layer.positions[sequence_idx]
@@ -152,7 +152,7 @@ def _queries(
     return q.to(options.device), positions.to(options.device)
 
 
-def _queries_at_once(layer: LayerCapture, options: MeterOptions) -> int:
+def _queries_at_once(layer: LayerCapture, options: MeasureOptions) -> int:
     """How many queries fit into the memory limit, at least one."""
     seq_len, num_kv_heads, head_dim = layer.k.shape[1:]
     num_heads = layer.q.shape[2]

@@ -1,4 +1,4 @@
-"""`hata.meter.measure` against the definitions, token by token and head by head."""
+"""`hata.recall.measure` against the definitions, token by token and head by head."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -8,8 +8,8 @@ import torch
 
 from capture_cases import NUM_LAYERS, NUM_QUERIES, SEQ_LEN, SHAPE, make_captures
 from hata import HashWeights
-from hata.meter.measure import MeterOptions, measure
-from hata.meter.results import Results
+from hata.recall.measure import MeasureOptions, measure
+from hata.recall.results import Results
 from hata.selectors import ExactSelector, HataSelector, QuestSelector, Selector, rank
 from hata.selectors.quality import Quality
 from hata.training.captures import Captures
@@ -18,8 +18,10 @@ BUDGETS = (8, 24, 60)
 SINKS = {"num_sink": 2, "num_recent": 3}
 
 
-def options(device: str, **changes: object) -> MeterOptions:
-    return MeterOptions(**{"budgets": BUDGETS, "device": torch.device(device), **SINKS, **changes})
+def options(device: str, **changes: object) -> MeasureOptions:
+    return MeasureOptions(
+        **{"budgets": BUDGETS, "device": torch.device(device), **SINKS, **changes}
+    )
 
 
 def selectors() -> list[Selector]:

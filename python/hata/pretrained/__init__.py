@@ -8,7 +8,7 @@ from hata.checks import check
 from hata.config import HataConfig
 from hata.weights import HashWeights, load_weights
 
-_DATA = files("hata.data")
+_DATA = files("hata.pretrained")
 _FILES = {
     path.name.removesuffix(".safetensors"): path
     for path in _DATA.iterdir()

@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 
 from hata.checks import check, check_int
-from hata.meter.measure import MeterOptions
 from hata.outputs import make_output_folder, make_room_for
+from hata.recall.measure import MeasureOptions
 from hata.training.captures import CaptureInfo
 
 WHERE = "recall"
@@ -92,7 +92,7 @@ class RecallOptions:
         if self.plot is not None:
             make_output_folder(self.plot, WHERE, "--plot")
 
-    def meter_options(self, info: CaptureInfo) -> MeterOptions:
+    def measure_options(self, info: CaptureInfo) -> MeasureOptions:
         """Returns how to measure these captures.
 
         Args:
@@ -106,7 +106,7 @@ class RecallOptions:
         rule = f"be less than the model's {info.num_layers} layers"
         sparse = self.num_dense_layers < info.num_layers
         check(sparse, WHERE, "--num-dense-layers", rule, self.num_dense_layers)
-        return MeterOptions(
+        return MeasureOptions(
             budgets=tuple(sorted(set(budgets))),
             device=self.device,
             num_sink=self.num_sink,

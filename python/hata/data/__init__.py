@@ -1,1 +1,0 @@
-"""Hash weights as package data: for each model a safetensors file and its frontier as JSON."""

@@ -1,1 +1,0 @@
-"""The meter: how much of the attention selectors find, on captures of held-out text."""

@@ -1,0 +1,1 @@
+"""How much of the attention selectors find, on captures of held-out text."""
