@@ -175,10 +175,7 @@ def _recipe(name: str, **settings: Any) -> "Recipe":
     for key in given:
         option = "--" + key.replace("_", "-")
         check(key in known, _WHERE, option, f"be left out for recipe {name}", given[key])
-    found = RECIPES[name](**given)
-    # The rules of codes, checked where they are written down.
-    HataConfig(num_bits=found.num_bits, query_bits=found.query_bits, key_norms=found.key_norms)
-    return found
+    return RECIPES[name](**given)
 
 
 @contextmanager

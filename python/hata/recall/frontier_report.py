@@ -53,7 +53,7 @@ def write_frontier(
     frontier: Frontier,
     where_from: Mapping[str, str],
 ) -> None:
-    """Writes the frontier, for ``HataConfig(**level["uniform"])`` and ``**level["per_layer"]``.
+    """Writes the frontier: "top_k" for `HataConfig`, "num_bits" for `HashWeights.from_layers`.
 
     Args:
         path: The JSON file.
