@@ -1,4 +1,5 @@
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -163,3 +164,24 @@ def test_missing_weights_are_drawn_and_said_so() -> None:
     assert_equal(cache.weights.key_weights, make_weights(model).key_weights)
     assert cache.hata_cache is None  # until the first forward pass
     assert cache.get_max_length() == 32
+
+
+def test_a_model_of_a_known_name_and_shape_gets_the_packages_weights() -> None:
+    shape = {"num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3}
+    model = make_model("llama-group1", hidden_size=72, **shape)
+    model.name_or_path = "models/SmolLM2-135M-Instruct"
+    cache = enable(model, top_k=24)
+    assert cache.weights.metadata["recipe"] == "hata"
+    assert (cache.config, cache.max_seq_len) == (HataConfig(top_k=24), POSITIONS)
+    other = make_model("llama-group1")
+    other.name_or_path = model.name_or_path
+    with pytest.warns(UserWarning, match="the package has none for this model"):
+        enable(other, top_k=24)
+
+
+def test_weights_can_be_named_by_their_file(tmp_path: Path) -> None:
+    model = make_model("llama-group1")
+    weights = make_weights(model, num_bits=96)
+    hata.save_weights(tmp_path / "weights.safetensors", weights)
+    cache = enable(model, FEW, weights=tmp_path / "weights.safetensors")
+    assert_equal(cache.weights.key_weights, weights.key_weights)
