@@ -114,10 +114,11 @@ class DecodeBufferPool:
             workspace = torch.empty(size, dtype=torch.uint8, device=self.device)
             self._workspaces[q_len, num_heads] = workspace
         pairs = (self.batch, q_len, self.num_kv_heads)
+        width = min(top_k, self.capacity)
         rows = (self.batch, q_len, num_heads)
         return DecodeBuffers(
             workspace=self._workspaces[q_len, num_heads],
-            indices=torch.empty((*pairs, top_k), dtype=torch.int32, device=self.device),
+            indices=torch.empty((*pairs, width), dtype=torch.int32, device=self.device),
             num_selected=torch.empty(pairs, dtype=torch.int32, device=self.device),
             out=torch.empty((*rows, self.head_dim), dtype=self.dtype, device=self.device),
             lse=torch.empty(rows, dtype=torch.float32, device=self.device),
