@@ -122,15 +122,15 @@ def test_decoding_attends_to_the_reference_selection(
     indices, num_selected = cache.last_selection(SPARSE)
     _, query_weights = weights.layer(SPARSE, dtype, cache.device)
     expected = reference.score_select(
-        hata.encode_query(q, query_weights, weights.query_bits),
+        hata.encode_query(q, query_weights, query_bits=weights.query_bits),
         cache.code_cache[SPARSE],
+        cache.norm_cache[SPARSE],
         cache.block_table,
         cache.cache_seqlens,
-        config.top_k,
         weight_sum=hata.plane_weight_sum(weights.query_bits, 3),
+        top_k=config.top_k,
         num_sink=config.num_sink,
         num_recent=config.num_recent,
-        norm_cache=cache.norm_cache[SPARSE],
     )
     assert_equal(indices, expected[0].to(device))
     assert_equal(num_selected, expected[1].to(device))

@@ -41,12 +41,13 @@ def test_each_layer_decodes_with_its_own(device: str, page_size: int | None) -> 
         hata.decode_attention(*step, cache, layer_idx)
         _, query_weights = WEIGHTS.layer(layer_idx, cache.dtype, cache.device)
         indices, num_selected = reference.score_select(
-            hata.encode_query(step[0], query_weights, WEIGHTS.query_bits),
+            hata.encode_query(step[0], query_weights, query_bits=WEIGHTS.query_bits),
             cache.code_cache[layer_idx],
+            cache.norm_cache[layer_idx],
             cache.block_table,
             cache.cache_seqlens,
-            TOP_K[layer_idx],
             weight_sum=15,
+            top_k=TOP_K[layer_idx],
             num_sink=2,
             num_recent=4,
         )

@@ -149,9 +149,9 @@ class HataCache:
                 self.k_cache[layer_idx],
                 self.v_cache[layer_idx],
                 self.code_cache[layer_idx],
+                self.norm_cache[layer_idx],
                 self.block_table,
                 self.cache_seqlens,
-                norm_cache=self.norm_cache[layer_idx],
                 new_seqlens=device_new,
             )
 
