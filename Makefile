@@ -2,6 +2,7 @@
 # make test    set everything up and run the tests
 # make build   compile the extension        make lint   what CI checks beside the tests
 # make clean   remove what was built        make bench  python -m bench, with ARGS="..."
+# make docs    the documentation site, in build/site; what is missing or misnamed fails
 #
 # PYTHON=python3.12   the Python that .venv is made with
 # VENV=               use that Python as it is: its torch stays, only what is missing is installed
@@ -39,7 +40,7 @@ if [ -n "$$missing" ]; then \
 fi
 endef
 
-.PHONY: demo test bench build build-tests lint python extension model clean
+.PHONY: demo test bench docs build build-tests lint python extension model clean
 
 demo: build model
 	$(say) "hata demo $(ARGS)"
@@ -68,6 +69,11 @@ lint: python
 	@$(PY) -m ruff format --check
 	@git ls-files 'csrc/*' 'tests/internals/*' | grep -E '\.(h|cpp|cu|cuh)$$' | xargs clang-format --dry-run -Werror
 	@$(PY) -m mypy
+
+docs: python
+	$(call install,docs)
+	$(say) "the site, in build/site"
+	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
 
 # A Python with torch: a virtual environment, or the given Python as it is.
 ifneq ($(VENV),)
