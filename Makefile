@@ -83,6 +83,16 @@ lint: python
 	@git ls-files 'csrc/*' 'tests/internals/*' | grep -E '\.(h|cpp|cu|cuh)$$' | xargs clang-format --dry-run -Werror
 	@$(PY) -m mypy
 
+# The platform tag is what auditwheel finds; torch's libraries come with torch.
+wheel: python
+	$(call install,dev)
+	$(say) "the wheel, in dist/"
+	@rm -rf build/lib.* build/wheel dist
+	@$(PY) -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir build/wheel .
+	@$(PY) -m auditwheel repair --exclude 'libtorch*' --wheel-dir dist build/wheel/*.whl
+	@$(PY) -m abi3audit --strict --summary dist/*.whl
+	@$(PY) .ci/try_wheel.py dist/*.whl $(TORCH)
+
 # A Python with torch: a virtual environment, or the given Python as it is.
 ifneq ($(VENV),)
 python: $(VENV)/.torch
