@@ -27,7 +27,7 @@ export HATA_CUDA HATA_CUDA_ARCHS HATA_WERROR HATA_BUILD_TESTS
 
 PY := $(if $(VENV),$(VENV)/bin/python,$(PYTHON))
 SHELL := /bin/bash
-export PATH := $(if $(VENV),$(abspath $(VENV))/bin:)$(PATH)
+export PATH := $(if $(VENV),$(abspath $(VENV))/bin,$(dir $(shell command -v $(PYTHON)))):$(PATH)
 export PYTHONPATH := $(if $(VENV),$(PYTHONPATH),python$(if $(PYTHONPATH),:$(PYTHONPATH)))
 MAKEFLAGS += --no-print-directory
 say = @printf '\033[1m==> %s\033[0m\n'

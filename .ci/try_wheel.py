@@ -3,7 +3,7 @@
 The environments are of the oldest and of the newest Python of this machine for which pip finds the
 given torch. No compiler takes part: pip is told to take wheels alone.
 
-    python .ci/try_wheel.py dist/hata_attention-0.1.0-cp310-abi3-manylinux_2_34_x86_64.whl torch==2.13.0
+    python .ci/try_wheel.py dist/hata_attention-0.1.0-cp310-abi3-linux_x86_64.whl torch==2.13.0
 """
 
 import os
@@ -36,7 +36,8 @@ def failure(*command: str | Path, cwd: Path = ROOT) -> str | None:
 
 def serves(python: str, wheel: Path, torch: str) -> bool:
     """Whether torch is to be had for this Python; the wheel must then install and work."""
-    example = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL).group(1)
+    readme = (ROOT / "README.md").read_text()
+    example = re.search(r"```python\n(.*?)```", readme, re.DOTALL).group(1)
     with tempfile.TemporaryDirectory() as folder:
         fresh = Path(folder, "venv/bin/python")
         empty = Path(folder, "empty")
