@@ -46,9 +46,9 @@ endef
 
 # The demo compiles for this machine alone, its GPU or else its CPU, unless a full build stands or
 # the kernels are chosen by hand.
-gpus = $(sort $(subst .,,$(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | grep -x '[0-9.]*')))
-gpu_archs = $(shell printf '%s' '$(subst 90,90a,$(gpus))' | tr ' ' ';')
-this_machine = $(if $(gpus),HATA_CUDA_ARCHS='$(gpu_archs)',HATA_CUDA=OFF)
+gpu_archs = $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | \
+  grep -xE '([89]|1[0-9])\.[0-9]' | sort -u | tr -d . | sed 's/^90$$/90a/' | paste -sd ';')
+this_machine = $(if $(gpu_archs),HATA_CUDA_ARCHS='$(gpu_archs)',HATA_CUDA=OFF)
 chosen = $(wildcard build/cuda/_C.abi3.so)$(filter-out AUTO,$(HATA_CUDA))$(HATA_CUDA_ARCHS)
 
 .PHONY: demo test bench build build-tests wheel lint python extension model clean
