@@ -38,16 +38,15 @@ define install
 @missing=$$($(PY) .ci/missing_requirements.py $(1)) || exit 1; \
 if [ -n "$$missing" ]; then \
   echo "==> installing" $$missing; \
-  $(PY) -c 'import importlib.metadata as m; print("torch==" + m.version("torch"))' > build/constraints.txt && \
-  printf '%s\n' "$$missing" > build/requirements.txt && \
-  $(PY) -m pip install --quiet -c build/constraints.txt -r build/requirements.txt; \
+  $(PY) -m pip install --quiet -r <(echo "$$missing") \
+    -c <($(PY) -c 'import importlib.metadata as m; print("torch==" + m.version("torch"))'); \
 fi
 endef
 
 # The demo compiles for this machine alone, its GPU or else its CPU, unless a full build stands or
 # the kernels are chosen by hand.
 gpu_archs = $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | \
-  grep -xE '([89]|1[0-9])\.[0-9]' | sort -u | tr -d . | sed 's/^90$$/90a/' | paste -sd ';')
+  grep -xE '([89]|1[0-9])\.[0-9]' | sort -uV | tr -d . | sed 's/^90$$/90a/' | paste -sd ';')
 this_machine = $(if $(gpu_archs),HATA_CUDA_ARCHS='$(gpu_archs)',HATA_CUDA=OFF)
 chosen = $(wildcard build/cuda/_C.abi3.so)$(filter-out AUTO,$(HATA_CUDA))$(HATA_CUDA_ARCHS)
 
@@ -101,7 +100,6 @@ python:
 	@$(PY) -c 'import torch' 2>/dev/null || \
 	  { echo "error: PYTHON must have torch when VENV is empty, got $(PYTHON)"; exit 1; }
 endif
-	@mkdir -p build
 
 $(VENV)/.torch:
 	$(say) "$(VENV) with $(TORCH)"
