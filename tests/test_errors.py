@@ -185,6 +185,7 @@ def test_cache_append(device):
         "got [8, 2, 16, 2]",
         key_weights=r.half(2, 64, 96),
     )
+    r("key_weights must be Half, got BFloat16", key_weights=torch.bfloat16)
     r("new_seqlens must be Int, got Half", new_seqlens=r.half(2))
     r("new_seqlens must have shape [batch=2], got [3]", new_seqlens=r.int32(3))
     r("new_seqlens must be contiguous, got other strides", new_seqlens=r.int32(4)[::2])
