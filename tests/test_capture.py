@@ -151,7 +151,10 @@ def test_a_full_disk_is_said_and_loses_nothing(tmp_path, monkeypatch):
     save_file = hata.training.captures.save_file
     monkeypatch.setattr(hata.training.captures, "save_file", fail)
     model = tiny()
-    with pytest.raises(ValueError, match=r"folder must have room .* No space left .* continue"):
+    with pytest.raises(
+        ValueError,
+        match=r"captures must have room for sequence-0000-layer-001.* No space left .* continue",
+    ):
         run(tmp_path, model)
     left = [file.name for file in (tmp_path / "captures").glob("sequence*")]
     assert left == ["sequence-0000-layer-000.safetensors"]
@@ -164,6 +167,23 @@ def test_short_text_is_an_error(tmp_path):
         run(tmp_path, tiny(), dataclasses.replace(OPTIONS, num_sequences=900))
     with pytest.raises(ValueError, match="texts must name existing files or folders, got no/such"):
         text_files([Path("no/such")], "capture")
+
+
+@pytest.mark.parametrize(
+    ("content", "got"),
+    [
+        ("Übung macht den Meister. ".encode("latin-1") * 40, "'utf-8' codec can't decode"),
+        (b"\x7fELF\x02\x01\x01" + bytes(400), "NUL bytes"),
+    ],
+)
+def test_a_file_that_is_no_text_is_named(tmp_path, content, got):
+    write_texts(tmp_path, count=4, words=10)
+    file = tmp_path / "kind0" / "other.txt"
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"hata\.test: {file} must be UTF-8 text, got {got}"):
+        token_sequences(
+            bytewise_tokenizer(), [file], num_sequences=1, seq_len=100, seed=0, where="test"
+        )
 
 
 def test_nan_is_an_error(tmp_path):

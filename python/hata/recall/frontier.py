@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from hata.checks import check
-from hata.recall.results import Results
+from hata.recall.measure import Results
 from hata.selectors import HataSelector
 from hata.selectors.selector import CACHE_ITEMSIZE
 

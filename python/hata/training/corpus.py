@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from html.parser import HTMLParser
 from pathlib import Path
 
-from rich.progress import Progress
-
 from hata.checks import check
+from hata.outputs import make_output_folder
+from hata.progress import progress_bar
 
 TRAIN, HELDOUT = "train", "heldout"
 _MIN_CHARACTERS = 2000  # shorter files are tables of contents and stubs
@@ -159,13 +159,15 @@ def build_corpus(folder: Path) -> dict[str, int]:
     where = "corpus"
     empty = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
     check(empty, where, "folder", "be empty or not exist", folder)
+    make_output_folder(folder, where, "folder")
     for program in ("apt-get", "dpkg-deb"):
         got = f"no {program}"
         check(shutil.which(program) is not None, where, "the machine", "be Debian's kind", got)
     sizes = {TRAIN: 0, HELDOUT: 0}
     notes = []
-    with tempfile.TemporaryDirectory() as scratch, Progress(transient=True) as progress:
-        for source in progress.track(SOURCES, description="fetching texts"):
+    bar = progress_bar("fetching texts", len(SOURCES))
+    with tempfile.TemporaryDirectory() as scratch, bar as advance:
+        for source in SOURCES:
             root, origin = _fetch(source, Path(scratch) / source.name)
             home = folder / source.split / source.name
             home.mkdir(parents=True)
@@ -175,9 +177,9 @@ def build_corpus(folder: Path) -> dict[str, int]:
                 sizes[source.split] += len(text)
                 count += 1
             check(count > 0, where, source.name, "have documents", origin)
-            notes.append(
-                f"{source.split}: {source.name}, {count} files, {source.licence}: {origin}"
-            )
+            said = f"{source.name}, {count} files, {source.licence}: {origin}"
+            notes.append(f"{source.split}: {said}")
+            advance()
     (folder / "SOURCES.txt").write_text("\n".join(notes) + "\n")
     return sizes
 
@@ -208,7 +210,7 @@ def _documents(source: Source, root: Path) -> Iterator[tuple[str, str]]:
         if path.is_symlink() or path.relative_to(root).parts[0] in _LEFT_OUT:
             continue
         text = source.read(path)
-        if len(text) >= _MIN_CHARACTERS:
+        if len(text) >= _MIN_CHARACTERS and "\0" not in text:  # fortunes have binary indices
             yield f"{number:04d}-{path.name}", text
 
 

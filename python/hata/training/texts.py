@@ -64,14 +64,14 @@ def token_sequences(
 
     Args:
         tokenizer: A transformers tokenizer.
-        files: The documents, UTF-8 text; bytes that are not count as unknown characters.
+        files: The documents, UTF-8 text.
         num_sequences: Sequences to make.
         seq_len: Tokens of each, including what the tokenizer begins a text with.
         seed: Chooses documents and lines.
         where: The public function that asks, for errors.
 
     Raises:
-        ValueError: The files hold too little text.
+        ValueError: The files hold too little text, or one of them is no UTF-8 text.
     """
     chosen = random.Random(seed)
     waiting = deque(_in_turns(files, seq_len, chosen))
@@ -82,7 +82,7 @@ def token_sequences(
         token_ids, origins = list(begin), []
         while len(token_ids) < seq_len and (waiting or leftover):
             if waiting:
-                name, tokens = _read(tokenizer, waiting.popleft(), seq_len, chosen)
+                name, tokens = _read(tokenizer, waiting.popleft(), seq_len, chosen, where)
             else:
                 name, tokens = leftover.popleft()
             room = seq_len - len(token_ids)
@@ -109,8 +109,14 @@ def _in_turns(files: list[Path], seq_len: int, chosen: random.Random) -> list[Pa
     return [file for turn in turns for file in turn if file is not None]
 
 
-def _read(tokenizer: Any, file: Path, seq_len: int, chosen: random.Random) -> tuple[str, list[int]]:
-    text = file.read_text(errors="replace")
+def _read(
+    tokenizer: Any, file: Path, seq_len: int, chosen: random.Random, where: str
+) -> tuple[str, list[int]]:
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"hata.{where}: {file} must be UTF-8 text, got {error}") from error
+    check("\0" not in text, where, str(file), "be UTF-8 text", "NUL bytes")
     length = seq_len * _CHARACTERS_PER_TOKEN
     start = chosen.randrange(max(len(text) - length, 0) + 1)
     start = text.rfind("\n", 0, start) + 1
