@@ -8,38 +8,14 @@ from .cases import Case, Shape
 from .checks import check_step
 from .grids import Sweep
 from .report import Report, Row
-from .run import Run
+from .run import CASE_COLUMNS, Run
 
 PARTS = ("encode_append", "score_select", "gather_attention")
 COLUMNS = (
-    "dtype",
-    "batch",
-    "num_heads",
-    "num_kv_heads",
-    "head_dim",
-    "seq_len",
-    "top_k",
-    "num_bits",
-    "query_bits",
-    "key_norms",
-    "q_len",
-    "page_size",
-    "hata_us",
-    "encode_append_us",
-    "score_select_us",
-    "gather_attention_us",
-    *DENSE,
-    "floor_us",
-    "read_tbps",
-    *DENSE_MORE,
-    "spread_us",
-    "bytes",
-    "gbps",
-    "percent_of_read",
-    "speedup",
-    "max_seq_len",
-    "inputs",
-)
+    "dtype", *CASE_COLUMNS, "hata_us", *(f"{part}_us" for part in PARTS), *DENSE,
+    "floor_us", "read_tbps", *DENSE_MORE, "spread_us", "bytes", "gbps", "percent_of_read",
+    "speedup", "max_seq_len", "inputs",
+)  # fmt: skip
 
 SHOWN = {
     "shape": "batch x heads x seq_len",

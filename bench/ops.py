@@ -17,41 +17,14 @@ from .bench_score import hamming_score, score_select, select_topk
 from .buffers import CodePool
 from .cases import CONTIGUOUS, Case, Shape
 from .report import Report, Row
-from .run import Run
+from .run import CASE_COLUMNS, Run
 
 COLUMNS = (
-    "dtype",
-    "op",
-    "batch",
-    "num_heads",
-    "num_kv_heads",
-    "head_dim",
-    "seq_len",
-    "top_k",
-    "num_bits",
-    "query_bits",
-    "key_norms",
-    "q_len",
-    "page_size",
-    "us",
-    "spread_us",
-    "bytes",
-    "floor_us",
-    "gbps",
-    "percent_of_read",
-    "percent_of_copy",
-    "baseline",
-    "baseline_us",
-    "speedup",
-    "read_tbps",
-    "copy_tbps",
-    "torch_us",
-    "flashinfer_us",
-    "prefill_us",
-    "percent_of_prefill",
-    "max_seq_len",
+    "dtype", "op", *CASE_COLUMNS, "us", "spread_us", "bytes", "floor_us", "gbps",
+    "percent_of_read", "percent_of_copy", "baseline", "baseline_us", "speedup", "read_tbps",
+    "copy_tbps", "torch_us", "flashinfer_us", "prefill_us", "percent_of_prefill", "max_seq_len",
     "inputs",
-)
+)  # fmt: skip
 
 SHOWN = {
     "op": "operator",

@@ -16,6 +16,11 @@ from .report import Row
 from .timing import Bandwidth, Timer, Timing, first_line
 
 MAX_FAILURE_S = 10.0
+# Of a case, in the order in which the CSV files have them.
+CASE_COLUMNS = (
+    "batch", "num_heads", "num_kv_heads", "head_dim", "seq_len", "top_k", "num_bits", "query_bits",
+    "key_norms", "q_len", "page_size",
+)  # fmt: skip
 
 
 @dataclass
