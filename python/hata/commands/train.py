@@ -72,7 +72,7 @@ def train(
     """Learns hash weights for a model: captures its queries and keys, then trains on them."""
     need(_WHERE, "transformers", "matplotlib")
     from hata.training.report import plot_layers, print_layers
-    from hata.training.source import CapturedSource, SyntheticSource
+    from hata.training.source import captured_sources, random_source
     from hata.training.train import TrainOptions
     from hata.training.train import train as train_layers
 
@@ -86,22 +86,17 @@ def train(
     make_room_for(picture, _WHERE, "--plot")
     always = {"num_sink": num_sink, "num_recent": num_recent}
     metadata = {name: str(count) for name, count in always.items()}
-    source: Source
     test: Source | None = None
     if synthetic is not None:
-        source = SyntheticSource.of_model(synthetic, captured, **always)
-        metadata["model"] = f"random numbers, {synthetic}"
+        source = random_source(synthetic, captured, **always)
     else:
         folder = captures or out.with_name(out.name + ".captures")
         if texts:
             make_output_folder(folder, _WHERE, "--captures")
             capture_to(folder, texts, run_on, captured)
-        source, test = CapturedSource.open(folder, heldout, **always)
-        metadata |= {
-            "model": source.captures.info.model,
-            "trained_on": source.texts,
-            "heldout": test.texts,
-        }
+        source, test = captured_sources(folder, heldout, **always)
+        metadata |= {"trained_on": source.texts, "heldout": test.texts}
+    metadata["model"] = source.captures.info.model
 
     seq_len = source.shape[4]
     rule = f"be at most {seq_len // 64}, the smallest budget of {seq_len} tokens"

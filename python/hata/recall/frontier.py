@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from hata.checks import check
 from hata.recall.measure import Results
@@ -128,10 +127,8 @@ class Frontier:
             left = bytes_per_step * num_layers - float(cost[now].sum())
             useful = (gain > 0) & (more <= left)
             if not bool(useful.any()):
-                return Allocation(tuple(self.pairs[i] for i in chosen), self._mean(now))
+                mass = float(self._mass[rows, now].mean())
+                return Allocation(tuple(self.pairs[i] for i in chosen), mass)
             rate = torch.where(useful, gain / more.clamp(min=1e-9), -torch.inf)
             layer, pair = divmod(int(rate.argmax()), len(self.pairs))
             chosen[layer] = pair
-
-    def _mean(self, chosen: Tensor) -> float:
-        return float(self._mass[torch.arange(len(chosen)), chosen].mean())

@@ -60,7 +60,7 @@ def _html(path: Path) -> str:
 
 
 @dataclass(frozen=True)
-class Source:
+class TextSource:
     """Documents of one origin.
 
     Attributes:
@@ -81,15 +81,11 @@ class Source:
 
 
 SOURCES = (
-    Source("python", TRAIN, "PSF-2.0", (), "**/*.py"),
-    Source(
-        "perl",
-        TRAIN,
-        "GPL-1.0-or-later or Artistic",
-        ("perl-doc",),
-        "usr/share/perl/*/pod/*.pod",
+    TextSource("python", TRAIN, "PSF-2.0", (), "**/*.py"),
+    TextSource(
+        "perl", TRAIN, "GPL-1.0-or-later or Artistic", ("perl-doc",), "usr/share/perl/*/pod/*.pod"
     ),
-    Source(
+    TextSource(
         "linux",
         TRAIN,
         "GPL-2.0",
@@ -97,7 +93,7 @@ SOURCES = (
         "usr/share/doc/linux-doc-*/Documentation/**/*.rst.gz",
         _gzipped,
     ),
-    Source(
+    TextSource(
         "essays",
         TRAIN,
         "GFDL-1.1-or-later or GPL-2.0-or-later (An Anarchist FAQ)",
@@ -105,15 +101,15 @@ SOURCES = (
         "usr/share/doc/anarchism/html/*.html",
         _html,
     ),
-    Source(
+    TextSource(
         "quotations",
         TRAIN,
         "BSD-style collection; short quotations of many authors",
         ("fortunes",),
         "usr/share/games/fortunes/*",
     ),
-    Source("bible", HELDOUT, "public domain", ("bible-kjv", "bible-kjv-text"), "usr/bin/bible"),
-    Source(
+    TextSource("bible", HELDOUT, "public domain", ("bible-kjv", "bible-kjv-text"), "usr/bin/bible"),
+    TextSource(
         "handbook",
         HELDOUT,
         "GPL-2.0-or-later or CC-BY-SA-3.0",
@@ -121,7 +117,7 @@ SOURCES = (
         "usr/share/doc/debian-handbook/html/en-US/*.html",
         _html,
     ),
-    Source(
+    TextSource(
         "dictionary",
         HELDOUT,
         "GPL-3.0-or-later (GCIDE)",
@@ -129,12 +125,8 @@ SOURCES = (
         "usr/share/dictd/gcide.dict.dz",
         _gzipped,
     ),
-    Source(
-        "licences",
-        HELDOUT,
-        "verbatim copying",
-        ("base-files",),
-        "usr/share/common-licenses/*",
+    TextSource(
+        "licences", HELDOUT, "verbatim copying", ("base-files",), "usr/share/common-licenses/*"
     ),
 )
 
@@ -184,7 +176,7 @@ def build_corpus(folder: Path) -> dict[str, int]:
     return sizes
 
 
-def _fetch(source: Source, scratch: Path) -> tuple[Path, str]:
+def _fetch(source: TextSource, scratch: Path) -> tuple[Path, str]:
     """Returns the folder with a source's files, and where they come from."""
     if not source.packages:
         return Path(sysconfig.get_path("stdlib")), "Python's standard library"
@@ -200,7 +192,7 @@ def _fetch(source: Source, scratch: Path) -> tuple[Path, str]:
     return scratch, ", ".join(archive.stem for archive in archives)
 
 
-def _documents(source: Source, root: Path) -> Iterator[tuple[str, str]]:
+def _documents(source: TextSource, root: Path) -> Iterator[tuple[str, str]]:
     """Yields name and text of each document that is long enough."""
     if source.name == "bible":
         yield "kjv", _scripture(root)
@@ -216,11 +208,6 @@ def _documents(source: Source, root: Path) -> Iterator[tuple[str, str]]:
 
 def _scripture(root: Path) -> str:
     """Returns the whole text, which only the package's own program can read."""
-    command: list[Path | str] = [
-        root / "usr/bin/bible",
-        "-f",
-        "-p",
-        root / "usr/lib",
-        "Gen1:1-Rev22:21",
-    ]
+    bible: list[Path | str] = [root / "usr/bin/bible", "-f", "-p", root / "usr/lib"]
+    command = [*bible, "Gen1:1-Rev22:21"]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
