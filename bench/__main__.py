@@ -1,8 +1,6 @@
 """The command ``python -m bench``: each operator alone, and the whole decoding step."""
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
@@ -43,25 +41,7 @@ app = typer.Typer(
 )
 
 
-@dataclass(frozen=True)
-class Bench:
-    """One of the benchmarks: what runs, and the columns of its file and of its table."""
-
-    title: str
-    run: Callable[[Run, Report, Progress], None]
-    columns: Sequence[str]
-    shown: dict[str, str]
-
-
-BENCHES = {
-    "ops": Bench("Operators alone", ops.bench_ops, ops.COLUMNS, ops.SHOWN),
-    "decode": Bench(
-        "Decoding step of one layer", decode.bench_decode, decode.COLUMNS, decode.SHOWN
-    ),
-    "variants": Bench(
-        "Unusual settings", variants.bench_variants, variants.COLUMNS, variants.SHOWN
-    ),
-}
+BENCHES = {"ops": ops, "decode": decode, "variants": variants}
 BUDGET_S = {"cuda": 0.03, "cpu": 0.5}  # of one measurement
 QUICK_BUDGET_S = 0.01
 BANDWIDTH_BYTES = (2 << 30) - (1 << 20)  # PyTorch sums up to 2 GiB in one kernel
@@ -169,7 +149,7 @@ def measure(command: str, options: Options) -> None:
     words = ["python -m bench", command, f"--device {device.type}", *options.words()]
     common = origin(device, " ".join(words))
     reports = {
-        name: Report(path, BENCHES[name].columns, common, options.append)
+        name: Report(path, BENCHES[name].COLUMNS, common, options.append)
         for name, path in paths.items()
     }
 
@@ -193,13 +173,13 @@ def measure(command: str, options: Options) -> None:
     with torch.no_grad(), Progress(console=run.console, transient=True) as progress:
         for name, report in reports.items():
             start = time.perf_counter()
-            BENCHES[name].run(run, report, progress)
+            BENCHES[name].bench(run, report, progress)
             run.note(f"{name}: {len(report.rows)} rows, {time.perf_counter() - start:.0f} s")
     caption = "; ".join(str(config) for config in run.plan.configs)
     for name, report in reports.items():
         if not report.rows:
             continue
-        report.show(Console(), BENCHES[name].shown, BENCHES[name].title, caption)
+        report.show(Console(), BENCHES[name].SHOWN, BENCHES[name].TITLE, caption)
         print(f"{len(report.rows)} rows in {report.path}")
     if run.errors:
         run.note(f"{len(run.errors)} cases failed")

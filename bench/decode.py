@@ -11,6 +11,7 @@ from .report import Report, Row
 from .run import CASE_COLUMNS, Run
 
 PARTS = ("encode_append", "score_select", "gather_attention")
+TITLE = "Decoding step of one layer"
 COLUMNS = (
     "dtype", *CASE_COLUMNS, "hata_us", *(f"{part}_us" for part in PARTS), *DENSE,
     "floor_us", "read_tbps", *DENSE_MORE, "spread_us", "bytes", "gbps", "percent_of_read",
@@ -40,7 +41,7 @@ SHOWN = {
 }
 
 
-def bench_decode(run: Run, report: Report, progress: Progress) -> None:
+def bench(run: Run, report: Report, progress: Progress) -> None:
     """Adds one row per shape and code setting; what several grids share is measured once."""
     total = sum(len(sweep.shapes) for sweep in run.plan.sweeps)
     task = progress.add_task("decode", total=total)

@@ -12,7 +12,7 @@ from hata.outputs import whole_file
 
 from .cases import CONFIGS, PAPER_BUDGET, tokens
 from .decode import PARTS
-from .records import DENSE_NAMES, Layer, Step, by_heads, load_steps, read, table_steps, usual
+from .records import DENSE_NAMES, Step, by_heads, load_steps, read, shape_of, table_steps, usual
 
 # Okabe and Ito's palette, which readers with colour blindness can tell apart.
 COLORS = {"A": "#0072B2", "B": "#D55E00", "C": "#009E73"}
@@ -93,11 +93,11 @@ def draw_latency(figure: Figure, steps: list[Step]) -> bool:
 
 
 def length(step: Step) -> int:
-    return step.layer.seq_len
+    return step.shape.seq_len
 
 
 def batch(step: Step) -> int:
-    return step.layer.batch
+    return step.shape.batch
 
 
 def draw_lines(axes: Axes, steps: list[Step], x: Callable[[Step], int]) -> None:
@@ -127,13 +127,13 @@ def draw_crossover(figure: Figure, steps: list[Step]) -> bool:
     grid = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for axes, (title, chosen) in zip(grid, panels, strict=True):
         for config, color in COLORS.items():
-            points = sorted((s.layer.seq_len, s.speedup) for s in chosen if s.config == config)
+            points = sorted((s.shape.seq_len, s.speedup) for s in chosen if s.config == config)
             if points:
                 axes.plot(*zip(*points, strict=True), "-o", ms=4, color=color, label=LABELS[config])
         axes.axhline(1, color="black", lw=0.8)
         axes.set(title=title, xlabel="tokens")
         axes.set(xscale="log", yscale="log")
-        log_axis(axes, sorted({step.layer.seq_len for step in chosen}))
+        log_axis(axes, sorted({step.shape.seq_len for step in chosen}))
         axes.tick_params(axis="x", labelrotation=90)
     grid[0].set(ylabel="times faster than dense")
     legend_below(figure)
@@ -144,22 +144,22 @@ def draw_budget(figure: Figure, steps: list[Step]) -> bool:
     """Time against the share of the sequence that is selected."""
     random = [step for step in steps if not step.captured]
     unusual = [s for s in random if s not in usual(random)]
-    layers = list(dict.fromkeys(step.layer for step in unusual))
-    if not layers:
+    shapes = list(dict.fromkeys(step.shape for step in unusual))
+    if not shapes:
         return False
-    for axes, layer in zip(figure.subplots(1, len(layers), squeeze=False)[0], layers, strict=True):
+    for axes, shape in zip(figure.subplots(1, len(shapes), squeeze=False)[0], shapes, strict=True):
         for config, color in COLORS.items():
             points = sorted(
-                (100 * s.top_k / layer.seq_len, s.us, s.floor_us)
+                (100 * s.top_k / shape.seq_len, s.us, s.floor_us)
                 for s in random
-                if s.layer == layer and s.config == config
+                if s.shape == shape and s.config == config
             )
             if points:
                 xs, times, floors = zip(*points, strict=True)
                 axes.plot(xs, times, "-o", ms=4, color=color, label=LABELS[config])
                 axes.plot(xs, floors, "--", lw=0.8, color=color, label=f"{config}: its bytes alone")
         axes.axvline(100 * PAPER_BUDGET, color="black", lw=0.5)
-        axes.set(title=str(layer), xlabel="top_k, % of the sequence", ylabel="µs", xscale="log")
+        axes.set(title=str(shape), xlabel="top_k, % of the sequence", ylabel="µs", xscale="log")
         axes.set_xticks(xs, [f"{x:.2g}" for x in xs])
         axes.minorticks_off()
         axes.set_ylim(bottom=0)
@@ -174,7 +174,7 @@ def draw_parts(figure: Figure, steps: list[Step]) -> bool:
     figure.set_size_inches(11, 4.5)
     axes = figure.subplots()
     labels, x = [], 0.0
-    for layer, chosen in found.items():
+    for shape, chosen in found.items():
         first = x
         for config, step in chosen.items():
             bottom = 0.0
@@ -184,7 +184,7 @@ def draw_parts(figure: Figure, steps: list[Step]) -> bool:
             axes.bar(x + 0.4, step.us, 0.4, color=COLORS[config])
             axes.text(x + 0.2, max(bottom, step.us), config, ha="center", va="bottom", fontsize=8)
             x += 1
-        labels.append(((first + x - 1) / 2 + 0.2, str(layer)))
+        labels.append(((first + x - 1) / 2 + 0.2, str(shape)))
         x += 0.6
     for name, color in [*zip(PART_NAMES, PART_COLORS, strict=True), *COLORS.items()]:
         label = f"whole step, {LABELS[name]}" if name in LABELS else name
@@ -203,26 +203,26 @@ def draw_speedup(figure: Figure, steps: list[Step], results: Path, device: str) 
     authors_file = results / f"authors_{device}.csv"
     rows = read(authors_file) if authors_file.is_file() else []
     authors = {
-        Layer.of(row): float(row["dense_us"]) / float(row["step_us"])
+        shape_of(row): float(row["dense_us"]) / float(row["step_us"])
         for row in rows
         if row["dense_us"]
     }
     paper = {
-        Layer.of(row): float(row["dense_layer_ms"]) / float(row["hata_layer_ms"])
+        shape_of(row): float(row["dense_layer_ms"]) / float(row["hata_layer_ms"])
         for row in read(results / "paper_figure5.csv")
     }
     figure.set_size_inches(11, 4.5)
     axes = figure.subplots()
-    for i, (layer, chosen) in enumerate(found.items()):
-        bars = [("authors", authors.get(layer), "#999999")]
+    for i, (shape, chosen) in enumerate(found.items()):
+        bars = [("authors", authors.get(shape), "#999999")]
         bars += [(name, step.speedup, COLORS[name]) for name, step in chosen.items()]
         for j, (_, value, color) in enumerate(bars):
             if value is not None:
                 place = i + 0.2 * (j - 1.5)
                 axes.bar(place, value, 0.2, color=color)
                 axes.text(place, value, f"{value:.3g}", ha="center", va="bottom", fontsize=7)
-        if layer in paper:
-            axes.plot(i, paper[layer], "D", color="white", mec="black", ms=5)
+        if shape in paper:
+            axes.plot(i, paper[shape], "D", color="white", mec="black", ms=5)
     if authors:
         axes.bar(0, 0, color="#999999", label="the authors' kernels, A, on the same card")
     for config, color in COLORS.items():
@@ -230,7 +230,7 @@ def draw_speedup(figure: Figure, steps: list[Step], results: Path, device: str) 
     label = "the paper's figure 5: a whole layer, on its card"
     axes.plot([], [], "D", color="white", mec="black", ms=5, label=label)
     axes.axhline(1, color="black", lw=0.8)
-    axes.set_xticks(range(len(found)), [str(layer) for layer in found], rotation=15)
+    axes.set_xticks(range(len(found)), [str(shape) for shape in found], rotation=15)
     axes.set(ylabel="times faster than dense")
     axes.grid(axis="y", alpha=0.3)
     axes.legend(loc="upper left")

@@ -1,6 +1,6 @@
 """The frontier: which num_bits and top_k hold most attention for the bytes that a step reads."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -84,6 +84,19 @@ class Frontier:
         got = ", ".join("{} bits, query {}, norms {}".format(*setting) for setting in settings)
         check(same and distinct, where, "--weights", rule, got)
         self._mass = torch.cat(mass, 1)  # [num_sparse_layers, num_pairs]
+
+    def levels(self, chosen_on: "Frontier") -> list[tuple[Allocation, Allocation]]:
+        """Returns, for each number of bytes read, one pair for all layers and one for each.
+
+        Args:
+            chosen_on: Measured on the text that they are chosen by; the masses are this one's.
+        """
+        found = []
+        for uniform in chosen_on.uniform():
+            chosen = (uniform, chosen_on.per_layer(uniform.bytes_per_step))
+            alike, own = (replace(x, attention_mass=self.mass_of(x)) for x in chosen)
+            found.append((alike, own))
+        return found
 
     def mass_of(self, allocation: Allocation) -> float:
         """Returns the mean attention mass of settings that were chosen elsewhere."""

@@ -9,6 +9,7 @@ from hata.pictures import picture
 from hata.recall.frontier import Frontier
 from hata.recall.measure import Measurement, Results
 from hata.recall.options import WHERE
+from hata.recall.report import Levels
 from hata.selectors import HataSelector
 from hata.training.captures import CaptureInfo
 
@@ -114,15 +115,8 @@ def plot_heat_map(path: Path, results: Results) -> None:
         figure.suptitle(f"Attention mass lost beyond exact top-k: {_title(results)}")
 
 
-def plot_frontier(path: Path, info: CaptureInfo, chosen_on: Frontier, frontier: Frontier) -> None:
-    """Draws the attention mass that pairs of num_bits and top_k lose, over the bytes they read.
-
-    Args:
-        path: The PNG file to write.
-        info: Of the captures.
-        chosen_on: Measured on the text that each layer's own pair is chosen by.
-        frontier: Measured on held-out text.
-    """
+def plot_frontier(path: Path, info: CaptureInfo, frontier: Frontier, levels: Levels) -> None:
+    """Draws the attention mass that pairs of num_bits and top_k lose, over the bytes they read."""
     with picture(path, WHERE, 8, 5) as figure:
         axes = figure.subplots()
         for num_bits in sorted({pair.num_bits for pair in frontier.pairs}):
@@ -130,9 +124,8 @@ def plot_frontier(path: Path, info: CaptureInfo, chosen_on: Frontier, frontier: 
             lost = [1 - x.attention_mass for x in found]
             kib = [x.bytes_per_step / 1024 for x in found]
             axes.plot(kib, lost, marker="o", markersize=4, label=f"{num_bits} bits")
-        own = [chosen_on.per_layer(x.bytes_per_step) for x in chosen_on.uniform()]
-        kib = [x.bytes_per_step / 1024 for x in own]
-        lost = [1 - frontier.mass_of(x) for x in own]
+        kib = [own.bytes_per_step / 1024 for _, own in levels]
+        lost = [1 - own.attention_mass for _, own in levels]
         axes.plot(kib, lost, color="black", linestyle="--", label="each layer its own pair")
         axes.set_xscale("log")
         ticks = [2**n for n in range(20) if min(kib) <= 2**n <= max(kib)]

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hata.outputs import whole_file
-from hata.recall.frontier import Frontier
+from hata.recall.frontier import Allocation
 from hata.recall.measure import Measurement, Results
 from hata.recall.options import WHERE
 from hata.training.captures import CaptureInfo
@@ -22,6 +22,7 @@ MEAN_COLUMNS = ("model", "context", *_SELECTOR, "top_k", "bytes_per_token", *MET
 HEAD_COLUMNS = ("model", "context", *_SELECTOR, "layer", "kv_head", "top_k", *METRICS)
 
 Row = dict[str, object]
+Levels = Sequence[tuple[Allocation, Allocation]]  # what `Frontier.levels` gives
 
 
 def print_means(console: Console, results: Results) -> None:
@@ -131,14 +132,8 @@ def _cell(value: object) -> object:
     return f"{value:.5g}" if isinstance(value, float) else value
 
 
-def print_frontier(console: Console, chosen_on: Frontier, frontier: Frontier) -> None:
-    """Prints, for each number of bytes read, the best pair overall and the best for each layer.
-
-    Args:
-        console: Where to print.
-        chosen_on: Measured on the text that the pairs are chosen by.
-        frontier: Measured on held-out text, which the mass is of.
-    """
+def print_frontier(console: Console, levels: Levels) -> None:
+    """Prints, for each number of bytes read, the best pair overall and the best for each layer."""
     table = Table(
         title="Frontier: the most attention for the bytes read",
         caption="bytes: of a step, layer and KV head (mean over sparse layers): codes of the "
@@ -148,56 +143,36 @@ def print_frontier(console: Console, chosen_on: Frontier, frontier: Frontier) ->
     for heading in ("bytes", "num_bits", "top_k", "mass lost", "bytes", "mass lost"):
         table.add_column(heading, justify="right")
     table.add_column("per layer: num_bits x top_k (layers)")
-    for uniform in chosen_on.uniform():
-        layers = chosen_on.per_layer(uniform.bytes_per_step)
+    for uniform, layers in levels:
         counts = Counter((pair.num_bits, pair.top_k) for pair in layers.pairs)
         pair = uniform.pairs[0]
         table.add_row(
             f"{pair.bytes_per_step:.0f}",
             str(pair.num_bits),
             str(pair.top_k),
-            f"{1 - frontier.mass_of(uniform):.4f}",
+            f"{1 - uniform.attention_mass:.4f}",
             f"{layers.bytes_per_step:.0f}",
-            f"{1 - frontier.mass_of(layers):.4f}",
+            f"{1 - layers.attention_mass:.4f}",
             ", ".join(f"{b} x {k} ({n})" for (b, k), n in sorted(counts.items())),
         )
     console.print(table)
 
 
 def write_frontier(
-    path: Path,
-    info: CaptureInfo,
-    chosen_on: Frontier,
-    frontier: Frontier,
-    where_from: Mapping[str, str],
+    path: Path, results: Results, levels: Levels, where_from: Mapping[str, str]
 ) -> None:
-    """Writes the frontier, for ``HataConfig(**level["uniform"])`` and ``**level["per_layer"]``.
-
-    Args:
-        path: The JSON file.
-        info: Of the captures.
-        chosen_on: Measured on the text that the pairs are chosen by.
-        frontier: Measured on held-out text, which the mass is of.
-        where_from: What `hata.provenance.origin` says.
-    """
-    levels = []
-    for uniform in chosen_on.uniform():
-        layers = chosen_on.per_layer(uniform.bytes_per_step)
-        pair = uniform.pairs[0]
-        levels.append(
-            {
-                "bytes_per_step": pair.bytes_per_step,
-                "uniform": {"num_bits": pair.num_bits, "top_k": pair.top_k},
-                "uniform_attention_mass": round(frontier.mass_of(uniform), 5),
-                "per_layer": layers.settings(frontier.num_dense_layers),
-                "per_layer_attention_mass": round(frontier.mass_of(layers), 5),
-            }
-        )
-    heading = {
-        "model": info.model,
-        "context": info.seq_len,
-        "num_dense_layers": frontier.num_dense_layers,
-        **where_from,
-    }
+    """Writes the frontier as JSON, for ``HataConfig(**level["uniform"])`` or ``["per_layer"]``."""
+    info, num_dense = results.info, results.num_dense_layers
+    heading = {"model": info.model, "context": info.seq_len, "num_dense_layers": num_dense}
+    found = [
+        {
+            "bytes_per_step": uniform.bytes_per_step,
+            "uniform": {"num_bits": uniform.pairs[0].num_bits, "top_k": uniform.pairs[0].top_k},
+            "uniform_attention_mass": round(uniform.attention_mass, 5),
+            "per_layer": layers.settings(num_dense),
+            "per_layer_attention_mass": round(layers.attention_mass, 5),
+        }
+        for uniform, layers in levels
+    ]
     with whole_file(path, WHERE) as partial:
-        partial.write_text(json.dumps({**heading, "levels": levels}) + "\n")
+        partial.write_text(json.dumps({**heading, **where_from, "levels": found}) + "\n")

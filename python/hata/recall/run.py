@@ -78,23 +78,23 @@ def run_recall(options: RecallOptions) -> Results:
         write_rows(options.csv, MEAN_COLUMNS, mean_rows(results), made)
     if options.per_head is not None:
         write_rows(options.per_head, HEAD_COLUMNS, head_rows(results), made)
-    frontiers = None
+    levels = None
     if options.frontier is not None:
         frontier = chosen_on = Frontier(results.only(measurements[-len(trained) :]))
         if calibration is not None:
             found = _measure(calibration, trained, options, "calibration text")
             chosen_on = Frontier(results.only(found))
-        print_frontier(console, chosen_on, frontier)
-        write_frontier(options.frontier, info, chosen_on, frontier, made)
-        frontiers = chosen_on, frontier
+        levels = frontier.levels(chosen_on)
+        print_frontier(console, levels)
+        write_frontier(options.frontier, results, levels, made)
     if options.plot is not None:
         from hata.recall import plots  # matplotlib is an extra
 
         plots.plot_budgets(options.plot / "budgets.png", results)
         plots.plot_bits(options.plot / "num_bits.png", results)
         plots.plot_heat_map(options.plot / "heat_map.png", results)
-        if frontiers is not None:
-            plots.plot_frontier(options.plot / "frontier.png", info, *frontiers)
+        if levels is not None:
+            plots.plot_frontier(options.plot / "frontier.png", info, frontier, levels)
     return results
 
 
