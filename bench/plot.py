@@ -75,8 +75,8 @@ def plot_all(results: Path, device: str, folder: Path, suffix: str) -> list[Path
 def draw_latency(figure: Figure, steps: list[Step]) -> bool:
     """Time against length at batch 1, and against batch at 32K, with dense kernels and floors."""
     lengths, batches = by_heads(steps, batch=1), by_heads(steps, seq_len=32 << 10)
-    panels = [(f"batch 1, {name}", "tokens", length, chosen) for name, chosen in lengths]
-    panels += [(f"32K tokens, {name}", "batch", batch, chosen) for name, chosen in batches]
+    panels = [(f"batch 1, {name} heads", "tokens", length, chosen) for name, chosen in lengths]
+    panels += [(f"32K tokens, {name} heads", "batch", batch, chosen) for name, chosen in batches]
     if not panels:
         return False
     rows = 2 if len(panels) > 2 else 1
@@ -117,7 +117,7 @@ def draw_lines(axes: Axes, steps: list[Step], x: Callable[[Step], int]) -> None:
 def draw_crossover(figure: Figure, steps: list[Step]) -> bool:
     """Speedup against length, one panel per batch and head layout."""
     panels = [
-        (f"batch {size}, {name}", chosen)
+        (f"batch {size}, {name} heads", chosen)
         for size in (1, 8)
         for name, chosen in by_heads(steps, batch=size)
     ]

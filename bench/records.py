@@ -82,27 +82,22 @@ def usual(steps: Iterable[Step], captured: bool = False) -> list[Step]:
     return [step for step in steps if step.captured == captured and step.top_k == step.shape.top_k]
 
 
-def at(
-    steps: list[Step], heads: tuple[int, int], batch: int | None = None, seq_len: int | None = None
-) -> list[Step]:
-    return [
-        step
-        for step in usual(steps)
-        if (step.shape.num_heads, step.shape.num_kv_heads) == heads
-        and batch in (None, step.shape.batch)
-        and seq_len in (None, step.shape.seq_len)
-    ]
-
-
 def by_heads(
     steps: list[Step], batch: int | None = None, seq_len: int | None = None
 ) -> list[tuple[str, list[Step]]]:
     """Returns, per head layout, its name and those steps of one batch or length, if several."""
     found = []
-    for heads in LAYOUTS:
-        chosen = at(steps, heads, batch, seq_len)
+    for layout in LAYOUTS:
+        name = "{}/{}".format(*layout)
+        chosen = [
+            step
+            for step in usual(steps)
+            if step.shape.heads == name
+            and batch in (None, step.shape.batch)
+            and seq_len in (None, step.shape.seq_len)
+        ]
         if len({step.shape for step in chosen}) > 1:
-            found.append((f"{heads[0]}/{heads[1]} heads", chosen))
+            found.append((name, chosen))
     return found
 
 

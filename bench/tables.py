@@ -4,8 +4,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from .cases import CONFIGS, tokens
-from .grids import LAYOUTS
-from .records import Step, at, load_steps, read, table_steps, usual
+from .records import Step, by_heads, load_steps, read, table_steps, usual
 
 NAMES = [config.name for config in CONFIGS]
 
@@ -41,11 +40,9 @@ def crossover_table(steps: list[Step]) -> str:
     """The shortest length from which on every measured length is faster than dense."""
     rows = []
     for batch in sorted({step.shape.batch for step in usual(steps)}):
-        for heads in LAYOUTS:
-            chosen = at(steps, heads, batch=batch)
-            if len({step.shape for step in chosen}) > 1:
-                cells = [crossover(s for s in chosen if s.config == name) for name in NAMES]
-                rows.append([str(batch), f"{heads[0]}/{heads[1]}", *cells])
+        for heads, chosen in by_heads(steps, batch=batch):
+            cells = [crossover(s for s in chosen if s.config == name) for name in NAMES]
+            rows.append([str(batch), heads, *cells])
     return markdown(["batch", "heads/kv", *NAMES], rows)
 
 

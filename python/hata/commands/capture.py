@@ -52,7 +52,7 @@ def capture_to(
 
     device = torch_device(run_on.device, "capture")
     dtype = torch_dtype(run_on.dtype, device, "capture")
-    text_files(texts, "capture")  # before a model is loaded
+    text_files(texts)  # before a model is loaded
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     model_folder = run_on.model or bundled_model()

@@ -61,11 +61,10 @@ def capture(
     recorder = Recorder(model, _chunk(model, options))
     sequences = token_sequences(
         tokenizer,
-        text_files(texts, _WHERE),
+        text_files(texts),
         num_sequences=options.num_sequences,
         seq_len=options.seq_len,
         seed=options.seed,
-        where=_WHERE,
     )
     config = model.config.get_text_config(decoder=True)
     layer_types = getattr(config, "layer_types", None) or ["full_attention"] * shape["num_layers"]
