@@ -104,9 +104,6 @@ class CodeConfig:
     def weight_sum(self, shape: Shape) -> int:
         return hata.plane_weight_sum(self.query_bits, shape.group)
 
-    def num_planes(self, shape: Shape) -> int:
-        return hata.num_planes(self.weight_sum(shape))
-
     def code_bytes(self, shape: Shape) -> int:
         """Size of the live codes and norms: what one scan reads."""
         heads = shape.batch * shape.num_kv_heads * shape.seq_len

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 import hata.cli
 from capture_cases import make_captures
+from hata import HashWeights, save_weights
 from hata.outputs import whole_file
 
 
@@ -33,6 +34,12 @@ def test_a_file_has_the_mode_that_the_umask_leaves(tmp_path, mode):
             save_file({"x": torch.zeros(2)}, partial)  # makes it 0600
         assert mode_of(file) == mode
     assert list(tmp_path.iterdir()) == [file]
+
+
+def test_weights_have_the_mode_that_the_umask_leaves(tmp_path, mode):
+    file = tmp_path / "weights.safetensors"
+    save_weights(file, HashWeights.random(num_layers=1, num_kv_heads=1, head_dim=32, num_bits=32))
+    assert mode_of(file) == mode
 
 
 def test_captures_have_the_mode_that_the_umask_leaves(tmp_path, mode):

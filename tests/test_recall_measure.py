@@ -24,7 +24,7 @@ def options(device: str, **changes: object) -> MeasureOptions:
 
 def selectors() -> list[Selector]:
     weights = HashWeights.random(**SHAPE, num_bits=64)
-    return [ExactSelector(), HataSelector(weights, 4, False), QuestSelector(8)]
+    return [ExactSelector(), HataSelector(weights), QuestSelector(8)]
 
 
 def by_definition(captures: Captures, layer_idx: int, selector: Selector, device: str) -> Quality:

@@ -47,8 +47,8 @@ def test_one_command_captures_and_trains(tiny, texts, tmp_path, capsys):
         capsys, f"train {texts} --model {tiny} --out {out} {SMALL} {FEW} {steps} --device cpu"
     )
     assert code == 0
-    sizes = {"num_layers": NUM_LAYERS, "num_kv_heads": NUM_KV_HEADS, "head_dim": HEAD_DIM}
-    weights = hata.load_weights(out, **sizes, num_bits=64)
+    weights = hata.load_weights(out)
+    assert weights.shape == (NUM_LAYERS, NUM_KV_HEADS, HEAD_DIM, 64)
     assert weights.metadata["recipe"] == "hata"
     assert weights.metadata["model"] == tiny.name
     names = {
@@ -82,8 +82,8 @@ def test_captures_serve_every_recipe_and_seed(tiny, texts, tmp_path, capsys):
         )
         assert code == 0
         assert "closed form" in said
-        metadata = hata.load_weights(out).metadata
-        assert (metadata["query_bits"], metadata["key_norms"]) == ("1", "true")
+        weights = hata.load_weights(out)
+        assert (weights.query_bits, weights.key_norms) == (1, True)
 
 
 def test_synthetic_data_measures_time_and_memory(tmp_path, capsys):

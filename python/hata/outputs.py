@@ -9,6 +9,8 @@ from safetensors import SafetensorError
 
 from hata.checks import check
 
+CONTINUE = "; run the same command again to continue"  # where a command takes up what it has left
+
 
 def make_output_folder(folder: Path, function: str, argument: str) -> None:
     """Makes a folder to write into, and those above it, unless it is there.
@@ -31,11 +33,16 @@ def make_room_for(file: Path, function: str, argument: str) -> None:
 
 
 @contextmanager
-def whole_file(file: Path, function: str) -> Iterator[Path]:
+def whole_file(file: Path, function: str, advice: str = "") -> Iterator[Path]:
     """Gives a path to write to, and moves what was written there to ``file`` once it is complete.
 
     The file's mode is what the umask leaves, whatever the writer chose. A device or a pipe is
     written in place.
+
+    Args:
+        file: Where it will stand, in an existing folder.
+        function: The public function that writes, for errors.
+        advice: What an error says at its end.
 
     Raises:
         ValueError: It cannot be written; what stood there stays.
@@ -53,8 +60,7 @@ def whole_file(file: Path, function: str) -> Iterator[Path]:
         partial.replace(file)
     except (OSError, RuntimeError, SafetensorError) as error:  # torch raises RuntimeError
         raise ValueError(
-            f"hata.{function}: {file.parent} must have room for {file.name}, got {error}; "
-            "run the same command again to continue"
+            f"hata.{function}: {file.parent} must have room for {file.name}, got {error}{advice}"
         ) from error
     finally:
         partial.unlink(missing_ok=True)

@@ -57,14 +57,9 @@ class DemoOptions(ModelOptions):
             check(png, WHERE, "--plot", "name a .png file", self.plot)
 
     def config(self) -> HataConfig:
-        """Returns hata's settings: the defaults but for what is given, sparse at any length."""
-        default = HataConfig()
-        return HataConfig(
-            num_bits=default.num_bits if self.num_bits is None else self.num_bits,
-            query_bits=default.query_bits if self.query_bits is None else self.query_bits,
-            top_k=self.top_k,
-            min_sparse_len=0,  # to show the method, also where a GPU would be faster densely
-        )
+        """Returns the budget: the defaults but for what is given."""
+        # Sparse at any length: to show the method, also where a GPU would be faster densely.
+        return HataConfig(top_k=self.top_k, min_sparse_len=0)
 
     def torch_device(self) -> torch.device:
         """Returns the device to run on."""

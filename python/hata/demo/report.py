@@ -12,6 +12,7 @@ from hata.config import HataConfig
 from hata.demo.generate import Generation
 from hata.demo.options import WHERE
 from hata.pictures import picture
+from hata.weights import HashWeights
 
 
 @dataclass(frozen=True)
@@ -30,20 +31,19 @@ class Bytes:
     def of_step(
         cls,
         config: HataConfig,
+        weights: HashWeights,
         *,
-        num_layers: int,
-        num_kv_heads: int,
-        head_dim: int,
         itemsize: int,
         seq_len: int,
     ) -> "Bytes":
         """Counts the bytes of one step at ``seq_len`` positions, which the demo selects from."""
+        num_layers, num_kv_heads, head_dim, _ = weights.shape
         row = num_kv_heads * 2 * head_dim * itemsize
         dense_layer = seq_len * row
         dense_layers = min(config.num_dense_layers, num_layers)
-        layers = zip(config.layer_bits(num_layers), config.layer_top_k(num_layers), strict=True)
+        layers = zip(weights.layer_bits, config.layer_top_k(num_layers), strict=True)
         sparse_layers = [
-            seq_len * num_kv_heads * (num_bits // 8 + 2 * config.key_norms)
+            seq_len * num_kv_heads * (num_bits // 8 + 2 * weights.key_norms)
             + min(top_k, seq_len) * row
             for num_bits, top_k in layers
         ]

@@ -11,10 +11,10 @@ def cache_append(
     k_cache: Tensor,
     v_cache: Tensor,
     code_cache: Tensor,
+    norm_cache: Tensor | None,
     block_table: Tensor,
     cache_seqlens: Tensor,
     *,
-    norm_cache: Tensor | None = None,
     new_seqlens: Tensor | None = None,
 ) -> None:
     """Writes new keys and values, the keys' codes and their norms to the last positions.
@@ -33,9 +33,9 @@ def cache_append(
             too on CPU). Written.
         v_cache: The same. Written.
         code_cache: ``[num_pages, num_kv_heads, page_size, num_bits // 32]``, int32. Written.
+        norm_cache: ``[num_pages, num_kv_heads, page_size]``, float16, written; or None.
         block_table: ``[batch, max_pages]``, int32. No page may be another sequence's as well.
         cache_seqlens: ``[batch]``, int32: lengths after this call.
-        norm_cache: ``[num_pages, num_kv_heads, page_size]``, float16. Written, if given.
         new_seqlens: ``[batch]``, int32: only the last ``new_seqlens[b]`` of the ``q_len`` tokens
             are new, the others are padding. Default: all are new.
 
@@ -68,6 +68,6 @@ def _(
     norm_cache: Tensor | None,
     block_table: Tensor,
     cache_seqlens: Tensor,
-    new_seqlens: Tensor | None,
+    new_seqlens: Tensor | None = None,
 ) -> None:
     return None

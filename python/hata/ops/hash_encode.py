@@ -8,22 +8,14 @@ from torch import Tensor
 
 @overload
 def hash_encode(
-    keys: Tensor, key_weights: Tensor, *, key_norms: Literal[False] = ..., out: Tensor | None = ...
+    keys: Tensor, key_weights: Tensor, *, key_norms: Literal[False] = ...
 ) -> Tensor: ...
 @overload
 def hash_encode(
-    keys: Tensor,
-    key_weights: Tensor,
-    *,
-    key_norms: Literal[True],
-    out: tuple[Tensor, Tensor] | None = ...,
+    keys: Tensor, key_weights: Tensor, *, key_norms: Literal[True]
 ) -> tuple[Tensor, Tensor]: ...
 def hash_encode(
-    keys: Tensor,
-    key_weights: Tensor,
-    *,
-    key_norms: bool = False,
-    out: Tensor | tuple[Tensor, Tensor] | None = None,
+    keys: Tensor, key_weights: Tensor, *, key_norms: bool = False
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Encodes keys as packed signs of their projections.
 
@@ -39,7 +31,6 @@ def hash_encode(
         key_weights: ``[num_kv_heads, head_dim, num_bits]``, dtype of ``keys``, contiguous;
             ``num_bits`` is a multiple of 32 up to 256.
         key_norms: Whether to return the keys' Euclidean norms as well.
-        out: Tensors to write into, in the structure of the return value; contiguous.
 
     Returns:
         ``codes`` ``[batch, num_kv_heads, seq_len, num_bits // 32]``, int32. With ``key_norms`` a
@@ -49,24 +40,15 @@ def hash_encode(
     Raises:
         RuntimeError: A shape, dtype, stride or device is not as above.
     """
-    if out is None:
-        codes, norms = torch.ops.hata.hash_encode.default(keys, key_weights, key_norms)
-        return (codes, norms) if key_norms else codes
-    codes, norms = out if key_norms else (out, None)
-    torch.ops.hata.hash_encode.out(keys, key_weights, codes=codes, norms=norms)
-    return out
+    codes, norms = torch.ops.hata.hash_encode.default(keys, key_weights, key_norms)
+    return (codes, norms) if key_norms else codes
 
 
 @torch.library.register_fake("hata::hash_encode")
-def _(keys: Tensor, key_weights: Tensor, key_norms: bool) -> tuple[Tensor, Tensor]:
+def _(keys: Tensor, key_weights: Tensor, key_norms: bool = False) -> tuple[Tensor, Tensor]:
     batch, seq_len, num_kv_heads, _ = keys.shape
     num_words = key_weights.shape[2] // 32
     return (
         keys.new_empty((batch, num_kv_heads, seq_len, num_words), dtype=torch.int32),
         keys.new_empty((batch, num_kv_heads, seq_len if key_norms else 0), dtype=torch.float16),
     )
-
-
-@torch.library.register_fake("hata::hash_encode.out")
-def _(keys: Tensor, key_weights: Tensor, *, codes: Tensor, norms: Tensor | None) -> None:
-    return None

@@ -72,7 +72,8 @@ class Frontier:
             codes = isinstance(selector, HataSelector)
             check(codes, where, "--frontier", "compare hash weights alone", selector.name)
             assert isinstance(selector, HataSelector)  # what check has made sure of, for mypy
-            settings.append((selector.num_bits, selector.query_bits, selector.key_norms))
+            weights = selector.weights
+            settings.append((weights.num_bits, weights.query_bits, weights.key_norms))
             scan = info.seq_len * selector.bytes_per_token(info.head_dim)
             row = 2 * info.head_dim * CACHE_ITEMSIZE
             self.pairs += [Pair(selector.num_bits, n, scan + n * row) for n in results.budgets]

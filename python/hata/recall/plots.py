@@ -156,8 +156,8 @@ def _family(measurement: Measurement) -> str:
     selector = measurement.selector
     if not isinstance(selector, HataSelector):
         return selector.name
-    norms = ", norms" if selector.key_norms else ""
-    return f"{selector.recipe}, query {selector.query_bits}{norms}"
+    norms = ", norms" if selector.weights.key_norms else ""
+    return f"{selector.recipe}, query {selector.weights.query_bits}{norms}"
 
 
 def _style(family: str, families: Sequence[str]) -> tuple[str, str]:

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from hata.checks import check, check_int
-from hata.outputs import make_output_folder, whole_file
+from hata.outputs import CONTINUE, make_output_folder, whole_file
 
 _FORMAT = "hata.captures"
 _INFO_FILE = "captures.json"
@@ -162,7 +162,8 @@ class CaptureWriter:
             got = f"NaN or infinity in layer {layer_idx} of sequence {sequence_idx}"
             check(finite, where, name, f"be finite in {self.info.dtype}", got)
         tensors = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
-        with whole_file(shard_path(self.folder, sequence_idx, layer_idx), where) as partial:
+        path = shard_path(self.folder, sequence_idx, layer_idx)
+        with whole_file(path, where, CONTINUE) as partial:
             save_file({**tensors, "positions": positions}, partial)
 
 

@@ -53,8 +53,8 @@ def evaluate(
     Returns:
         Means over all queries, float64, on the CPU.
     """
-    layers_as_one = HashWeights(key_weights[None], query_weights[None])
-    selector = HataSelector(layers_as_one, query_bits, key_norms)
+    layers_as_one = HashWeights(key_weights[None], query_weights[None], query_bits, key_norms)
+    selector = HataSelector(layers_as_one)
     always = {"num_sink": data.num_sink, "num_recent": data.num_recent}
     sums = torch.zeros(3, data.heads, len(budgets), dtype=torch.float64, device=data.k.device)
     num_queries, group = data.q.shape[2:4]

@@ -8,7 +8,6 @@ from torch import Tensor
 from typer import Option
 
 from hata.checks import check, check_int
-from hata.config import HataConfig
 
 if TYPE_CHECKING:
     from hata.training.recipes import Recipe
@@ -97,9 +96,4 @@ class RecipeOptions:
         for key, value in settings.items():
             option = "--" + key.replace("_", "-")
             check(key in known, where, option, f"be left out for recipe {name}", value)
-        recipe = RECIPES[name](**settings, seed=seed)
-        # The rules of codes, checked where they are written down.
-        HataConfig(
-            num_bits=recipe.num_bits, query_bits=recipe.query_bits, key_norms=recipe.key_norms
-        )
-        return recipe
+        return RECIPES[name](**settings, seed=seed)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hata.checks import check
-from hata.outputs import whole_file
+from hata.outputs import CONTINUE, whole_file
 
 _WHERE = "train"
 
@@ -83,7 +83,7 @@ class Parts:
             check(not names, _WHERE, "--out", rule, f"other {', '.join(names)}")
         else:
             folder.mkdir(exist_ok=True)
-            with whole_file(file, _WHERE) as partial:
+            with whole_file(file, _WHERE, CONTINUE) as partial:
                 partial.write_text(text)
         return cls(folder)
 
@@ -102,7 +102,7 @@ class Parts:
             for field in dataclasses.fields(part)
             if getattr(part, field.name) is not None
         }
-        with whole_file(self._layer(layer_idx), _WHERE) as partial:
+        with whole_file(self._layer(layer_idx), _WHERE, CONTINUE) as partial:
             save_file(tensors, partial)
 
     def read(self, layer_idx: int) -> LayerPart:
@@ -117,7 +117,7 @@ class Parts:
             ValueError: The disk is full; the former checkpoint stays.
         """
         state = {f.name: getattr(checkpoint, f.name) for f in dataclasses.fields(checkpoint)}
-        with whole_file(self._checkpoint, _WHERE) as partial:
+        with whole_file(self._checkpoint, _WHERE, CONTINUE) as partial:
             torch.save(state, partial)
 
     def read_checkpoint(self) -> Checkpoint | None:

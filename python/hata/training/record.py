@@ -12,6 +12,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from hata.checks import check, check_int
 from hata.integrations.model_shape import model_shape, softmax_scale
+from hata.integrations.transformers import CACHE_ARGUMENT
 from hata.training.captures import CaptureInfo, Captures, CaptureWriter
 from hata.training.options import CaptureOptions
 from hata.training.texts import text_files, token_sequences
@@ -189,10 +190,10 @@ class Recorder:
             for start in range(0, seq_len, self.chunk):
                 self._start = start
                 piece = tokens[:, start : start + self.chunk]
-                kept = {"past_key_values": cache} if cache is not None else {}
+                kept = {CACHE_ARGUMENT: cache} if cache is not None else {}
                 # The base model: a head would make logits for every token.
                 out = model.base_model(piece, use_cache=self.chunk < seq_len, **kept)
-                cache = getattr(out, "past_key_values", None)
+                cache = getattr(out, CACHE_ARGUMENT, None)
         finally:
             model.set_attn_implementation(before)
             self._on_layer, self._queries = None, {}
