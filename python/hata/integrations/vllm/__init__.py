@@ -7,14 +7,8 @@ supported and how it was tested.
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
-
-from torch import Tensor
-
-Observer = Callable[[int, Tensor, Tensor], None]
-
-_observers: list[Observer] = []
 
 
 def register() -> None:
@@ -37,7 +31,7 @@ def engine_args(
         weights: The file of the model's hash weights, or "random" for untrained ones.
         top_k: Positions that each KV head attends to, of all layers or of each.
         settings: The other fields of `Settings`: ``num_sink``, ``num_recent``,
-            ``num_dense_layers``, ``check``, ``any_version``.
+            ``num_dense_layers``, ``check``, ``observer``, ``any_version``.
 
     Returns:
         ``attention_backend`` and ``additional_config``, for ``vllm.LLM`` and ``EngineArgs``.
@@ -54,20 +48,3 @@ def engine_args(
         "attention_backend": "CUSTOM",
         "additional_config": {"hata": json.loads(json.dumps(entry))},
     }
-
-
-def observe(observer: Observer) -> Callable[[], None]:
-    """Calls a function after every sparse decoding step of every layer in this process.
-
-    A step that is replayed from a CUDA graph is not seen: use ``enforce_eager=True``, and
-    ``VLLM_ENABLE_V1_MULTIPROCESSING=0`` to have the engine in this process.
-
-    Args:
-        observer: Called as ``observer(layer_idx, indices, num_selected)``, the selection of a run
-            of decoding sequences as `hata.decode_step` returns it, of this rank's KV heads.
-
-    Returns:
-        A function that ends it.
-    """
-    _observers.append(observer)
-    return lambda: _observers.remove(observer)

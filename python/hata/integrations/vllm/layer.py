@@ -1,5 +1,6 @@
 """One attention layer and one batch, as they are on every device."""
 
+import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -13,7 +14,6 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from hata import ops
 from hata.checks import check
-from hata.integrations import vllm as plugin
 from hata.integrations.vllm.settings import HERE, Settings
 from hata.integrations.vllm.side_cache import SideCache
 
@@ -167,6 +167,8 @@ class HataLayer:
         self.engine = get_current_vllm_config()
         self.settings = Settings.of(self.engine)
         self.hash_weights = self.settings.load(self.engine)
+        observer = self.settings.observer
+        self.observer = None if observer is None else pkgutil.resolve_name(observer)
         self.codes: SideCache | None = None  # None in a dense layer
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
@@ -298,8 +300,8 @@ class HataLayer:
             softmax_scale=self.scale,
             out=out,
         )
-        for observer in plugin._observers:
-            observer(self.layer_idx, step.indices, step.num_selected)
+        if self.observer is not None:
+            self.observer(self.layer_idx, step.indices, step.num_selected, run.cache_seqlens)
 
     def _check_codes(self, common: CommonAttentionMetadata, k_cache: Tensor) -> None:
         """Raises at the first cached key whose code is not that of the key."""

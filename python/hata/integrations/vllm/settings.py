@@ -30,12 +30,17 @@ class Settings:
         config: The budget: ``top_k``, ``num_sink``, ``num_recent``, ``num_dense_layers``.
         check: Whether to encode the cached keys again after every step and to stop at the first
             code that differs; slow, and on a GPU only with ``enforce_eager``.
+        observer: "module:function", called in every worker after each sparse step of a layer as
+            ``observer(layer_idx, indices, num_selected, cache_seqlens)``: the selection of a run of
+            sequences as `hata.decode_step` returns it, of this rank's KV heads, and their lengths.
+            A step that is replayed from a CUDA graph calls nothing.
         any_version: Whether to run with a version of vLLM that was not tested.
     """
 
     weights: str
     config: HataConfig = field(default_factory=HataConfig)
     check: bool = False
+    observer: str | None = None
     any_version: bool = False
 
     @classmethod
@@ -61,6 +66,9 @@ class Settings:
         for name in ("check", "any_version"):
             value = entry.get(name, False)
             check_type(isinstance(value, bool), HERE, name, "be a bool", value)
+        observer = entry.get("observer")
+        function = observer is None or (isinstance(observer, str) and observer.count(":") == 1)
+        check(function, HERE, "observer", 'be like "module:function"', observer)
         config = HataConfig(**{name: entry[name] for name in entry if name in budget})
         return cls(config=config, **{name: entry[name] for name in entry if name in own})
 
