@@ -1,155 +1,281 @@
-"""transformers models with hata attention: ``model.generate(..., cache=cache)``.
+"""transformers models with hata attention: ``enable(model)``, then ``model.generate(...)``.
 
 `enable` registers with transformers' public interfaces: an attention function and a mask function,
-both called "hata", and a `Cache`. The attention function is not handed the cache; so the cache
-marks the keys that it passes on, and the function finds its layer by that mark.
+both called "hata", and a `Cache`. The model's layers that attend to the whole context get a
+`HataLayer` in that cache, the others transformers' own. A `HataLayer` stores nothing when it is
+handed new keys; it hands them on as `NewKeys`, which only hata's attention function takes. That
+function serves keys of every other kind with transformers' "sdpa", and so the model's other layers
+and passes without a cache.
 """
 
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from types import MethodType
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.generation.utils import ALL_CACHE_NAMES
-from transformers.masking_utils import AttentionMaskInterface, causal_mask_function
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
 
 from hata.attention import decode_attention, prefill
 from hata.cache import HataCache
 from hata.checks import check, check_int, check_type
 from hata.config import HataConfig
-from hata.integrations.model_shape import ModelShape, model_shape
+from hata.integrations.model_shape import (
+    ModelShape,
+    full_attention_layers,
+    model_shape,
+    own_cache_layers,
+)
 from hata.pretrained import find_pretrained
 from hata.sequences import check_page_size
 from hata.weights import HashWeights, load_weights
 
 _HERE = "integrations.transformers"
-_MARK = "_hata_layer"
+_NAME = "hata"  # of the attention and mask functions
 
 # What forward passes and `generate` call a cache, and their outputs too: renamed in 5.24.
 CACHE_ARGUMENT = "cache" if "cache" in ALL_CACHE_NAMES else "past_key_values"
 
-# layer_idx, q [batch, 1, num_heads, head_dim], the cache, indices, num_selected
+# After a prompt that `generate` has announced, longer passes are prompt again: no draft is as long.
+MAX_DRAFT_LEN = 32
+
+# The HataCache's layer_idx, q [batch, q_len, num_heads, head_dim], it, indices, num_selected
 DecodeObserver = Callable[[int, Tensor, HataCache, Tensor, Tensor], None]
 
 
-class LayerGroup:
-    """What the layers of one transformers cache share.
+@dataclass(frozen=True)
+class _Settings:
+    """What `enable` has settled, and every cache of the model is made from.
 
     Attributes:
-        cache: The cache; None until the first keys tell batch, dtype and device.
-
-    Args:
-        config: The settings.
-        weights: The model's hash weights.
+        model_config: The model's config.
+        config: The budget, of the model's layers.
+        weights: The hash weights as they were given.
+        layers: The model's layers that are hata's, ``[num_layers]`` of a `HataCache`.
+        layer_config: The budget, of these layers.
+        layer_weights: Their weights.
         max_seq_len: Positions that a sequence can have.
         page_size: Positions of a page; None for a contiguous cache.
         observer: Called after each sparse decoding step, or None.
     """
 
-    def __init__(
-        self,
-        config: HataConfig,
-        weights: HashWeights,
-        max_seq_len: int,
-        page_size: int | None,
-        observer: DecodeObserver | None,
-    ) -> None:
-        self.config, self.weights = config, weights
-        self.max_seq_len, self.page_size = max_seq_len, page_size
-        self.observer = observer
-        self.cache: HataCache | None = None
+    model_config: Any
+    config: HataConfig
+    weights: HashWeights
+    layers: tuple[int, ...]
+    layer_config: HataConfig
+    layer_weights: HashWeights
+    max_seq_len: int
+    page_size: int | None
+    observer: DecodeObserver | None
 
-    @property
-    def seq_len(self) -> int:
-        """Tokens of every sequence."""
-        return 0 if self.cache is None else self.cache.seq_lens[0]
+    def __deepcopy__(self, memo: object) -> "_Settings":
+        """Returns itself: nothing in it changes."""
+        return self
 
-    def cache_for(self, k: Tensor) -> HataCache:
+
+@dataclass
+class _CausalMask:
+    """The mask of a layer that attends to the whole context: causal, and perhaps padded.
+
+    Attributes:
+        arguments: What transformers hands to a mask function; ``attention_mask`` among them is None
+            or ``[batch, kv_length]``, bool, with False for padding.
+    """
+
+    arguments: dict[str, Any]
+
+    @cached_property
+    def for_sdpa(self) -> Tensor | None:
+        """The mask as "sdpa" takes it; None where it is causal and nothing else."""
+        return sdpa_mask(**self.arguments)
+
+    def new_seqlens(self, q_len: int) -> list[int] | None:
+        """Returns how many of the last ``q_len`` tokens are real, ``[batch]``; None if all are.
+
+        Waits for the device, once a prompt.
+
+        Raises:
+            ValueError: Padding is not on the left of the new tokens.
+        """
+        mask: Tensor | None = self.arguments["attention_mask"]
+        if mask is None:
+            return None
+        kv_len, rule = self.arguments["kv_length"], "cover the tokens of the cache and the new ones"
+        check(mask.shape[1] == kv_len, _HERE, "attention_mask", rule, list(mask.shape))
+        new = mask[:, kv_len - q_len :].int()
+        padding_first = (new.cummax(1).values == new).all()
+        *real, padding_first = torch.cat([new.sum(1), padding_first[None]]).tolist()
+        rule = "have its zeros on the left (padding_side='left')"
+        check(bool(padding_first), _HERE, "attention_mask", rule, "zeros after ones")
+        return None if real == [q_len] * len(real) else real
+
+    def __getattr__(self, name: str) -> NoReturn:
+        """Refuses what a model that changes its mask asks for."""
+        raise AttributeError(f"hata.{_HERE}: the model must leave its mask as it is, got .{name}")
+
+
+@dataclass
+class NewKeys:
+    """New keys on their way from the cache to hata's attention function, which alone takes them.
+
+    Attributes:
+        layer: The layer that will store them.
+        states: ``[batch, num_kv_heads, q_len, head_dim]``.
+        taken: Whether they have been attended to; once is all that a layer may.
+    """
+
+    layer: "HataLayer"
+    states: Tensor
+    taken: bool = False
+
+    def __getattr__(self, name: str) -> NoReturn:
+        """Refuses any other attention function, and models that change cached keys."""
+        raise ValueError(
+            f"hata.{_HERE}: keys of a hata cache must go to the attention function "
+            f'"{_NAME}" (enable(model)), got another one, or a model that changes them: .{name}'
+        )
+
+
+@dataclass
+class _LayerGroup:
+    """What the hata layers of one transformers cache share.
+
+    Attributes:
+        settings: What `enable` has settled.
+        max_seq_len: Positions that a sequence of this cache can have, padding included.
+        cache: The cache; None until the first keys tell batch, dtype and device.
+        prompt_len: Tokens of the prompt, padding included, as `generate` has announced it, or None.
+        croppable: Last tokens that are real in every sequence.
+        decoding: Whether the step decodes; else its tokens are prompt.
+        new_seqlens: Real tokens of the step, ``[batch]``; None if all are.
+    """
+
+    settings: _Settings
+    max_seq_len: int
+    cache: HataCache | None = None
+    prompt_len: int | None = None
+    croppable: int = 0
+    decoding: bool = False
+    new_seqlens: list[int] | None = field(default=None, repr=False)
+
+    def cache_for(self, k: Tensor, seen: int) -> HataCache:
         """Returns the cache, made anew where it is empty and k is of another batch or kind."""
         wanted = (k.shape[0], k.dtype, k.device)
         cache = self.cache
-        if cache is None or (
-            self.seq_len == 0 and wanted != (cache.batch, cache.dtype, cache.device)
-        ):
+        if cache is None or (seen == 0 and wanted != (cache.batch, cache.dtype, cache.device)):
             cache = self.cache = HataCache(
-                self.weights,
-                self.config,
+                self.settings.layer_weights,
+                self.settings.layer_config,
                 batch=k.shape[0],
                 max_seq_len=self.max_seq_len,
-                page_size=self.page_size,
+                page_size=self.settings.page_size,
                 dtype=k.dtype,
                 device=k.device,
             )
         return cache
 
+    def open_step(self, seen: int, q_len: int, mask: _CausalMask | None) -> None:
+        """Decides how all layers treat the tokens of a forward pass.
+
+        Args:
+            seen: Tokens that the cache holds, padding included.
+            q_len: New tokens.
+            mask: The model's mask.
+        """
+        if self.prompt_len is None:
+            self.decoding = seen > 0 and q_len == 1
+        else:
+            self.decoding = seen >= self.prompt_len and q_len <= MAX_DRAFT_LEN
+        self.new_seqlens = None if self.decoding or mask is None else mask.new_seqlens(q_len)
+
+    def close_step(self, q_len: int) -> None:
+        """Notes what the first layer has stored."""
+        self.croppable = (
+            self.croppable + q_len if self.new_seqlens is None else min(self.new_seqlens)
+        )
+
 
 class HataLayer(CacheLayerMixin):
-    """One layer: `update` marks the new keys, `attend` stores them and attends.
+    """One layer: `update` hands the new keys on, `attend` stores them and attends.
 
     Args:
         group: What the layers share.
-        layer_idx: The layer.
+        layer_idx: The layer of the `HataCache`.
     """
 
     is_sliding = False
     is_croppable = True
     supports_early_init = False
 
-    def __init__(self, group: LayerGroup, layer_idx: int) -> None:
+    def __init__(self, group: _LayerGroup, layer_idx: int) -> None:
         super().__init__()
-        self.group, self.layer_idx = group, layer_idx
-
-    @staticmethod
-    def of(key: Tensor) -> "HataLayer | None":
-        """Returns the layer that passed on these keys, if one did."""
-        return getattr(key, _MARK, None)
+        self.group, self.layer_idx, self.seen = group, layer_idx, 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocates the cache of all layers."""
-        self.group.cache_for(key_states)
+        self.group.cache_for(key_states, self.seen)
 
-    def update(
+    def update(  # type: ignore[override]  # the keys are for hata's attention function
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
-    ) -> tuple[Tensor, Tensor]:
-        """Passes the new keys and values on to the attention function, marked as this layer's."""
-        setattr(key_states, _MARK, self)
-        return key_states, value_states
+    ) -> tuple[NewKeys, Tensor]:
+        """Hands the new keys and values on to the attention function."""
+        return NewKeys(self, key_states), value_states
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float | None) -> Tensor:
-        """Stores new tokens and attends: sparsely for one token, densely for a prompt.
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: _CausalMask | None,
+        softmax_scale: float | None,
+    ) -> Tensor:
+        """Stores new tokens and attends: sparsely where they are decoded, densely in a prompt.
 
         Args:
             q: ``[batch, q_len, num_heads, head_dim]``.
             k: ``[batch, q_len, num_kv_heads, head_dim]``.
             v: The same.
+            mask: The model's mask.
             softmax_scale: Factor of the logits, or None.
 
         Returns:
             ``[batch, q_len, num_heads, head_dim]``.
         """
-        group = self.group
-        cache = group.cache_for(k)
-        if q.shape[1] > 1:
-            return prefill(q, k, v, cache, self.layer_idx, softmax_scale=softmax_scale)
-        out = decode_attention(q, k, v, cache, self.layer_idx, softmax_scale=softmax_scale)
-        if group.observer is not None and self.layer_idx >= group.config.num_dense_layers:
-            selection = cache.last_selection(self.layer_idx)
-            group.observer(self.layer_idx, q, cache, *selection)
+        group, layer_idx, q_len = self.group, self.layer_idx, q.shape[1]
+        cache = group.cache_for(k, self.seen)
+        if layer_idx == 0:
+            group.open_step(self.seen, q_len, mask)
+        if group.decoding:
+            out = decode_attention(q, k, v, cache, layer_idx, softmax_scale=softmax_scale)
+        else:
+            new = group.new_seqlens
+            out = prefill(q, k, v, cache, layer_idx, softmax_scale=softmax_scale, new_seqlens=new)
+        self.seen += q_len
+        if layer_idx == 0:
+            group.close_step(q_len)
+        observer = group.settings.observer
+        if observer is not None and group.decoding and layer_idx >= cache.config.num_dense_layers:
+            observer(layer_idx, q, cache, *cache.last_selection(layer_idx))
         return out
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Returns the number of keys that a mask would cover, and its offset."""
-        return self.group.seq_len + query_length, 0
+        return self.seen + query_length, 0
 
     def get_seq_length(self) -> int:
-        """Returns the tokens of every sequence."""
-        return self.group.seq_len
+        """Returns the tokens of every sequence, padding included."""
+        return self.seen
 
     def get_max_length(self) -> int:
         """Returns the positions that a sequence can have."""
@@ -159,6 +285,7 @@ class HataLayer(CacheLayerMixin):
 class HataTransformersCache(Cache):
     """A transformers cache that keeps a model's keys and values in a `hata.HataCache`.
 
+    The layers that do not attend to the whole context have transformers' own cache layers in it.
     Its memory is allocated at the first forward pass, which tells batch, dtype and device. Like any
     transformers cache it continues where it stands: `reset` it before an unrelated prompt. After a
     forward pass that failed halfway, `reset` it too.
@@ -166,24 +293,42 @@ class HataTransformersCache(Cache):
     Attributes:
         config: The settings.
         weights: The hash weights; ``weights.metadata["origin"]`` says if they are random.
+        hata_layers: The model's index of each layer of ``hata_cache``.
         max_seq_len: Positions that a sequence can have.
     """
 
-    def __init__(self, group: LayerGroup) -> None:
-        super().__init__(layers=[HataLayer(group, i) for i in range(group.weights.shape[0])])
-        self._group = group
-        self.config, self.weights = group.config, group.weights
-        self.max_seq_len = group.max_seq_len
+    layers: list[Any]  # HataLayer, or transformers' own
+
+    def __init__(self, settings: _Settings, max_seq_len: int) -> None:
+        self._group = _LayerGroup(settings, max_seq_len)
+        self.config, self.weights = settings.config, settings.weights
+        self.hata_layers, self.max_seq_len = settings.layers, max_seq_len
+        super().__init__(layers=self._new_layers())
+
+    def _new_layers(self) -> list[Any]:
+        layers = own_cache_layers(self._group.settings.model_config)
+        for layer_idx, model_layer in enumerate(self.hata_layers):
+            layers[model_layer] = HataLayer(self._group, layer_idx)
+        return layers
 
     @property
     def hata_cache(self) -> HataCache | None:
         """The cache itself; None before the first forward pass."""
         return self._group.cache
 
+    def announce_prompt(self, prompt_len: int | None) -> None:
+        """Says how many tokens of every sequence, padding included, are prompt.
+
+        Those beyond are decoded. None, as at first: a pass of one token after others is decoded.
+        """
+        self._group.prompt_len = prompt_len
+
     def reset(self) -> None:
         """Empties every sequence."""
         if self._group.cache is not None:
             self._group.cache.reset()
+        self._group.prompt_len, self._group.croppable = None, 0
+        self.layers = self._new_layers()
 
     def crop(self, tokens_to_remove: int) -> None:
         """Removes tokens from the end of every sequence.
@@ -193,12 +338,20 @@ class HataTransformersCache(Cache):
 
         Raises:
             TypeError: It is no int.
-            ValueError: It is positive, or there are not as many tokens.
+            ValueError: It is positive, or there are not as many tokens since the last padding.
         """
-        seq_len = self._group.seq_len
-        check_int(f"{_HERE}.crop", "tokens_to_remove", tokens_to_remove, -seq_len, 0)
-        if self._group.cache is not None:
-            self._group.cache.truncate(seq_len + tokens_to_remove)
+        group = self._group
+        check_int(f"{_HERE}.crop", "tokens_to_remove", tokens_to_remove, -group.croppable, 0)
+        if group.cache is not None and tokens_to_remove < 0:
+            group.cache.truncate([n + tokens_to_remove for n in group.cache.seq_lens])
+            group.croppable += tokens_to_remove
+            if group.prompt_len is not None:
+                group.prompt_len = min(group.prompt_len, self.get_seq_length() + tokens_to_remove)
+        for layer in self.layers:
+            if isinstance(layer, HataLayer):
+                layer.seen += tokens_to_remove
+            else:
+                layer.crop(tokens_to_remove)
 
     def reorder_cache(self, beam_idx: Tensor | Sequence[int]) -> None:
         """Lets sequence b continue as the old sequence ``beam_idx[b]``, for beam search.
@@ -211,6 +364,9 @@ class HataTransformersCache(Cache):
         """
         if self._group.cache is not None:
             self._group.cache.reorder(beam_idx)
+        for layer in self.layers:
+            if not isinstance(layer, HataLayer):
+                layer.reorder_cache(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Not supported: the batch is fixed by the first forward pass."""
@@ -219,6 +375,21 @@ class HataTransformersCache(Cache):
     def batch_select_indices(self, indices: Tensor) -> None:
         """Not supported: the batch is fixed by the first forward pass."""
         raise ValueError(f"hata.{_HERE}: the batch must stay as it is, got the selection {indices}")
+
+
+@dataclass
+class _Enabled:
+    """What `disable` needs, and what `generate` makes caches from.
+
+    Attributes:
+        settings: What `enable` has settled.
+        attention: The model's attention implementation before.
+        hook: Of the model's forward pass.
+    """
+
+    settings: _Settings
+    attention: str
+    hook: Any
 
 
 def enable(
@@ -233,35 +404,39 @@ def enable(
 ) -> HataTransformersCache:
     """Switches a model to hata attention and makes a cache for it.
 
-    The prompt is attended to densely and exactly, as with "sdpa"; each token after it (every
-    forward pass of one token) is decoded sparsely, except in the first
-    ``config.num_dense_layers`` layers, and densely too while the sequence is shorter than
-    ``config.min_sparse_len``, which by default is where a sparse step becomes the faster one::
+    The prompt is attended to densely and exactly, as with "sdpa"; each token after it is decoded
+    sparsely, except in the model's first ``config.num_dense_layers`` layers, and densely too while
+    the sequence is shorter than ``config.min_sparse_len``, which by default is where a sparse step
+    becomes the faster one::
 
         cache = enable(model, top_k=256)
-        model.generate(**inputs, max_new_tokens=100, cache=cache)
+        model.generate(**inputs, max_new_tokens=100)  # with a cache of its own
+        model.generate(**inputs, max_new_tokens=100, cache=cache)  # with one to go on from
 
-    The model then runs with such a cache only; ``model.set_attn_implementation("sdpa")`` switches
-    it back. A batch must hold sequences of equal length, without padding. Inference only.
-    transformers before 5.24 calls the argument ``past_key_values``.
+    Only layers that attend to the whole context become hata's; those with a window, with chunks or
+    with a recurrent state stay as they are. A forward pass without a cache is dense, with
+    gradients. `disable` makes the model what it was. docs/transformers.md says more: which models
+    there are, padding, chunks and drafts. transformers before 5.24 calls the argument
+    ``past_key_values``.
 
     Source: HATA, arXiv 2506.02572; transformers' ``AttentionInterface`` and ``Cache``.
 
     Args:
-        model: A text-only decoder whose layers all attend to the whole context: the Llama family,
-            Qwen2, Qwen3, Mistral without a sliding window, and others built like them.
-        config: The budget; None is `HataConfig`'s defaults.
+        model: A text-only decoder (docs/models.md). Two forward passes of one token show that its
+            layers can be hata's.
+        config: The budget; None is `HataConfig`'s defaults. It counts all layers of the model.
         top_k: Positions that each KV head attends to, in place of ``config.top_k``.
-        weights: Hash weights for this model, or a file of `hata.save_weights`. None takes the
-            package's own for a model of this name and shape; where there are none it draws random
-            orthogonal ones (64 bits, seed 0), which select less well than trained ones, and warns.
+        weights: Hash weights for this model's layers, or for those that become hata's, or a file
+            of `hata.save_weights`. None takes the package's own for a model of this name and
+            shape; where there are none it draws random orthogonal ones (64 bits, seed 0), which
+            select less well than trained ones, and warns.
         max_seq_len: Tokens of prompt and answer together that the cache has room for, at most the
             model's ``max_position_embeddings``; None is that number. The memory for all of them is
-            taken at the first forward pass, unless ``page_size`` and few pages are asked for.
+            taken at the first forward pass; the caches of `generate` are as short as they can be.
         page_size: Positions of a page, a power of two; None for a contiguous cache.
         observer: Called after each sparse layer's decoding step as ``observer(layer_idx, q, cache,
-            indices, num_selected)``: q ``[batch, 1, num_heads, head_dim]``, cache the
-            `hata.HataCache`, the rest as `HataCache.last_selection` gives it.
+            indices, num_selected)``: q ``[batch, q_len, num_heads, head_dim]``, cache the
+            `hata.HataCache`, layer_idx its layer, the rest as `HataCache.last_selection` gives it.
 
     Returns:
         The cache to pass to ``generate``; empty, and good for one ``generate`` at a time.
@@ -277,7 +452,7 @@ def enable(
     check_type(isinstance(config, HataConfig), where, "config", "be a HataConfig", config)
     if top_k is not None:
         config = replace(config, top_k=top_k)
-    shape = _supported_shape(where, model)
+    shape, layers = _supported(where, model)
     positions = model.config.max_position_embeddings
     max_seq_len = positions if max_seq_len is None else max_seq_len
     check_int(where, "max_seq_len", max_seq_len, 1, positions)
@@ -285,11 +460,95 @@ def enable(
         check_page_size(where, page_size)
     callable_observer = observer is None or callable(observer)
     check_type(callable_observer, where, "observer", "be callable", observer)
-    config.layer_top_k(shape["num_layers"])  # raises where it names another number of layers
+    budgets = config.layer_top_k(shape["num_layers"])  # raises if it names another number of layers
     chosen = _choose_weights(where, model, shape, weights)
-    cache = HataTransformersCache(LayerGroup(config, chosen, max_seq_len, page_size, observer))
-    model.set_attn_implementation("hata")
-    return cache
+    settings = _Settings(
+        model_config=model.config,
+        config=config,
+        weights=chosen,
+        layers=layers,
+        layer_config=replace(
+            config,
+            top_k=tuple(budgets[layer] for layer in layers),
+            num_dense_layers=sum(layer < config.num_dense_layers for layer in layers),
+        ),
+        layer_weights=chosen.for_model(where, **shape, layers=layers),
+        max_seq_len=max_seq_len,
+        page_size=page_size,
+        observer=observer,
+    )
+    attention = model.config._attn_implementation
+    _try(where, model, replace(settings, page_size=None, observer=None))
+    before: _Enabled | None = vars(model).get("_hata")
+    if before is not None:
+        attention = before.attention
+        before.hook.remove()
+    hook = model.register_forward_pre_hook(_check_cache, with_kwargs=True)
+    vars(model)["_hata"] = _Enabled(settings, attention, hook)
+    vars(model)["_prepare_cache_for_generation"] = MethodType(_prepare_cache, model)
+    return HataTransformersCache(settings, max_seq_len)
+
+
+def disable(model: PreTrainedModel) -> None:
+    """Makes the model what it was before `enable`; one that is not enabled stays as it is.
+
+    Args:
+        model: The model. Its hata caches are of no more use.
+    """
+    enabled = vars(model).pop("_hata", None)
+    if enabled is not None:
+        enabled.hook.remove()
+        del vars(model)["_prepare_cache_for_generation"]
+        model.set_attn_implementation(enabled.attention)
+
+
+@contextmanager
+def enabled(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Iterator[HataTransformersCache]:
+    """Enables hata attention inside a ``with`` block; takes `enable`'s arguments, gives its cache.
+
+    Raises:
+        TypeError: As `enable`.
+        ValueError: As `enable`.
+    """
+    cache = enable(model, *args, **kwargs)
+    try:
+        yield cache
+    finally:
+        disable(model)
+
+
+def _prepare_cache(
+    model: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+) -> None:
+    """Stands in for the model's ``_prepare_cache_for_generation``: makes the cache, or takes it."""
+    settings = model._hata.settings
+    given = model_kwargs.get(CACHE_ARGUMENT) is not None
+    active = model.config._attn_implementation == _NAME
+    if not given and active and generation_config.use_cache is not False:
+        kind, where = generation_config.cache_implementation, f"{_HERE}.generate"
+        check(kind in (None, "dynamic"), where, "cache_implementation", "be None", kind)
+        longest = args[-1] if args else kwargs["max_cache_length"]
+        new = HataTransformersCache(settings, min(longest + 1, settings.max_seq_len))
+        if generation_config.is_assistant:
+            new.activate_past_recording()
+        model_kwargs[CACHE_ARGUMENT] = new
+    else:
+        prepare = type(model)._prepare_cache_for_generation
+        prepare(model, generation_config, model_kwargs, *args, **kwargs)
+    cache = model_kwargs.get(CACHE_ARGUMENT)
+    if isinstance(cache, HataTransformersCache):
+        mask = model_kwargs.get("attention_mask")
+        cache.announce_prompt(None if mask is None else mask.shape[1])
+
+
+def _check_cache(model: Any, args: Any, kwargs: dict[str, Any]) -> None:
+    """Runs before the model's forward pass."""
+    if model.config._attn_implementation != _NAME:
+        return
+    for name in ("cache", "past_key_values"):
+        cache = kwargs.get(name)
+        fits = cache is None or isinstance(cache, HataTransformersCache)
+        check(fits, _HERE, name, "be None or what enable() returned", type(cache).__name__)
 
 
 def _choose_weights(
@@ -313,75 +572,106 @@ def _choose_weights(
         weights = load_weights(weights)
     rule = "be HashWeights or the name of a file"
     check_type(isinstance(weights, HashWeights), function, "weights", rule, weights)
-    weights.check_model(function, **shape)
     return weights
 
 
-def _supported_shape(function: str, model: PreTrainedModel) -> ModelShape:
-    """Returns the sizes of a model that hata can run, or raises."""
+def _supported(function: str, model: Any) -> tuple[ModelShape, tuple[int, ...]]:
+    """Returns the sizes of a model, and its layers that become hata's; or raises."""
     settings = model.config
     name = type(model).__name__
     decoder = settings.get_text_config(decoder=True) is settings and not settings.is_encoder_decoder
     check(decoder, function, "model", "be a text-only decoder", name)
     check(model.can_generate(), function, "model", "be able to generate text", name)
-    backend = getattr(model, "_supports_attention_backend", False)
+    backend = model._can_set_attn_implementation()
     check(backend, function, "model", "take attention functions (AttentionInterface)", name)
-    sliding = getattr(settings, "sliding_window", None)
-    chunk = getattr(settings, "attention_chunk_size", None)
-    layer_types = getattr(settings, "layer_types", None)
-    if layer_types is None:
-        full = sliding is None and chunk is None
-        got = f"sliding_window={sliding}, attention_chunk_size={chunk}"
-    else:
-        full = all(layer_type == "full_attention" for layer_type in layer_types)
-        got = f"layer_types {sorted(set(layer_types))}"
-    check(full, function, "model", "attend to the whole context in every layer", got)
+    latent, rule = getattr(settings, "kv_lora_rank", None), "have keys and values, not latent ones"
+    check(latent is None, function, "model", rule, f"{name} with kv_lora_rank={latent}")
+    cached = model._supports_default_dynamic_cache()
+    check(cached, function, "model", "take transformers' caches", name)
     sizes = ("num_hidden_layers", "num_attention_heads", "hidden_size", "max_position_embeddings")
     missing = [size for size in sizes if not isinstance(getattr(settings, size, None), int)]
     check(not missing, function, "model", "name its sizes in its config", f"no {missing}")
-    return model_shape(model)
+    layers = full_attention_layers(model)
+    rule = "have a layer that attends to the whole context, with a plain cache"
+    kinds = getattr(settings, "layer_types", None)
+    window = getattr(settings, "sliding_window", None)
+    got = f"sliding_window={window}" if kinds is None else f"layer_types {sorted(set(kinds))}"
+    check(layers != (), function, "model", rule, got)
+    return model_shape(model), layers
+
+
+@torch.no_grad()
+def _try(function: str, model: PreTrainedModel, settings: _Settings) -> None:
+    """Runs one token of prompt and one of answer, and leaves the model on hata's attention.
+
+    What a model's attention does is written nowhere but in its code: extra inputs, heads of another
+    size, keys that change after they were cached. So it is tried.
+    """
+    before = model.config._attn_implementation
+    training = [module for module in model.modules() if module.training]
+    cache = HataTransformersCache(settings, min(2, settings.max_seq_len))
+    token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+    try:
+        model.eval()
+        model.set_attn_implementation(_NAME)
+        for _ in range(cache.max_seq_len):
+            model(token, use_cache=True, **{CACHE_ARGUMENT: cache})
+        attended = [layer.seen for layer in cache.layers if isinstance(layer, HataLayer)]
+        rule = "call the attention function in every full-attention layer"
+        calls = f"{sum(seen > 0 for seen in attended)} of {len(attended)}"
+        called = all(seen == cache.max_seq_len for seen in attended)
+        check(called, function, "model", rule, calls)
+    except torch.OutOfMemoryError:
+        model.set_attn_implementation(before)
+        raise
+    except (ValueError, TypeError, RuntimeError, AttributeError) as error:
+        model.set_attn_implementation(before)
+        name = type(model).__name__
+        raise ValueError(
+            f"hata.{function}: model must attend as hata does, got {name}, in which one token "
+            f"fails: {error}"
+        ) from error
+    finally:
+        for module in training:
+            module.training = True
 
 
 def _attend(
     module: torch.nn.Module,
     query: Tensor,
-    key: Tensor,
+    key: Tensor | NewKeys,
     value: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: _CausalMask | Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """The attention function: q, k, v are ``[batch, heads, q_len, head_dim]``, k and v new."""
-    layer = HataLayer.of(key)
-    rule = "be the HataTransformersCache that enable() returned"
-    check(layer is not None, _HERE, CACHE_ARGUMENT, rule, "another cache, or none")
-    assert layer is not None  # what check has made sure of, for the type checker
-    rule = "be None (equal lengths, no padding)"
-    shape = None if attention_mask is None else list(attention_mask.shape)
-    check(attention_mask is None, _HERE, "attention_mask", rule, f"one of shape {shape}")
-    check(dropout == 0.0, _HERE, "dropout", "be 0 (call model.eval())", dropout)
+    """The attention function: q, k, v are ``[batch, heads, length, head_dim]``."""
     for name in ("softcap", "s_aux", "position_bias"):
         check(kwargs.get(name) is None, _HERE, name, "be None", "a value")
-    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-    return layer.attend(q, k, v, scaling), None
+    if not isinstance(key, NewKeys):
+        mask = attention_mask
+        if isinstance(mask, _CausalMask):
+            mask = mask.for_sdpa
+        return sdpa_attention_forward(
+            module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    rule, got = "be causal over the whole context", "another mask"
+    check(not isinstance(attention_mask, Tensor), _HERE, "attention_mask", rule, got)
+    assert not isinstance(attention_mask, Tensor)  # what check has made sure of
+    check(dropout == 0.0, _HERE, "dropout", "be 0 (call model.eval())", dropout)
+    check(not key.taken, _HERE, "the keys of a layer", "be attended to once", "another time")
+    key.taken = True
+    q, k, v = (x.transpose(1, 2) for x in (query, key.states, value))
+    return key.layer.attend(q, k, v, attention_mask, scaling), None
 
 
-def _no_mask(
-    *args: Any,
-    mask_function: Callable[..., Any] = causal_mask_function,
-    attention_mask: Tensor | None = None,
-    **kwargs: Any,
-) -> None:
-    """The mask function: hata's attention is causal by itself and takes no other mask."""
-    causal = mask_function is causal_mask_function
-    got = getattr(mask_function, "__qualname__", mask_function)
-    check(causal, _HERE, "the model's mask", "be causal over the whole context", got)
-    if attention_mask is not None:
-        padding = int(attention_mask.numel() - attention_mask.count_nonzero())
-        rule = "be all ones (equal lengths, no padding)"
-        check(padding == 0, _HERE, "attention_mask", rule, f"{padding} zeros")
+def _mask(**arguments: Any) -> _CausalMask | Tensor | None:
+    """The mask function: leaves the plain causal mask to the attention function."""
+    if arguments.get("mask_function", causal_mask_function) is causal_mask_function:
+        return _CausalMask(arguments)
+    return sdpa_mask(**arguments)
 
 
-AttentionInterface.register("hata", _attend)
-AttentionMaskInterface.register("hata", _no_mask)
+AttentionInterface.register(_NAME, _attend)
+AttentionMaskInterface.register(_NAME, _mask)

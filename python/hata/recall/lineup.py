@@ -42,7 +42,7 @@ def trained_selectors(
     found = []
     for file in files:
         weights = load_weights(file)
-        weights.check_model(_WHERE, info.num_layers, info.num_kv_heads, info.head_dim)
+        weights.for_model(_WHERE, info.num_layers, info.num_kv_heads, info.head_dim)
         weights = replace(
             weights,
             query_bits=weights.query_bits if query_bits is None else query_bits,
