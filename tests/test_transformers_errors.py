@@ -88,7 +88,6 @@ def model() -> PreTrainedModel:
 @pytest.mark.parametrize(
     ("mask", "got"),
     [
-        (torch.ones(2, 9).index_fill(1, torch.tensor([7, 8]), 0), "have its zeros on the left"),
         (torch.ones(2, 7), r"cover the tokens of the cache and the new ones, got \[2, 7\]"),
         (torch.ones(1, 1, 9, 9, dtype=torch.bool).tril(), "be causal over the whole context"),
     ],

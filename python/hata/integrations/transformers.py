@@ -11,7 +11,7 @@ and passes without a cache.
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from os import PathLike
 from pathlib import Path
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.utils import ALL_CACHE_NAMES
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
@@ -84,6 +85,29 @@ class _Settings:
         return self
 
 
+@dataclass(frozen=True)
+class _Padding:
+    """Where a prompt has padding.
+
+    Attributes:
+        new_seqlens: Real tokens, ``[batch]``.
+        order: ``[batch, q_len]``: the tokens' columns, padding first, as a `HataCache` takes them.
+        unpadded: Last columns without any padding.
+    """
+
+    new_seqlens: list[int]
+    order: Tensor
+    unpadded: int
+
+    def first(self, x: Tensor) -> Tensor:
+        """Moves padding to the left; x is ``[batch, q_len, heads, head_dim]``."""
+        return x.take_along_dim(self.order[:, :, None, None], 1)
+
+    def back(self, x: Tensor) -> Tensor:
+        """Undoes `first`."""
+        return x.take_along_dim(self.order.argsort(1)[:, :, None, None], 1)
+
+
 @dataclass
 class _CausalMask:
     """The mask of a layer that attends to the whole context: causal, and perhaps padded.
@@ -100,25 +124,23 @@ class _CausalMask:
         """The mask as "sdpa" takes it; None where it is causal and nothing else."""
         return sdpa_mask(**self.arguments)
 
-    def new_seqlens(self, q_len: int) -> list[int] | None:
-        """Returns how many of the last ``q_len`` tokens are real, ``[batch]``; None if all are.
+    def padding(self, q_len: int) -> "_Padding | None":
+        """Reads which of the last ``q_len`` tokens are padding; None if none is.
 
-        Waits for the device, once a prompt.
-
-        Raises:
-            ValueError: Padding is not on the left of the new tokens.
+        Waits for the device: once a prompt, where `generate` has found padding in it.
         """
         mask: Tensor | None = self.arguments["attention_mask"]
         if mask is None:
             return None
         kv_len, rule = self.arguments["kv_length"], "cover the tokens of the cache and the new ones"
         check(mask.shape[1] == kv_len, _HERE, "attention_mask", rule, list(mask.shape))
-        new = mask[:, kv_len - q_len :].int()
-        padding_first = (new.cummax(1).values == new).all()
-        *real, padding_first = torch.cat([new.sum(1), padding_first[None]]).tolist()
-        rule = "have its zeros on the left (padding_side='left')"
-        check(bool(padding_first), _HERE, "attention_mask", rule, "zeros after ones")
-        return None if real == [q_len] * len(real) else real
+        new = mask[:, kv_len - q_len :]
+        column = torch.arange(1, q_len + 1, device=mask.device)
+        last = (column * ~new).amax()  # the last column with padding, counted from 1
+        *real, last_column = torch.cat([new.sum(1), last[None]]).tolist()
+        if last_column == 0:
+            return None
+        return _Padding(real, new.int().argsort(dim=1, stable=True), q_len - last_column)
 
     def __getattr__(self, name: str) -> NoReturn:
         """Refuses what a model that changes its mask asks for."""
@@ -158,7 +180,7 @@ class _LayerGroup:
         prompt_len: Tokens of the prompt, padding included, as `generate` has announced it, or None.
         croppable: Last tokens that are real in every sequence.
         decoding: Whether the step decodes; else its tokens are prompt.
-        new_seqlens: Real tokens of the step, ``[batch]``; None if all are.
+        padding: Of the step's tokens; None if all are real.
     """
 
     settings: _Settings
@@ -167,7 +189,7 @@ class _LayerGroup:
     prompt_len: int | None = None
     croppable: int = 0
     decoding: bool = False
-    new_seqlens: list[int] | None = field(default=None, repr=False)
+    padding: _Padding | None = None
 
     def cache_for(self, k: Tensor, seen: int) -> HataCache:
         """Returns the cache, made anew where it is empty and k is of another batch or kind."""
@@ -197,13 +219,12 @@ class _LayerGroup:
             self.decoding = seen > 0 and q_len == 1
         else:
             self.decoding = seen >= self.prompt_len and q_len <= MAX_DRAFT_LEN
-        self.new_seqlens = None if self.decoding or mask is None else mask.new_seqlens(q_len)
+        self.padding = None if self.decoding or mask is None else mask.padding(q_len)
 
     def close_step(self, q_len: int) -> None:
         """Notes what the first layer has stored."""
-        self.croppable = (
-            self.croppable + q_len if self.new_seqlens is None else min(self.new_seqlens)
-        )
+        padding = self.padding
+        self.croppable = self.croppable + q_len if padding is None else padding.unpadded
 
 
 class HataLayer(CacheLayerMixin):
@@ -256,11 +277,17 @@ class HataLayer(CacheLayerMixin):
         cache = group.cache_for(k, self.seen)
         if layer_idx == 0:
             group.open_step(self.seen, q_len, mask)
+        padding = group.padding
         if group.decoding:
             out = decode_attention(q, k, v, cache, layer_idx, softmax_scale=softmax_scale)
+        elif padding is None:
+            out = prefill(q, k, v, cache, layer_idx, softmax_scale=softmax_scale)
         else:
-            new = group.new_seqlens
-            out = prefill(q, k, v, cache, layer_idx, softmax_scale=softmax_scale, new_seqlens=new)
+            q, k, v = (padding.first(x) for x in (q, k, v))
+            new = padding.new_seqlens
+            out = padding.back(
+                prefill(q, k, v, cache, layer_idx, softmax_scale=softmax_scale, new_seqlens=new)
+            )
         self.seen += q_len
         if layer_idx == 0:
             group.close_step(q_len)
@@ -518,7 +545,12 @@ def enabled(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Iterator[HataT
 
 
 def _prepare_cache(
-    model: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    model: Any,
+    generation_config: Any,
+    model_kwargs: dict[str, Any],
+    generation_mode: GenerationMode,
+    batch_size: int,
+    max_cache_length: int,
 ) -> None:
     """Stands in for the model's ``_prepare_cache_for_generation``: makes the cache, or takes it."""
     settings = model._hata.settings
@@ -527,18 +559,25 @@ def _prepare_cache(
     if not given and active and generation_config.use_cache is not False:
         kind, where = generation_config.cache_implementation, f"{_HERE}.generate"
         check(kind in (None, "dynamic"), where, "cache_implementation", "be None", kind)
-        longest = args[-1] if args else kwargs["max_cache_length"]
-        new = HataTransformersCache(settings, min(longest + 1, settings.max_seq_len))
+        max_seq_len = settings.max_seq_len
+        if not generation_config.is_assistant:  # whose cache serves many short calls
+            max_seq_len = min(max_seq_len, max_cache_length + 1)
+        if generation_mode == GenerationMode.ASSISTED_GENERATION:
+            max_seq_len += MAX_DRAFT_LEN  # the last draft may be longer than what is left to write
+        new = HataTransformersCache(settings, max_seq_len)
         if generation_config.is_assistant:
             new.activate_past_recording()
         model_kwargs[CACHE_ARGUMENT] = new
     else:
         prepare = type(model)._prepare_cache_for_generation
-        prepare(model, generation_config, model_kwargs, *args, **kwargs)
+        prepare(
+            model, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+        )
     cache = model_kwargs.get(CACHE_ARGUMENT)
     if isinstance(cache, HataTransformersCache):
-        mask = model_kwargs.get("attention_mask")
-        cache.announce_prompt(None if mask is None else mask.shape[1])
+        mask = model_kwargs.get("attention_mask")  # None where it would be all ones, since 5.24
+        without_mask = getattr(generation_config, "_mask_length", None)
+        cache.announce_prompt(without_mask if mask is None else mask.shape[1])
 
 
 def _check_cache(model: Any, args: Any, kwargs: dict[str, Any]) -> None:
