@@ -212,9 +212,10 @@ def test_padding_with_chunks_beams_and_a_second_turn(num_beams: int) -> None:
         ones = torch.ones_like(first)
         mask = torch.cat([batch["attention_mask"], ones, second["attention_mask"]], 1)
         both = {"attention_mask": mask, "max_new_tokens": 9, "pad_token_id": 0}
-        text = model.generate(ids, do_sample=False, eos_token_id=None, **both, cache=cache)
+        both |= {"do_sample": False, "eos_token_id": None}
+        text = model.generate(ids, **both, **{CACHE_ARGUMENT: cache})
         disable(model)
-        assert_equal(text, model.generate(ids, do_sample=False, eos_token_id=None, **both))
+        assert_equal(text, model.generate(ids, **both))
     else:
         found = answer(model, rows, 15, num_beams=num_beams)
         disable(model)

@@ -357,7 +357,7 @@ class HataTransformersCache(Cache):
         self._group.prompt_len, self._group.croppable = None, 0
         self.layers = self._new_layers()
 
-    def crop(self, tokens_to_remove: int) -> None:
+    def crop(self, tokens_to_remove: int | Tensor) -> None:  # 5.17 counts drafts on the device
         """Removes tokens from the end of every sequence.
 
         Args:
@@ -368,6 +368,8 @@ class HataTransformersCache(Cache):
             ValueError: It is positive, or there are not as many tokens since the last padding.
         """
         group = self._group
+        if isinstance(tokens_to_remove, Tensor):
+            tokens_to_remove = int(tokens_to_remove)
         check_int(f"{_HERE}.crop", "tokens_to_remove", tokens_to_remove, -group.croppable, 0)
         if group.cache is not None and tokens_to_remove < 0:
             group.cache.truncate([n + tokens_to_remove for n in group.cache.seq_lens])
