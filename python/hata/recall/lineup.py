@@ -42,7 +42,8 @@ def trained_selectors(
     found = []
     for file in files:
         weights = load_weights(file)
-        weights.for_model(_WHERE, info.num_layers, info.num_kv_heads, info.head_dim)
+        sizes = (len(info.layer_types), info.num_kv_heads, info.head_dim)
+        weights = weights.for_model(_WHERE, *sizes, layers=info.layers)
         weights = replace(
             weights,
             query_bits=weights.query_bits if query_bits is None else query_bits,
@@ -79,14 +80,15 @@ def baseline_selectors(
         ValueError: The calibration is another model's, or a number is out of range.
     """
     shape = {name: getattr(info, name) for name in ("num_layers", "num_kv_heads", "head_dim")}
+    of_model = {**shape, "layers": info.layers}
     found: list[Selector] = [ExactSelector(sum_logits=True)]
     for num_bits in random_bits:
         weights = HashWeights.random(**shape, num_bits=num_bits)
         papers = replace(weights, query_bits=1, key_norms=True)
         found += [HataSelector(papers), HataSelector(weights)]
     if calibration is not None:
-        same = all(getattr(calibration.info, name) == size for name, size in shape.items())
-        rule = f"be captures of a model with {shape}"
+        same = all(getattr(calibration.info, name) == size for name, size in of_model.items())
+        rule = f"be captures of a model with {of_model}"
         check(same, _WHERE, "--calibration", rule, calibration.info.model)
         layers = (calibration.layer(i).k.flatten(0, 1) for i in range(info.num_layers))
         components = key_components(layers, device)
