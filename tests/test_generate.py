@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel, pipeline
 
 import hata
@@ -311,3 +312,23 @@ def test_without_generate_one_token_is_decoded_and_more_are_prompt() -> None:
         for length in (1, 40, 1, 5, 1):
             model(tokens[:, :length], **{CACHE_ARGUMENT: cache})
     assert steps.q_lens == [1, 1]
+
+
+@pytest.mark.parametrize("config", [EVERYTHING, FEW], ids=["everything", "few"])
+def test_a_compiled_model_is_compiled_for_the_prompt_and_for_a_token(config: HataConfig) -> None:
+    model, prompt = make_model("llama-group4"), random_prompt(2, 21)
+    _, steps = switch_on(model, config)
+    text = generate(model, prompt, 30)
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    model.forward = torch.compile(model.forward, backend=counter)
+    assert_equal(generate(model, prompt, 30), text)
+    assert counter.frame_count <= 3
+    rows = [random_prompt(1, length) for length in (40, 7)]
+    found = answer(model, rows, 20)
+    for _ in range(3):
+        assert_equal(answer(model, rows, 20), found)
+    del model.forward
+    assert_equal(answer(model, rows, 20), found)
+    assert counter.frame_count <= 3 + 3 + 3  # padded, and with layers of other caches
+    assert steps.q_lens == 2 * 29 * [1] + 5 * 19 * [1]
