@@ -20,6 +20,8 @@ from tiny_folder import bytewise_tokenizer, save_tiny_llama
 from tiny_models import EVERYTHING, FEW, POSITIONS, generate, make_model, random_prompt
 
 HYBRIDS = [family for family in FAMILIES if family.layers not in ((), (0, 1, 2))]
+# States cannot be taken back, so transformers has no drafts for models that have them.
+WINDOWED = [f for f in HYBRIDS if "window" in f.notes or "chunks" in f.notes]
 
 
 class Steps:
@@ -283,9 +285,7 @@ def test_a_draft_is_decoded_as_token_by_token() -> None:
     assert steps.q_lens == 8 * [1] + 4 * [2] + [8]
 
 
-@pytest.mark.parametrize(
-    "family", [f for f in HYBRIDS if f.model != "Qwen3Next"], ids=lambda family: family.name
-)
+@pytest.mark.parametrize("family", WINDOWED, ids=lambda family: family.name)
 def test_drafts_with_layers_of_the_models_own(family: Family) -> None:
     model, prompt = family.make(), random_prompt(1, 6).repeat(1, 6)
     dense = generate(model, prompt, 30, prompt_lookup_num_tokens=5)
