@@ -234,7 +234,7 @@ FAMILIES = [
         "Gemma3nTextConfig",
         (),
         "layers share their keys",
-        "be attended to once",
+        "one token fails",
     ),
     _refused(
         "Falcon H1",
