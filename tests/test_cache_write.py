@@ -8,8 +8,8 @@ from hata import cache_append, cache_write, hash_encode, reference
 
 
 def write(caches: Caches, k, v, key_weights, slots, *, op=cache_write) -> None:
-    where = (caches.k_cache, caches.v_cache, caches.code_cache)
-    op(k, v, key_weights, *where, slots, norm_cache=caches.norm_cache)
+    where = (caches.k_cache, caches.v_cache, caches.code_cache, caches.norm_cache)
+    op(k, v, key_weights, *where, slots)
 
 
 def random_slots(caches: Caches, num_tokens: int) -> torch.Tensor:
@@ -45,7 +45,7 @@ def test_equals_cache_append(device, dtype, head_dim, num_bits):
     expected = caches.clone()
     k, v = (random_vectors(37, 3, head_dim, dtype=dtype, device=device) for _ in "kv")
     key_weights = random_vectors(3, head_dim, num_bits, dtype=dtype, device=device)
-    cache_append(k[None], v[None], key_weights, *expected.all, norm_cache=expected.norm_cache)
+    cache_append(k[None], v[None], key_weights, *expected.all)
     t = torch.arange(37, device=device)
     slots = caches.block_table[0, t // 16].long() * 16 + t % 16
     write(caches, k[:30], v[:30], key_weights, slots[:30])
@@ -62,7 +62,7 @@ def test_keys_and_values_in_one_tensor(device):
     k, v = (random_vectors(20, 2, 64, dtype=torch.float16, device=device) for _ in "kv")
     key_weights = random_vectors(2, 64, 64, dtype=torch.float16, device=device)
     slots = torch.arange(20, 40, device=device)
-    cache_write(k, v, key_weights, k_cache, v_cache, code_cache, slots)
+    cache_write(k, v, key_weights, k_cache, v_cache, code_cache, None, slots)
     assert_equal(kv_cache.transpose(1, 2).flatten(0, 1)[20:40], torch.cat([k, v], -1))
     codes = hash_encode(k[None], key_weights)[0].transpose(0, 1)
     assert_equal(code_cache.transpose(1, 2).flatten(0, 1)[20:40], codes)

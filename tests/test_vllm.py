@@ -230,7 +230,7 @@ def test_wrong_settings_stop_the_engine(llama, tmp_path):
         ({**entry, "weights": "no.safetensors"}, {}, "weights must name an existing file"),
         ({**entry, "top_k": 0}, {}, "top_k must be in 1"),
         ({**entry, "check": 1}, {}, "check must be a bool"),
-        ({**entry, "weights": str(other)}, {}, "weights must have the model's num_layers"),
+        ({**entry, "weights": str(other)}, {}, "weights must be for the model's"),
         (entry, {"block_size": 96}, "block_size must be a power of two, got 96"),
         (entry, {"kv_cache_dtype": "fp8"}, "kv_cache_dtype must be one of"),
     ]:

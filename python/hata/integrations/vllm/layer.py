@@ -243,8 +243,8 @@ class HataLayer:
                 k_cache,
                 v_cache,
                 self.codes.code_cache,
+                self.codes.norm_cache,
                 batch.common.slot_mapping[tokens],
-                norm_cache=self.codes.norm_cache,
             )
             self.attend_dense(layer, query[tokens], kv_cache, batch.prompts, output[tokens])
         if self.settings.check:
