@@ -23,6 +23,9 @@ import torch
 from devices import DEVICES, DTYPES, algorithms
 from hata.demo.model import WHEEL, WHEEL_VERSION
 
+if importlib.util.find_spec("vllm") is None:
+    collect_ignore = ["test_vllm.py"]  # `make test-vllm` has it in an environment of its own
+
 # The same examples in every run; `--hypothesis-profile thorough` searches for new ones.
 hypothesis.settings.register_profile(
     "repeatable",
@@ -86,10 +89,7 @@ def internals() -> ModuleType:
     try:
         return importlib.import_module("internals.hata_internals")
     except ModuleNotFoundError:
-        pytest.fail(
-            "tests/internals/hata_internals is not built: run `make build-tests`, or "
-            "`cmake -S . -B build -DHATA_BUILD_TESTS=ON && cmake --build build`"
-        )
+        pytest.fail("tests/internals/hata_internals is not built: run `make build-tests`")
 
 
 @pytest.fixture

@@ -3,7 +3,10 @@
 import torch
 from torch import Tensor
 
+from hata.ops.inference import inference_only
 
+
+@inference_only
 def cache_append(
     k: Tensor,
     v: Tensor,
@@ -40,6 +43,7 @@ def cache_append(
             are new, the others are padding. Default: all are new.
 
     Raises:
+        ValueError: A tensor requires a gradient while autograd is on.
         RuntimeError: A shape, dtype, stride or device is not as above; on CPU also a length or page
             out of range. Nothing has been written then.
     """

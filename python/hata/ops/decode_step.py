@@ -5,6 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from hata.ops.inference import inference_only
+
 
 class DecodeStepOutput(NamedTuple):
     """What one decoding step of one layer gives.
@@ -23,6 +25,7 @@ class DecodeStepOutput(NamedTuple):
     num_selected: Tensor
 
 
+@inference_only
 def decode_step(
     q: Tensor,
     k: Tensor,
@@ -90,6 +93,7 @@ def decode_step(
         The outputs; buffers that were given are returned as they are.
 
     Raises:
+        ValueError: A tensor requires a gradient while autograd is on.
         RuntimeError: A shape, dtype, stride, device or size is not as above; on CPU also a length
             or page out of range. Nothing has been written then.
     """

@@ -3,7 +3,10 @@
 import torch
 from torch import Tensor
 
+from hata.ops.inference import inference_only
 
+
+@inference_only
 def encode_query(q: Tensor, query_weights: Tensor, *, query_bits: int) -> Tensor:
     """Turns each query token and KV head into one integer vector c, packed as bit planes.
 
@@ -32,6 +35,7 @@ def encode_query(q: Tensor, query_weights: Tensor, *, query_bits: int) -> Tensor
         ``num_planes = num_planes(plane_weight_sum(query_bits, group))``; bits as in a key code.
 
     Raises:
+        ValueError: A tensor requires a gradient while autograd is on.
         RuntimeError: A shape, dtype, stride, device or ``query_bits`` is not as above.
     """
     return torch.ops.hata.encode_query.default(q, query_weights, query_bits)

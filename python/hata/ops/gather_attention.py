@@ -3,7 +3,10 @@
 import torch
 from torch import Tensor
 
+from hata.ops.inference import inference_only
 
+
+@inference_only
 def gather_attention(
     q: Tensor,
     k_cache: Tensor,
@@ -40,6 +43,7 @@ def gather_attention(
         q_len, num_heads]``, float32, natural logarithm.
 
     Raises:
+        ValueError: A tensor requires a gradient while autograd is on.
         RuntimeError: A shape, dtype, stride or device is not as above; on CPU also a length or page
             out of range.
     """

@@ -3,7 +3,10 @@
 import torch
 from torch import Tensor
 
+from hata.ops.inference import inference_only
 
+
+@inference_only
 def hamming_score(
     planes: Tensor,
     code_cache: Tensor,
@@ -37,6 +40,7 @@ def hamming_score(
         Positions that query token ``j`` does not see hold -2**31, or -infinity.
 
     Raises:
+        ValueError: A tensor requires a gradient while autograd is on.
         RuntimeError: A shape, dtype, stride, device or ``weight_sum`` is not as above; on CPU also
             a length or page out of range.
     """

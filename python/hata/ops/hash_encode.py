@@ -5,6 +5,8 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
+from hata.ops.inference import inference_only
+
 
 @overload
 def hash_encode(
@@ -14,6 +16,7 @@ def hash_encode(
 def hash_encode(
     keys: Tensor, key_weights: Tensor, *, key_norms: Literal[True]
 ) -> tuple[Tensor, Tensor]: ...
+@inference_only
 def hash_encode(
     keys: Tensor, key_weights: Tensor, *, key_norms: bool = False
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -38,6 +41,7 @@ def hash_encode(
         rounded to float16; norms saturate at 65504.
 
     Raises:
+        ValueError: A tensor requires a gradient while autograd is on.
         RuntimeError: A shape, dtype, stride or device is not as above.
     """
     codes, norms = torch.ops.hata.hash_encode.default(keys, key_weights, key_norms)

@@ -3,7 +3,10 @@
 import torch
 from torch import Tensor
 
+from hata.ops.inference import inference_only
 
+
+@inference_only
 def merge_attention_states(
     out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -23,6 +26,7 @@ def merge_attention_states(
         ``out`` like ``out_a`` and ``lse`` like ``lse_a``.
 
     Raises:
+        ValueError: A tensor requires a gradient while autograd is on.
         RuntimeError: A shape, dtype, stride or device is not as above.
     """
     return torch.ops.hata.merge_attention_states.default(out_a, lse_a, out_b, lse_b)

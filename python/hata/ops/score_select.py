@@ -3,7 +3,10 @@
 import torch
 from torch import Tensor
 
+from hata.ops.inference import inference_only
 
+
+@inference_only
 def score_select(
     planes: Tensor,
     code_cache: Tensor,
@@ -39,6 +42,7 @@ def score_select(
         ascending, then -1; and ``num_selected`` ``[batch, q_len, num_kv_heads]``, int32.
 
     Raises:
+        ValueError: A tensor requires a gradient while autograd is on.
         RuntimeError: A shape, dtype, stride, device or size is not as above; on CPU also a length
             or page out of range.
     """

@@ -3,7 +3,10 @@
 import torch
 from torch import Tensor
 
+from hata.ops.inference import inference_only
 
+
+@inference_only
 def select_topk(
     scores: Tensor,
     cache_seqlens: Tensor,
@@ -34,6 +37,7 @@ def select_topk(
         ``top_k`` and the number of visible positions.
 
     Raises:
+        ValueError: A tensor requires a gradient while autograd is on.
         RuntimeError: A shape, dtype, stride, device or size is not as above; on CPU also a length
             that is negative or above ``max_seq_len``.
     """
