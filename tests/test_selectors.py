@@ -81,19 +81,19 @@ def test_hata_selects_what_decoding_selects(
         heads = q[i].flatten(0, 1)[None, None].half()
         caches = (
             codes,
+            norms if key_norms else None,
             torch.zeros(1, 1, dtype=torch.int32, device=device),
             torch.tensor([last + 1], dtype=torch.int32, device=device),
         )
         expected = reference.hamming_score(
-            encode_query(heads, query_weights, query_bits),
+            encode_query(heads, query_weights, query_bits=query_bits),
             *caches,
             weight_sum=plane_weight_sum(query_bits, GROUP),
             max_seq_len=SEQ_LEN,
-            norm_cache=norms if key_norms else None,
         )
         assert_equal(scores[i, :, : last + 1], expected[0, 0, :, : last + 1].float())
         indices, num_selected = reference.select_topk(
-            expected, caches[2], 24, num_sink=2, num_recent=3
+            expected, caches[3], top_k=24, num_sink=2, num_recent=3
         )
         order = rank(scores[i : i + 1], positions[i : i + 1], 24, num_sink=2, num_recent=3)
         for h in range(NUM_KV_HEADS):

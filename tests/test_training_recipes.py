@@ -61,13 +61,13 @@ def test_evaluation_selects_as_the_reference_operators_do(
             q = data.q[s, :, row].flatten(0, 1)[None, None]
             seqlens = torch.tensor([position + 1], dtype=torch.int32)
             scores = reference.hamming_score(
-                reference.encode_query(q, query_weights, query_bits),
+                reference.encode_query(q, query_weights, query_bits=query_bits),
                 encoded[0],
+                encoded[1] if key_norms else None,
                 torch.zeros(1, 1, dtype=torch.int32),
                 seqlens,
                 weight_sum=weight_sum,
                 max_seq_len=data.seq_len,
-                norm_cache=encoded[1] if key_norms else None,
             )
             mass = dense_attention(data, s, row, position)
             for i, top_k in enumerate(BUDGETS):
@@ -75,7 +75,7 @@ def test_evaluation_selects_as_the_reference_operators_do(
                     reference.select_topk(
                         ranks,
                         seqlens,
-                        top_k,
+                        top_k=top_k,
                         num_sink=data.num_sink,
                         num_recent=data.num_recent,
                     )[0][0, 0].long()
