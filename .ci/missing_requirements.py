@@ -1,8 +1,8 @@
 """Prints which of hata's requirements this Python lacks, one a line, for `pip install`.
 
 Reads pyproject.toml: what the build and the package need, and the extras named as arguments. torch
-is left out, because pip's choice of it can be gigabytes of another build; setuptools too, which
-only an installation of the package itself needs. A program on the PATH serves for cmake and ninja.
+is left out, because pip's choice of it can be gigabytes of another build. A program on the PATH
+serves for cmake and ninja.
 
     python .ci/missing_requirements.py transformers test
 """
@@ -23,7 +23,6 @@ if sys.version_info >= (3, 11):
 else:
     from pip._vendor import tomli as tomllib
 
-LEFT_OUT = ("torch", "setuptools")
 PROGRAMS = ("cmake", "ninja")
 
 
@@ -36,7 +35,7 @@ def requirements(extras: list[str]) -> Iterator[Requirement]:
     for requirement in map(Requirement, lines):
         if canonicalize_name(requirement.name) == project["name"]:  # an extra that names others
             yield from requirements(sorted(requirement.extras))
-        elif requirement.name not in LEFT_OUT:
+        elif requirement.name != "torch":
             yield requirement
 
 

@@ -86,10 +86,7 @@ def internals() -> ModuleType:
     try:
         return importlib.import_module("internals.hata_internals")
     except ModuleNotFoundError:
-        pytest.fail(
-            "tests/internals/hata_internals is not built: run `make build-tests`, or "
-            "`cmake -S . -B build -DHATA_BUILD_TESTS=ON && cmake --build build`"
-        )
+        pytest.fail("tests/internals/hata_internals is not built: run `make build-tests`")
 
 
 @pytest.fixture
