@@ -2,6 +2,7 @@
 # make test    set everything up and run the tests
 # make build   compile the extension        make lint   what CI checks beside the tests
 # make clean   remove what was built        make bench  python -m bench, with ARGS="..."
+# make docs    the documentation site, in build/site; what is missing or misnamed fails
 # make wheel   dist/*.whl, checked and tried in fresh environments of the oldest and newest Python
 #
 # PYTHON=python3.12   the Python that .venv is made with
@@ -50,7 +51,7 @@ gpu_archs = $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/
 this_machine = $(if $(gpu_archs),HATA_CUDA_ARCHS='$(gpu_archs)',HATA_CUDA=OFF)
 chosen = $(wildcard build/cuda/_C.abi3.so)$(filter-out AUTO,$(HATA_CUDA))$(HATA_CUDA_ARCHS)
 
-.PHONY: demo test bench build build-tests wheel lint python extension model clean
+.PHONY: demo test bench docs build build-tests wheel lint python extension model clean
 
 demo: python model
 	$(call install,transformers)
@@ -81,6 +82,11 @@ lint: python
 	@$(PY) -m ruff format --check
 	@git ls-files 'csrc/*' 'tests/internals/*' | grep -E '\.(h|cpp|cu|cuh)$$' | xargs clang-format --dry-run -Werror
 	@$(PY) -m mypy
+
+docs: python
+	$(call install,docs)
+	$(say) "the site, in build/site"
+	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
 
 # The platform tag is what auditwheel finds; torch's libraries come with torch.
 wheel: python

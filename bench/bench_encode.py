@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import torch
 
+import hata
 from hata import reference
 
 from .buffers import CodePool
@@ -61,23 +62,21 @@ class Prompt:
         self.block_table = torch.arange(shape.batch, dtype=torch.int32, device=like.device)[:, None]
         self.cache_seqlens = torch.full_like(self.block_table[:, 0], shape.seq_len)
 
-    def hash_encode(self, i: int) -> None:
-        torch.ops.hata.hash_encode.out(
-            self.keys[i], self.weights, codes=self.codes[i], norms=self._norms(i)
-        )
+    def hash_encode(self, i: int) -> torch.Tensor:
+        """Returns the codes."""
+        return torch.ops.hata.hash_encode(self.keys[i], self.weights, self.config.key_norms)[0]
 
     def cache_append(self, i: int) -> None:
-        torch.ops.hata.cache_append(
+        hata.cache_append(
             self.keys[i],
             self.values[i],
             self.weights,
             self.k_caches[i],
             self.v_caches[i],
             self.codes[i],
-            self._norms(i),
+            None if self.norms is None else self.norms[i],
             self.block_table,
             self.cache_seqlens,
-            None,
         )
 
     def project(self, i: int) -> torch.Tensor:
@@ -86,22 +85,16 @@ class Prompt:
     def calls(self, part: Callable[[int], object]) -> list[Call]:
         return [functools.partial(part, i) for i in range(self.num_sets)]
 
-    def _norms(self, i: int) -> torch.Tensor | None:
-        return None if self.norms is None else self.norms[i]
-
-    def check_codes(self, op: str) -> None:
-        """Requires that set 0's codes are the reference's, then clears them."""
+    def check_codes(self, codes: torch.Tensor, op: str) -> None:
+        """Requires that ``codes`` are the reference's of set 0."""
         for tokens in (slice(CHECKED_TOKENS), slice(-CHECKED_TOKENS, None)):
             expected = reference.hash_encode(self.keys[0][:, tokens], self.weights)
-            actual = self.codes[0][:, :, tokens]
-            require_same_bits(actual, expected, f"{op} equals the reference")
-        self.codes[0].zero_()
+            require_same_bits(codes[:, :, tokens], expected, f"{op} equals the reference")
 
 
 def hash_encode_prompt(run: Run, prompt: Prompt) -> Row:
     """Against the projection alone: PyTorch has nothing that packs bits."""
-    prompt.hash_encode(0)
-    prompt.check_codes("hash_encode")
+    prompt.check_codes(prompt.hash_encode(0), "hash_encode")
     shape, config = prompt.shape, prompt.config
     num_bytes = prompt.keys[0].nbytes + config.code_bytes(shape) + prompt.weights.nbytes
     timing = run.timer(prompt.calls(prompt.hash_encode))
@@ -123,7 +116,7 @@ def cache_append_prompt(run: Run, prompt: Prompt, prefill_us: float | None) -> R
     Copying is the least that any append does; the attention is what prefill costs anyway.
     """
     prompt.cache_append(0)
-    prompt.check_codes("cache_append")
+    prompt.check_codes(prompt.codes[0], "cache_append")
     require(torch.equal(prompt.k_caches[0], prompt.keys[0]), "cache_append wrote k")
     require(torch.equal(prompt.v_caches[0], prompt.values[0]), "cache_append wrote v")
     shape, config = prompt.shape, prompt.config

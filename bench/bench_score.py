@@ -5,6 +5,7 @@ import functools
 import torch
 from torch import Tensor
 
+import hata
 from hata import reference
 
 from .buffers import CodePool, cyclic
@@ -14,23 +15,16 @@ from .rivals import TopK, require_best, time_topk, topk_ways
 from .run import Run
 
 
-def empty_scores(pool: CodePool, num_sets: int) -> Tensor:
-    """Returns ``[num_sets, batch, 1, num_kv_heads, seq_len]``, float16 with norms, else int32."""
-    shape = pool.kv.shape
-    dtype = torch.float16 if pool.config.key_norms else torch.int32
-    size = (num_sets, shape.batch, 1, shape.num_kv_heads, shape.seq_len)
-    return torch.empty(size, dtype=dtype, device=pool.codes.device)
-
-
-def score(pool: CodePool, i: int, scores: Tensor) -> None:
-    torch.ops.hata.hamming_score.out(
+def score(pool: CodePool, i: int) -> Tensor:
+    """Returns ``[batch, 1, num_kv_heads, seq_len]``, float16 with norms, else int32."""
+    return hata.hamming_score(
         cyclic(pool.planes, i),
         cyclic(pool.codes, i),
         pool.norm_cache(i),
         pool.block_table,
         pool.kv.cache_seqlens,
-        pool.weight_sum,
-        scores=scores,
+        weight_sum=pool.weight_sum,
+        max_seq_len=pool.kv.shape.seq_len,
     )
 
 
@@ -41,42 +35,38 @@ def check_scores(pool: CodePool, scores: Tensor) -> None:
         expected = reference.hamming_score(
             pool.planes[0][b : b + 1, :, h : h + 1],
             pool.codes[0][:, h : h + 1],
+            None if norms is None else norms[:, h : h + 1],
             pool.block_table[b : b + 1],
             pool.kv.cache_seqlens[b : b + 1],
             weight_sum=pool.weight_sum,
             max_seq_len=pool.kv.shape.seq_len,
-            norm_cache=None if norms is None else norms[:, h : h + 1],
         )
         same = torch.equal(scores[b, :, h], expected[0, :, 0])
         require(same, "hamming_score equals the reference")
 
 
 def hamming_score(run: Run, pool: CodePool) -> Row:
-    scores = empty_scores(pool, 1)[0]
-    score(pool, 0, scores)
+    scores = score(pool, 0)
     check_scores(pool, scores)
     shape, config = pool.kv.shape, pool.config
     num_bytes = config.code_bytes(shape) + pool.planes[0].nbytes + scores.nbytes
     sets = range(run.timer.num_sets(config.code_bytes(shape)))
-    timing = run.timer([functools.partial(score, pool, i, scores) for i in sets])
+    timing = run.timer([functools.partial(score, pool, i) for i in sets])
     return run.op_row("hamming_score", shape, config, pool.page_size, timing, num_bytes)
 
 
 def score_select(run: Run, pool: CodePool) -> Row:
     """Against scores in memory and a generic top-k, which breaks ties and orders as it likes."""
-    pool.score_select(0)
-    check_selection(pool)
+    check_selection(pool, pool.score_select(0))
     shape, config = pool.kv.shape, pool.config
     num_bytes = config.code_bytes(shape) + pool.planes[0].nbytes + pool.indices[0].nbytes
     timing = run.timer(pool.calls("score_select"))
-    scores = empty_scores(pool, 1)[0]
     sets = range(run.timer.num_sets(config.code_bytes(shape)))
     rivals = {}
     for name, topk in topk_ways(run).items():
 
         def score_topk(i: int, topk: TopK = topk) -> None:
-            score(pool, i, scores)
-            topk(scores.flatten(0, -2).to(torch.float16), shape.top_k)
+            topk(score(pool, i).flatten(0, -2).to(torch.float16), shape.top_k)
 
         calls = [functools.partial(score_topk, i) for i in sets]
         timed = run.attempt(name, shape, functools.partial(run.timer, calls))
@@ -90,25 +80,13 @@ def score_select(run: Run, pool: CodePool) -> Row:
 def select_topk(run: Run, pool: CodePool) -> Row:
     """Without sink and recent positions, so that a generic top-k selects the same scores."""
     shape, config = pool.kv.shape, pool.config
-    num_sets = run.timer.num_sets(empty_scores(pool, 1).nbytes)
-    pooled = empty_scores(pool, num_sets)
-    for i in range(num_sets):
-        score(pool, i, pooled[i])
-    indices = torch.empty_like(pool.indices[0])
-    num_selected = torch.empty_like(pool.num_selected[0])
+    num_sets = run.timer.num_sets(score(pool, 0).nbytes)
+    pooled = torch.stack([score(pool, i) for i in range(num_sets)])
 
-    def select(i: int) -> None:
-        torch.ops.hata.select_topk.out(
-            pooled[i],
-            pool.kv.cache_seqlens,
-            shape.top_k,
-            0,
-            0,
-            indices=indices,
-            num_selected=num_selected,
-        )
+    def select(i: int) -> tuple[Tensor, Tensor]:
+        return hata.select_topk(pooled[i], pool.kv.cache_seqlens, top_k=shape.top_k)
 
-    select(0)
+    indices, _ = select(0)
     require_best(pooled[0].gather(-1, indices.long()), pooled[0], "select_topk")
     timing = run.timer([functools.partial(select, i) for i in range(num_sets)])
     num_bytes = pooled[0].nbytes + indices.nbytes

@@ -88,7 +88,6 @@ class CodePool:
         self.config = config
         self.timer = timer
         self.page_size = case.page_size or shape.seq_len
-        self.softmax_scale = shape.head_dim**-0.5
         self.weight_sum = config.weight_sum(shape)
         self.num_sets = max(timer.num_sets(size) for size in (case.code_bytes, case.row_bytes))
         num_pages = shape.batch * shape.seq_len // self.page_size
@@ -101,11 +100,10 @@ class CodePool:
         self.key_weights, self.query_weights = self._weights(num_weights)
         self.codes, self.norms = self._codes()
 
-        int32 = functools.partial(torch.empty, dtype=torch.int32, device=device)
-        per_head = (self.num_sets, shape.batch, shape.q_len, shape.num_kv_heads)
-        self.planes = int32(*per_head, config.num_planes(shape), config.num_words)
-        self.indices = int32(*per_head, shape.top_k)
-        self.num_selected = int32(*per_head)
+        sets = range(self.num_sets)
+        self.planes = torch.stack([self.encode_query(i) for i in sets])
+        selections = zip(*(self.score_select(i) for i in sets), strict=True)
+        self.indices, self.num_selected = map(torch.stack, selections)
         self.out = torch.empty_like(kv.qs[0])
         self.lse = torch.empty(kv.qs.shape[1:-1], dtype=torch.float32, device=device)
         size = hata.workspace_size(
@@ -118,9 +116,6 @@ class CodePool:
             top_k=shape.top_k,
         )
         self.workspace = torch.empty(size, dtype=torch.uint8, device=device)
-        for i in range(self.num_sets):
-            self.encode_query(i)
-            self.score_select(i)
 
     def _weights(self, num_sets: int) -> tuple[Tensor, Tensor]:
         """The paper's codes use one matrix for keys and queries; captured files say."""
@@ -165,16 +160,12 @@ class CodePool:
     def norm_cache(self, i: int) -> Tensor | None:
         return None if self.norms is None else cyclic(self.norms, i)
 
-    def encode_query(self, i: int) -> None:
-        torch.ops.hata.encode_query.out(
-            cyclic(self.kv.qs, i),
-            cyclic(self.query_weights, i),
-            self.config.query_bits,
-            planes=cyclic(self.planes, i),
-        )
+    def encode_query(self, i: int) -> Tensor:
+        q, query_weights = cyclic(self.kv.qs, i), cyclic(self.query_weights, i)
+        return hata.encode_query(q, query_weights, query_bits=self.config.query_bits)
 
     def cache_append(self, i: int) -> None:
-        torch.ops.hata.cache_append(
+        hata.cache_append(
             cyclic(self.kv.ks, i),
             cyclic(self.kv.vs, i),
             cyclic(self.key_weights, i),
@@ -184,45 +175,37 @@ class CodePool:
             self.norm_cache(i),
             self.block_table,
             self.kv.cache_seqlens,
-            None,
         )
 
     def encode_append(self, i: int) -> None:
         self.encode_query(i)
         self.cache_append(i)
 
-    def score_select(self, i: int) -> None:
-        torch.ops.hata.score_select.out(
+    def score_select(self, i: int) -> tuple[Tensor, Tensor]:
+        return hata.score_select(
             cyclic(self.planes, i),
             cyclic(self.codes, i),
             self.norm_cache(i),
             self.block_table,
             self.kv.cache_seqlens,
-            self.weight_sum,
-            self.kv.shape.top_k,
-            NUM_SINK,
-            NUM_RECENT,
-            workspace=self.workspace,
-            indices=cyclic(self.indices, i),
-            num_selected=cyclic(self.num_selected, i),
+            weight_sum=self.weight_sum,
+            top_k=self.kv.shape.top_k,
+            num_sink=NUM_SINK,
+            num_recent=NUM_RECENT,
         )
 
-    def gather_attention(self, i: int) -> None:
-        torch.ops.hata.gather_attention.out(
+    def gather_attention(self, i: int) -> tuple[Tensor, Tensor]:
+        return hata.gather_attention(
             cyclic(self.kv.qs, i),
             self.k_cache(i),
             self.v_cache(i),
             self.block_table,
             self.kv.cache_seqlens,
             cyclic(self.indices, i),
-            self.softmax_scale,
-            workspace=self.workspace,
-            out=self.out,
-            lse=self.lse,
         )
 
     def decode_step(self, i: int) -> None:
-        torch.ops.hata.decode_step(
+        hata.decode_step(
             cyclic(self.kv.qs, i),
             cyclic(self.kv.ks, i),
             cyclic(self.kv.vs, i),
@@ -234,11 +217,10 @@ class CodePool:
             self.norm_cache(i),
             self.block_table,
             self.kv.cache_seqlens,
-            self.config.query_bits,
-            self.kv.shape.top_k,
-            NUM_SINK,
-            NUM_RECENT,
-            self.softmax_scale,
+            query_bits=self.config.query_bits,
+            top_k=self.kv.shape.top_k,
+            num_sink=NUM_SINK,
+            num_recent=NUM_RECENT,
             workspace=self.workspace,
             indices=cyclic(self.indices, i),
             num_selected=cyclic(self.num_selected, i),

@@ -76,9 +76,10 @@ def require_same_bits(actual: Tensor, expected: Tensor, fact: str) -> None:
 def check_encode(pool: CodePool) -> None:
     """Requires that encoding and appending set 0's token wrote what they should."""
     kv = pool.kv
-    pool.encode_append(0)
-    planes = reference.encode_query(kv.qs[0], pool.query_weights[0], pool.config.query_bits)
-    require_same_bits(pool.planes[0], planes, "encode_query equals the reference")
+    bits = {"query_bits": pool.config.query_bits}
+    planes = reference.encode_query(kv.qs[0], pool.query_weights[0], **bits)
+    require_same_bits(pool.encode_query(0), planes, "encode_query equals the reference")
+    pool.cache_append(0)
     shape = kv.shape
     new = torch.arange(shape.seq_len - shape.q_len, shape.seq_len, device=kv.qs.device)
     pages, rows = pool.slots(new)  # [batch, q_len], [q_len]
@@ -90,25 +91,25 @@ def check_encode(pool: CodePool) -> None:
     )
 
 
-def check_selection(pool: CodePool) -> None:
-    """Requires that set 0's selection is the reference's for its planes and codes."""
+def check_selection(pool: CodePool, selected: tuple[Tensor, Tensor]) -> None:
+    """Requires that ``selected`` is the reference's selection for set 0's planes and codes."""
     kv = pool.kv
     for b, h in sampled_pairs(kv):
         norms = pool.norm_cache(0)
         indices, num_selected = reference.score_select(
             pool.planes[0][b : b + 1, :, h : h + 1],
             pool.codes[0][:, h : h + 1],
+            None if norms is None else norms[:, h : h + 1],
             pool.block_table[b : b + 1],
             kv.cache_seqlens[b : b + 1],
-            kv.shape.top_k,
             weight_sum=pool.weight_sum,
+            top_k=kv.shape.top_k,
             num_sink=NUM_SINK,
             num_recent=NUM_RECENT,
-            norm_cache=None if norms is None else norms[:, h : h + 1],
         )
-        same = torch.equal(pool.indices[0, b, :, h], indices[0, :, 0])
+        same = torch.equal(selected[0][b, :, h], indices[0, :, 0])
         require(same, "score_select picks the reference's positions")
-        count = torch.equal(pool.num_selected[0, b, :, h], num_selected[0, :, 0])
+        count = torch.equal(selected[1][b, :, h], num_selected[0, :, 0])
         require(count, "score_select counts the selected positions")
 
 
@@ -130,13 +131,10 @@ def check_gathered(pool: CodePool, out: Tensor, name: str) -> None:
 def check_step(pool: CodePool) -> None:
     """Requires that every part of a step, and the step as one operator, is right on set 0."""
     check_encode(pool)
-    pool.score_select(0)
-    check_selection(pool)
-    pool.gather_attention(0)
-    check_gathered(pool, pool.out, "gather_attention")
+    check_selection(pool, pool.score_select(0))
+    check_gathered(pool, pool.gather_attention(0)[0], "gather_attention")
     pool.indices[0].fill_(-1)
     pool.out.zero_()
     pool.decode_step(0)
-    pool.encode_query(0)
-    check_selection(pool)
+    check_selection(pool, (pool.indices[0], pool.num_selected[0]))
     check_gathered(pool, pool.out, "decode_step")

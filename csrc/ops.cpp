@@ -1,4 +1,6 @@
 // Every operator of torch.ops.hata, in the order in which one decoding step calls them.
+// Arguments have the same names and order in the binding, the wrapper, the fake kernel and the
+// reference: new data, weights, caches, block_table and cache_seqlens, then the settings.
 // An operator's contract is the docstring of its wrapper, python/hata/ops/<operator>.py; its
 // implementations register themselves in csrc/bindings/<operator>.cpp.
 
@@ -6,67 +8,44 @@
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(hata, m) {
-  m.def("hash_encode(Tensor keys, Tensor key_weights, bool key_norms) -> (Tensor, Tensor)");
-  m.def(
-      "hash_encode.out(Tensor keys, Tensor key_weights, *, Tensor(a!) codes, Tensor(b!)? norms) "
-      "-> ()");
+  m.def("hash_encode(Tensor keys, Tensor key_weights, bool key_norms=False) -> (Tensor, Tensor)");
 
   m.def("encode_query(Tensor q, Tensor query_weights, int query_bits) -> Tensor");
-  m.def(
-      "encode_query.out(Tensor q, Tensor query_weights, int query_bits, *, Tensor(a!) planes) "
-      "-> ()");
 
   m.def(
       "cache_append(Tensor k, Tensor v, Tensor key_weights, Tensor(a!) k_cache, "
       "Tensor(b!) v_cache, Tensor(c!) code_cache, Tensor(d!)? norm_cache, Tensor block_table, "
-      "Tensor cache_seqlens, Tensor? new_seqlens) -> ()");
+      "Tensor cache_seqlens, Tensor? new_seqlens=None) -> ()");
 
   m.def(
       "hamming_score(Tensor planes, Tensor code_cache, Tensor? norm_cache, Tensor block_table, "
       "Tensor cache_seqlens, int weight_sum, int max_seq_len) -> Tensor");
-  m.def(
-      "hamming_score.out(Tensor planes, Tensor code_cache, Tensor? norm_cache, "
-      "Tensor block_table, Tensor cache_seqlens, int weight_sum, *, Tensor(a!) scores) -> ()");
 
   m.def(
-      "select_topk(Tensor scores, Tensor cache_seqlens, int top_k, int num_sink, int num_recent) "
-      "-> (Tensor, Tensor)");
-  m.def(
-      "select_topk.out(Tensor scores, Tensor cache_seqlens, int top_k, int num_sink, "
-      "int num_recent, *, Tensor(a!) indices, Tensor(b!) num_selected) -> ()");
+      "select_topk(Tensor scores, Tensor cache_seqlens, int top_k, int num_sink=0, "
+      "int num_recent=0) -> (Tensor, Tensor)");
 
   m.def(
       "score_select(Tensor planes, Tensor code_cache, Tensor? norm_cache, Tensor block_table, "
-      "Tensor cache_seqlens, int weight_sum, int top_k, int num_sink, int num_recent) "
+      "Tensor cache_seqlens, int weight_sum, int top_k, int num_sink=0, int num_recent=0) "
       "-> (Tensor, Tensor)");
-  m.def(
-      "score_select.out(Tensor planes, Tensor code_cache, Tensor? norm_cache, Tensor block_table, "
-      "Tensor cache_seqlens, int weight_sum, int top_k, int num_sink, int num_recent, *, "
-      "Tensor(a!) workspace, Tensor(b!) indices, Tensor(c!) num_selected) -> ()");
 
   m.def(
       "gather_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, "
-      "Tensor cache_seqlens, Tensor indices, float softmax_scale) -> (Tensor, Tensor)");
-  m.def(
-      "gather_attention.out(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, "
-      "Tensor cache_seqlens, Tensor indices, float softmax_scale, *, Tensor(a!) workspace, "
-      "Tensor(b!) out, Tensor(c!) lse) -> ()");
+      "Tensor cache_seqlens, Tensor indices, float? softmax_scale=None) -> (Tensor, Tensor)");
 
   m.def(
       "merge_attention_states(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b) "
       "-> (Tensor, Tensor)");
-  m.def(
-      "merge_attention_states.out(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b, *, "
-      "Tensor(a!) out, Tensor(b!) lse) -> ()");
 
   m.def(
       "decode_step(Tensor q, Tensor k, Tensor v, Tensor key_weights, Tensor query_weights, "
       "Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor(c!) code_cache, Tensor(d!)? norm_cache, "
-      "Tensor block_table, Tensor cache_seqlens, int query_bits, int top_k, int num_sink, "
-      "int num_recent, float softmax_scale, *, Tensor(e!) workspace, Tensor(f!) indices, "
-      "Tensor(g!) num_selected, Tensor(h!) out, Tensor(i!) lse) -> ()");
+      "Tensor block_table, Tensor cache_seqlens, int query_bits, int top_k, int num_sink=0, "
+      "int num_recent=0, float? softmax_scale=None, *, Tensor(e!)? workspace=None, "
+      "Tensor(f!) indices, Tensor(g!) num_selected, Tensor(h!) out, Tensor(i!) lse) -> ()");
 
-  // Bytes of workspace that score_select.out, gather_attention.out and decode_step need.
+  // Bytes of workspace that decode_step needs.
   m.def(
       "workspace_size(int batch, int q_len, int num_heads, int num_kv_heads, int head_dim, "
       "int max_seq_len, int top_k) -> int");

@@ -6,8 +6,7 @@
 #include "query_planes.h"
 #include "score_select.h"
 
-// The scratch memory of one decoding step, as byte offsets into one buffer. score_select and
-// gather_attention use their part of the same layout, so that one buffer serves all three.
+// The scratch memory of one decoding step, as byte offsets into one buffer.
 namespace hata {
 
 inline constexpr int64_t kWorkspaceAlignment = 256;

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 import hata
-from cache_model import HEAD_DIM, NUM_KV_HEADS, WEIGHTS, new_tokens
+from cache_model import HEAD_DIM, NUM_KV_HEADS, new_tokens
 from closeness import assert_no_worse_than_pytorch
 from hata import HataCache, HataConfig
 
@@ -68,4 +68,4 @@ def fill(cache: HataCache, q_len: int, new_seqlens: list[int] | None = None) -> 
     """Gives every layer the same random prompt."""
     q, (k, v) = queries(cache, q_len), new_tokens(cache, q_len)
     for layer_idx in (DENSE, SPARSE):
-        hata.prefill(q, k, v, cache, layer_idx, WEIGHTS, new_seqlens=new_seqlens)
+        hata.prefill(q, k, v, cache, layer_idx, new_seqlens=new_seqlens)

@@ -1,6 +1,7 @@
 """A cache as plain lists: what `hata.HataCache` must hold after any sequence of calls."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ NUM_LAYERS, NUM_KV_HEADS, HEAD_DIM = 2, 2, 64
 WEIGHTS = HashWeights.random(
     num_layers=NUM_LAYERS, num_kv_heads=NUM_KV_HEADS, head_dim=HEAD_DIM, num_bits=64
 )
+WITH_NORMS = replace(WEIGHTS, key_norms=True)
 
 
 def make_cache(
@@ -24,12 +26,12 @@ def make_cache(
     page_size: int | None = None,
     num_pages: int | None = None,
     config: HataConfig | None = None,
+    weights: HashWeights | None = None,
 ) -> HataCache:
+    """With a config a cache without norms for attention, else one with norms to look into."""
     return HataCache(
-        config or HataConfig(key_norms=True, min_sparse_len=0),
-        num_layers=NUM_LAYERS,
-        num_kv_heads=NUM_KV_HEADS,
-        head_dim=HEAD_DIM,
+        weights or (WITH_NORMS if config is None else WEIGHTS),
+        config,
         batch=batch,
         max_seq_len=max_seq_len,
         page_size=page_size,
@@ -73,8 +75,7 @@ class CacheModel:
     def append(self, q_len: int, new: list[int] | None = None) -> None:
         for layer_idx in range(NUM_LAYERS):
             k, v = new_tokens(self.cache, q_len)
-            weights = layer_weights(self.cache, layer_idx)
-            self.cache.append(layer_idx, k, v, weights, new_seqlens=new)
+            self.cache.append(layer_idx, k, v, new_seqlens=new)
             for b, (old_k, old_v) in enumerate(self.tokens[layer_idx]):
                 start = 0 if new is None else q_len - new[b]
                 grown = torch.cat([old_k, k[b, start:]]), torch.cat([old_v, v[b, start:]])

@@ -30,11 +30,11 @@ class Caches:
         return self.k_cache, self.v_cache, self.block_table, self.cache_seqlens
 
     @property
-    def codes(self) -> tuple[Tensor, ...]:
-        return self.code_cache, self.block_table, self.cache_seqlens
+    def codes(self) -> tuple[Tensor | None, ...]:
+        return self.code_cache, self.norm_cache, self.block_table, self.cache_seqlens
 
     @property
-    def all(self) -> tuple[Tensor, ...]:
+    def all(self) -> tuple[Tensor | None, ...]:
         return self.k_cache, self.v_cache, *self.codes
 
     def clone(self, device: str | None = None) -> "Caches":

@@ -27,7 +27,6 @@ class DecodeCase:
         return decode_step(
             *(self.q, self.k, self.v, self.key_weights, self.query_weights),
             *self.caches.all,
-            norm_cache=self.caches.norm_cache,
             **self.settings,
             **buffers,
         )

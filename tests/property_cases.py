@@ -40,7 +40,7 @@ class Shape:
 
     @property
     def budget(self) -> dict[str, int]:
-        return {"num_sink": self.num_sink, "num_recent": self.num_recent}
+        return {name: getattr(self, name) for name in ("top_k", "num_sink", "num_recent")}
 
     @property
     def cache_shape(self) -> dict[str, Any]:

@@ -67,16 +67,15 @@ SETTINGS: list[tuple[list[int], dict[str, Any]]] = [
 def run(case: DecodeCase) -> dict[str, Tensor]:
     """The step taken apart, then decode_step on the caches as they were."""
     whole, caches, settings = case.clone(), case.caches, dict(case.settings)
-    query_bits, top_k = settings.pop("query_bits"), settings.pop("top_k")
+    query_bits = settings.pop("query_bits")
     group = case.q.shape[2] // case.k.shape[2]
-    norms = {"norm_cache": caches.norm_cache}
-    scored = {"weight_sum": hata.plane_weight_sum(query_bits, group), **norms}
+    scored = {"weight_sum": hata.plane_weight_sum(query_bits, group)}
     codes, key_norms = hata.hash_encode(case.k, case.key_weights, key_norms=True)
-    hata.cache_append(case.k, case.v, case.key_weights, *caches.all, **norms)
-    planes = hata.encode_query(case.q, case.query_weights, query_bits)
+    hata.cache_append(case.k, case.v, case.key_weights, *caches.all)
+    planes = hata.encode_query(case.q, case.query_weights, query_bits=query_bits)
     scores = hata.hamming_score(planes, *caches.codes, max_seq_len=caches.capacity, **scored)
-    best, _ = hata.select_topk(scores, caches.cache_seqlens, top_k, **settings)
-    indices, num_selected = hata.score_select(planes, *caches.codes, top_k, **scored, **settings)
+    best, _ = hata.select_topk(scores, caches.cache_seqlens, **settings)
+    indices, num_selected = hata.score_select(planes, *caches.codes, **scored, **settings)
     out, lse = hata.gather_attention(case.q, *caches.kv, indices)
     merged, merged_lse = hata.merge_attention_states(out, lse, out, lse)
     step = whole.run()

@@ -31,7 +31,7 @@ def test_prefill_is_causal_attention_in_any_chunks(
     for q_len in (17, 1, 20):
         q, (k, v) = queries(cache, q_len, group), new_tokens(cache, q_len)
         for layer_idx in (DENSE, SPARSE):
-            out = hata.prefill(q, k, v, cache, layer_idx, WEIGHTS)
+            out = hata.prefill(q, k, v, cache, layer_idx)
             assert_attends(out, q, cache, layer_idx)
 
 
@@ -43,8 +43,8 @@ def test_prefill_of_a_ragged_batch(device: str, dtype: torch.dtype, page_size: i
         padding = torch.arange(max(new)) < max(new) - torch.tensor(new)[:, None]
         for t in (q, k, v):
             t[padding.to(device)] = torch.nan
-        out = hata.prefill(q, k, v, cache, DENSE, WEIGHTS, new_seqlens=new)
-        hata.prefill(q, k, v, cache, SPARSE, WEIGHTS, new_seqlens=new)
+        out = hata.prefill(q, k, v, cache, DENSE, new_seqlens=new)
+        hata.prefill(q, k, v, cache, SPARSE, new_seqlens=new)
         assert (out[padding.to(device)] == 0).all()
         for b, count in enumerate(new):
             if count > 0:
@@ -59,8 +59,7 @@ def single(cache: HataCache, batch_idx: int) -> HataCache:
     alone.extend(cache.seq_lens[batch_idx])
     for layer_idx in (DENSE, SPARSE):
         k, v = cache.keys_values(layer_idx, batch_idx)
-        key_weights, _ = WEIGHTS.layer(layer_idx, cache.dtype, cache.device)
-        alone.append(layer_idx, k, v, key_weights)
+        alone.append(layer_idx, k, v)
     return alone
 
 
@@ -68,12 +67,12 @@ def test_what_a_sequence_left_behind_does_not_leak(device: str) -> None:
     cache = make_cache(device, torch.float16, config=EVERYTHING)
     k, v = (torch.full_like(t, torch.nan) for t in new_tokens(cache, 40))
     for layer_idx in (DENSE, SPARSE):
-        hata.prefill(queries(cache, 40), k, v, cache, layer_idx, WEIGHTS)
+        hata.prefill(queries(cache, 40), k, v, cache, layer_idx)
     cache.reset()
     fill(cache, 12, [12, 5, 1])
     q, (k, v) = queries(cache, 1), new_tokens(cache, 1)
     for layer_idx in (DENSE, SPARSE):
-        out = hata.decode_attention(q, k, v, cache, layer_idx, WEIGHTS)
+        out = hata.decode_attention(q, k, v, cache, layer_idx)
         assert_attends(out, q, cache, layer_idx)
 
 
@@ -88,42 +87,50 @@ def test_decoding_with_everything_selected_is_dense_attention(
     for _ in range(3):
         q, (k, v) = queries(cache, q_len, group), new_tokens(cache, q_len)
         for layer_idx in (DENSE, SPARSE):
-            out = hata.decode_attention(q, k, v, cache, layer_idx, WEIGHTS)
+            out = hata.decode_attention(q, k, v, cache, layer_idx)
             assert_attends(out, q, cache, layer_idx)
     assert cache.seq_lens == [30 + 3 * q_len, 8 + 3 * q_len, 1 + 3 * q_len]
 
 
 @pytest.mark.parametrize(
-    "config",
+    ("weights", "config"),
     [
-        FEW,
-        replace(FEW, query_bits=1, key_norms=True, num_dense_layers=0, num_sink=4, num_recent=1),
-        replace(FEW, query_bits=2, top_k=1, num_sink=0, num_recent=1),
+        (WEIGHTS, FEW),
+        (
+            replace(WEIGHTS, query_bits=1, key_norms=True),
+            replace(FEW, num_dense_layers=0, num_sink=4, num_recent=1),
+        ),
+        (replace(WEIGHTS, query_bits=2), replace(FEW, top_k=1, num_sink=0, num_recent=1)),
     ],
     ids=["asymmetric", "paper", "one"],
 )
 @pytest.mark.parametrize("page_size", PAGE_SIZES)
 @pytest.mark.parametrize("q_len", [1, 3])
 def test_decoding_attends_to_the_reference_selection(
-    device: str, dtype: torch.dtype, q_len: int, page_size: int | None, config: HataConfig
+    device: str,
+    dtype: torch.dtype,
+    q_len: int,
+    page_size: int | None,
+    weights: HashWeights,
+    config: HataConfig,
 ) -> None:
-    cache = make_cache(device, dtype, config=config, page_size=page_size)
+    cache = make_cache(device, dtype, config=config, weights=weights, page_size=page_size)
     fill(cache, 40, [40, 11, 2])
     q, (k, v) = queries(cache, q_len), new_tokens(cache, q_len)
     for layer_idx in (DENSE, SPARSE):
-        out = hata.decode_attention(q, k, v, cache, layer_idx, WEIGHTS)
+        out = hata.decode_attention(q, k, v, cache, layer_idx)
     indices, num_selected = cache.last_selection(SPARSE)
-    _, query_weights = WEIGHTS.layer(SPARSE, dtype, cache.device)
+    _, query_weights = weights.layer(SPARSE, dtype, cache.device)
     expected = reference.score_select(
-        hata.encode_query(q, query_weights, config.query_bits),
+        hata.encode_query(q, query_weights, query_bits=weights.query_bits),
         cache.code_cache[SPARSE],
+        cache.norm_cache[SPARSE],
         cache.block_table,
         cache.cache_seqlens,
-        config.top_k,
-        weight_sum=hata.plane_weight_sum(config.query_bits, 3),
+        weight_sum=hata.plane_weight_sum(weights.query_bits, 3),
+        top_k=config.top_k,
         num_sink=config.num_sink,
         num_recent=config.num_recent,
-        norm_cache=cache.norm_cache[SPARSE],
     )
     assert_equal(indices, expected[0].to(device))
     assert_equal(num_selected, expected[1].to(device))
@@ -131,17 +138,17 @@ def test_decoding_attends_to_the_reference_selection(
 
 
 def test_untied_query_weights_are_used(device: str) -> None:
-    cache = make_cache(device, torch.float16, config=FEW)
-    fill(cache, 40)
     random = HashWeights.random(num_layers=2, num_kv_heads=2, head_dim=64, num_bits=64, seed=1)
     untied = HashWeights(WEIGHTS.key_weights, random.key_weights)
-    q, (k, v) = queries(cache, 1), new_tokens(cache, 1)
     selections = []
     for weights in (WEIGHTS, untied):
+        torch.manual_seed(1)
+        cache = make_cache(device, torch.float16, config=FEW, weights=weights)
+        fill(cache, 40)
+        q, (k, v) = queries(cache, 1), new_tokens(cache, 1)
         for layer_idx in (DENSE, SPARSE):
-            hata.decode_attention(q, k, v, cache, layer_idx, weights)
+            hata.decode_attention(q, k, v, cache, layer_idx)
         selections.append(cache.last_selection(SPARSE)[0].clone())
-        cache.truncate(40)
     assert not torch.equal(*selections)
 
 
@@ -150,7 +157,7 @@ def test_the_scale_of_the_softmax_is_passed_on(device: str) -> None:
     fill(cache, 20)
     q, (k, v) = queries(cache, 1), new_tokens(cache, 1)
     for layer_idx in (DENSE, SPARSE):
-        out = hata.decode_attention(q, k, v, cache, layer_idx, WEIGHTS, softmax_scale=0.5)
+        out = hata.decode_attention(q, k, v, cache, layer_idx, softmax_scale=0.5)
         assert_attends(out, q, cache, layer_idx, softmax_scale=0.5)
 
 
@@ -159,9 +166,9 @@ def test_gradients_are_not_recorded(device: str) -> None:
     q, (k, v) = queries(cache, 5), new_tokens(cache, 5)
     q, k, v = (t.requires_grad_() for t in (q, k, v))
     for layer_idx in (DENSE, SPARSE):
-        assert not hata.prefill(q, k, v, cache, layer_idx, WEIGHTS).requires_grad
+        assert not hata.prefill(q, k, v, cache, layer_idx).requires_grad
     for layer_idx in (DENSE, SPARSE):
-        assert not hata.decode_attention(q, k, v, cache, layer_idx, WEIGHTS).requires_grad
+        assert not hata.decode_attention(q, k, v, cache, layer_idx).requires_grad
 
 
 @gpu_only
@@ -179,11 +186,11 @@ def test_a_captured_step_replays_with_other_lengths(
     replayed, eager = caches
     q, (k, v) = queries(eager, 1), new_tokens(eager, 1)
     for cache in caches:  # the dense layer is not captured
-        hata.decode_attention(q, k, v, cache, DENSE, WEIGHTS)
-        hata.decode_attention(q, k, v, cache, SPARSE, WEIGHTS)
+        hata.decode_attention(q, k, v, cache, DENSE)
+        hata.decode_attention(q, k, v, cache, SPARSE)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = hata.decode_attention(q, k, v, replayed, SPARSE, WEIGHTS)
+        captured = hata.decode_attention(q, k, v, replayed, SPARSE)
     for _ in range(20):
         for static, fresh in zip(
             (q, k, v), (queries(eager, 1), *new_tokens(eager, 1)), strict=True
@@ -191,9 +198,9 @@ def test_a_captured_step_replays_with_other_lengths(
             static.copy_(fresh)
         for cache in caches:
             cache.extend(1)
-            hata.decode_attention(q, k, v, cache, DENSE, WEIGHTS)
+            hata.decode_attention(q, k, v, cache, DENSE)
         graph.replay()
-        out = hata.decode_attention(q, k, v, eager, SPARSE, WEIGHTS)
+        out = hata.decode_attention(q, k, v, eager, SPARSE)
         assert_equal(captured, out)
         assert_equal(replayed.last_selection(SPARSE)[0], eager.last_selection(SPARSE)[0])
     for now, then in zip(contents(replayed), contents(eager), strict=True):
@@ -210,4 +217,4 @@ def test_a_dense_layer_cannot_be_captured() -> None:
         pytest.raises(ValueError, match="layer_idx must be at least num_dense_layers=1 while"),
         torch.cuda.graph(torch.cuda.CUDAGraph()),
     ):
-        hata.decode_attention(q, k, v, cache, DENSE, WEIGHTS)
+        hata.decode_attention(q, k, v, cache, DENSE)

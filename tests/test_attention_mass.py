@@ -7,7 +7,7 @@ from torch import Tensor
 
 import hata
 from attention_model import DENSE, FEW, SPARSE, all_positions, fill, queries
-from cache_model import WEIGHTS, make_cache, new_tokens
+from cache_model import make_cache, new_tokens
 from hata import reference
 
 
@@ -20,7 +20,7 @@ def test_attention_mass_is_the_selected_share(
     fill(cache, 40, [40, 11, 1])
     q, (k, v) = queries(cache, q_len), new_tokens(cache, q_len)
     for layer_idx in (DENSE, SPARSE):
-        hata.decode_attention(q, k, v, cache, layer_idx, WEIGHTS)
+        hata.decode_attention(q, k, v, cache, layer_idx)
     indices, _ = cache.last_selection(SPARSE)
     mass = hata.attention_mass(q, cache, SPARSE, indices)
     assert mass.shape == q.shape[:3]

@@ -212,7 +212,7 @@ def test_checks_refuse_wrong_results():
         check_dense(kv, torch.full_like(dense, torch.nan), "SDPA")
     pool.indices[0, 0, 0, 0, 7] -= 1
     with pytest.raises(CheckError, match="score_select picks"):
-        check_selection(pool)
+        check_selection(pool, (pool.indices[0], pool.num_selected[0]))
     pool.kv.ks[0].neg_()  # what the cache holds is no longer the new token
     pool.cache_append = lambda i: None
     with pytest.raises(CheckError, match="cache_append wrote k"):

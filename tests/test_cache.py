@@ -7,7 +7,6 @@ from cache_model import (
     CacheModel,
     assert_unchanged,
     contents,
-    layer_weights,
     make_cache,
     new_tokens,
 )
@@ -45,7 +44,7 @@ def test_padding_leaves_what_lies_before_it_alone(device: str) -> None:
     before = [k.clone() for k, _ in (cache.keys_values(layer_idx) for layer_idx in (0, 1))]
     k, v = (torch.full_like(t, torch.nan) for t in new_tokens(cache, 6))
     for layer_idx in (0, 1):
-        cache.append(layer_idx, k, v, layer_weights(cache, layer_idx), new_seqlens=[0, 0, 0])
+        cache.append(layer_idx, k, v, new_seqlens=[0, 0, 0])
         assert_equal(cache.keys_values(layer_idx)[0], before[layer_idx])
 
 
@@ -127,10 +126,10 @@ def test_extend_opens_a_step_that_every_layer_fills_once(device: str) -> None:
     assert cache.seq_lens == cache.cache_seqlens.tolist() == [2, 2, 2]
     k, v = new_tokens(cache, 2)
     for layer_idx in (1, 0):
-        cache.append(layer_idx, k, v, layer_weights(cache, layer_idx))
+        cache.append(layer_idx, k, v)
         assert cache.seq_lens == [2, 2, 2]
         assert_equal(cache.keys_values(layer_idx)[0], k)
-    cache.append(0, k, v, layer_weights(cache, 0))
+    cache.append(0, k, v)
     assert cache.seq_lens == [4, 4, 4]
 
 
@@ -153,13 +152,13 @@ def test_lengths_may_come_as_tensors(device: str) -> None:
 def test_layers_must_keep_step(device: str) -> None:
     cache = make_cache(device, torch.float16, page_size=16)
     k, v = new_tokens(cache, 3)
-    cache.append(0, k, v, layer_weights(cache, 0))
+    cache.append(0, k, v)
     before = contents(cache)
     behind = (
         r"layers must all hold the tokens of the last step .*, got none of them in layers \[1\]"
     )
     for call in (
-        lambda: cache.append(0, k, v, layer_weights(cache, 0)),
+        lambda: cache.append(0, k, v),
         lambda: cache.extend(1),
         lambda: cache.truncate(1),
         lambda: cache.reorder([0, 1, 2]),
@@ -169,9 +168,9 @@ def test_layers_must_keep_step(device: str) -> None:
     with pytest.raises(
         ValueError, match=r"layer 1 must bring .* step, \[3, 3, 3\], got \[2, 2, 2\]"
     ):
-        cache.append(1, k[:, :2], v[:, :2], layer_weights(cache, 1))
+        cache.append(1, k[:, :2], v[:, :2])
     assert_unchanged(cache, before, [3, 3, 3])
-    cache.append(1, k, v, layer_weights(cache, 1))
+    cache.append(1, k, v)
     cache.extend(1)
     assert cache.seq_lens == [4, 4, 4]
     cache.reset()

@@ -8,7 +8,7 @@ from hata import cache_append, hash_encode, reference
 
 
 def append(caches: Caches, k, v, key_weights, *, op=cache_append, new_seqlens=None) -> None:
-    op(k, v, key_weights, *caches.all, norm_cache=caches.norm_cache, new_seqlens=new_seqlens)
+    op(k, v, key_weights, *caches.all, new_seqlens=new_seqlens)
 
 
 @pytest.mark.parametrize("key_norms", [False, True])
@@ -86,8 +86,8 @@ def test_accepts_no_tokens(device, batch, q_len):
     expected = caches.clone()
     k = random_vectors(batch, q_len, 2, 64, dtype=torch.float16, device=device)
     key_weights = random_vectors(2, 64, 64, dtype=torch.float16, device=device)
-    tensors = (caches.block_table[:batch], caches.cache_seqlens[:batch])
-    cache_append(k, k, key_weights, *caches.all[:3], *tensors)
+    tables = (caches.block_table[:batch], caches.cache_seqlens[:batch])
+    cache_append(k, k, key_weights, *caches.all[:4], *tables)
     assert_same_caches(caches, expected)
 
 
@@ -99,7 +99,7 @@ def test_batch_past_65535(device):
     code_cache = torch.empty(batch, 1, 1, 1, dtype=torch.int32, device=device)
     block_table = torch.arange(batch, dtype=torch.int32, device=device)[:, None]
     ones = torch.ones(batch, dtype=torch.int32, device=device)
-    cache_append(k, -k, key_weights, k_cache, v_cache, code_cache, block_table, ones)
+    cache_append(k, -k, key_weights, k_cache, v_cache, code_cache, None, block_table, ones)
     assert_equal(k_cache, k)
     assert_equal(v_cache, -k)
     assert_equal(code_cache, hash_encode(k, key_weights))
@@ -129,13 +129,5 @@ def test_opcheck(device, key_norms):
     new_seqlens = torch.tensor([3, 2], dtype=torch.int32, device=device)
     torch.library.opcheck(
         torch.ops.hata.cache_append.default,
-        (
-            k,
-            k.clone(),
-            key_weights,
-            *caches.all[:3],
-            caches.norm_cache,
-            *caches.all[3:],
-            new_seqlens,
-        ),
+        (k, k.clone(), key_weights, *caches.all, new_seqlens),
     )

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import hata
-from cases import make_caches, poisoned, random_indices, random_planes, random_vectors
+from cases import make_caches, random_indices, random_planes, random_vectors
 from closeness import assert_equal
 from decode_cases import make_decode_case
 
@@ -38,19 +38,13 @@ def test_hash_encode(device, key_norms):
     keys = random_vectors(2, 9, 2, 64, dtype=torch.float16, device=device)
     weights = random_vectors(2, 64, 64, dtype=torch.float16, device=device)
     assert_compiles(hata.hash_encode, keys, weights, key_norms=key_norms)
-    codes = poisoned(2, 2, 9, 2, dtype=torch.int32, device=device)
-    norms = poisoned(2, 2, 9, dtype=torch.float16, device=device)
-    out = (codes, norms) if key_norms else codes
-    assert_compiles(hata.hash_encode, keys, weights, key_norms=key_norms, out=out)
 
 
 @pytest.mark.parametrize("query_bits", [1, 4])
 def test_encode_query(device, query_bits):
     q = random_vectors(2, 3, 6, 64, dtype=torch.float16, device=device)
     weights = random_vectors(2, 64, 64, dtype=torch.float16, device=device)
-    assert_compiles(hata.encode_query, q, weights, query_bits)
-    out = torch.zeros_like(hata.encode_query(q, weights, query_bits))
-    assert_compiles(hata.encode_query, q, weights, query_bits, out=out)
+    assert_compiles(hata.encode_query, q, weights, query_bits=query_bits)
 
 
 def test_cache_append(device):
@@ -61,8 +55,7 @@ def test_cache_append(device):
     new = torch.tensor([3, 1], dtype=torch.int32, device=device)
 
     def append(where) -> None:
-        norms = where.norm_cache
-        hata.cache_append(k, v, weights, *where.all, norm_cache=norms, new_seqlens=new)
+        hata.cache_append(k, v, weights, *where.all, new_seqlens=new)
 
     append(expected)
     torch.compile(append, fullgraph=True, backend="aot_eager")(caches)
@@ -76,55 +69,29 @@ def test_hamming_score_and_select_topk(device, key_norms):
     planes = random_planes(2, 3, 2, 7, 64, device=device)
 
     def scored_and_selected(planes, caches):
-        norms = caches.norm_cache
-        scores = hata.hamming_score(
-            planes, *caches.codes, weight_sum=7, max_seq_len=40, norm_cache=norms
-        )
-        again = hata.hamming_score(
-            planes,
-            *caches.codes,
-            weight_sum=7,
-            max_seq_len=40,
-            norm_cache=norms,
-            out=torch.empty_like(scores),
-        )
-        selected = hata.select_topk(scores, caches.cache_seqlens, 8, num_sink=1)
-        buffers = tuple(map(torch.empty_like, selected))
-        return (
-            scores,
-            again,
-            *selected,
-            *hata.select_topk(again, caches.cache_seqlens, 8, num_recent=1, out=buffers),
-        )
+        scores = hata.hamming_score(planes, *caches.codes, weight_sum=7, max_seq_len=40)
+        return scores, *hata.select_topk(scores, caches.cache_seqlens, top_k=8, num_sink=1)
 
     assert_compiles(scored_and_selected, planes, caches)
 
 
-@pytest.mark.parametrize("with_out", [False, True])
-def test_score_select(device, with_out):
+def test_score_select(device):
     caches = make_caches([40, 7], device=device)
     planes = random_planes(2, 3, 2, 7, 64, device=device)
-    indices = poisoned(2, 3, 2, 8, dtype=torch.int32, device=device)
-    num_selected = poisoned(2, 3, 2, dtype=torch.int32, device=device)
-    out = (indices, num_selected) if with_out else None
-    assert_compiles(hata.score_select, planes, *caches.codes, 8, weight_sum=7, out=out)
+    assert_compiles(hata.score_select, planes, *caches.codes, weight_sum=7, top_k=8)
 
 
-@pytest.mark.parametrize("with_out", [False, True])
-def test_gather_attention_and_merge(device, with_out):
+def test_gather_attention_and_merge(device):
     caches = make_caches([40, 7], device=device)
     q = random_vectors(2, 3, 6, 64, dtype=torch.float16, device=device)
     indices = random_indices([40, 7], 3, 2, 8, device=device)
-    out = (torch.zeros_like(q), torch.zeros(2, 3, 6, device=device)) if with_out else None
 
-    def attended_twice(q, caches, indices, out=None):
-        first = hata.gather_attention(q, *caches.kv, indices, out=out)
+    def attended_twice(q, caches, indices):
+        first = hata.gather_attention(q, *caches.kv, indices)
         second = hata.gather_attention(q, *caches.kv, indices.flip(-1).contiguous())
-        merged = hata.merge_attention_states(*first, *second)
-        buffers = tuple(map(torch.empty_like, merged))
-        return (*first, *merged, *hata.merge_attention_states(*first, *second, out=buffers))
+        return (*first, *hata.merge_attention_states(*first, *second))
 
-    assert_compiles(attended_twice, q, caches, indices, out=out)
+    assert_compiles(attended_twice, q, caches, indices)
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])

@@ -9,7 +9,6 @@ from hata import HataConfig
 
 def test_defaults_are_valid() -> None:
     config = HataConfig()
-    assert (config.num_bits, config.query_bits, config.key_norms) == (64, 4, False)
     assert (config.top_k, config.num_sink, config.num_recent) == (512, 4, 16)
     assert (config.num_dense_layers, config.min_sparse_len) == (2, None)
 
@@ -20,23 +19,19 @@ def test_is_frozen() -> None:
 
 
 def test_extremes_are_valid() -> None:
-    HataConfig(num_bits=32, query_bits=1, top_k=1, num_sink=0, num_recent=1, num_dense_layers=0)
-    HataConfig(num_bits=256, query_bits=4, key_norms=True, top_k=2**31 - 1, num_dense_layers=1000)
+    HataConfig(top_k=1, num_sink=0, num_recent=1, num_dense_layers=0)
+    HataConfig(top_k=2**31 - 1, num_dense_layers=1000)
 
 
 def test_one_number_holds_for_every_layer() -> None:
-    config = HataConfig(num_bits=96, top_k=40)
-    assert config.layer_bits(3) == (96, 96, 96)
+    config = HataConfig(top_k=40)
     assert config.layer_top_k(2) == (40, 40)
 
 
 def test_every_layer_can_have_its_own() -> None:
-    config = HataConfig(num_bits=(32, 64, 128), top_k=(512, 256, 64))
-    assert config.layer_bits(3) == (32, 64, 128)
+    config = HataConfig(top_k=(512, 256, 64))
     assert config.layer_top_k(3) == (512, 256, 64)
-    assert HataConfig(num_bits=[32, 64, 128], top_k=[512, 256, 64]) == config  # type: ignore
-    with pytest.raises(ValueError, match="num_bits must be one int or have num_layers=4 entries"):
-        config.layer_bits(4)
+    assert HataConfig(top_k=[512, 256, 64]) == config  # type: ignore
     with pytest.raises(ValueError, match="top_k must be one int or have num_layers=2 entries"):
         config.layer_top_k(2)
 
@@ -65,19 +60,13 @@ def test_short_sequences_are_those_below_the_measured_crossover(
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"num_bits": 48}, "num_bits must be a multiple of 32, got 48"),
-        ({"num_bits": 0}, "num_bits must be in 32..256, got 0"),
-        ({"num_bits": 288}, "num_bits must be in 32..256, got 288"),
-        ({"query_bits": 0}, "query_bits must be in 1..4, got 0"),
-        ({"query_bits": 5}, "query_bits must be in 1..4, got 5"),
         ({"top_k": 0}, "top_k must be in 1..2147483647, got 0"),
         ({"num_sink": -1}, "num_sink must be at least 0, got -1"),
         ({"num_recent": -1}, "num_recent must be at least 0, got -1"),
         ({"top_k": 19}, "num_sink + num_recent must be at most top_k=19, got 20"),
         ({"num_dense_layers": -1}, "num_dense_layers must be at least 0, got -1"),
         ({"min_sparse_len": -1}, "min_sparse_len must be at least 0, got -1"),
-        ({"num_bits": (64, 48)}, "num_bits must be a multiple of 32, got 48"),
-        ({"num_bits": ()}, "num_bits must have an entry for each layer, got ()"),
+        ({"top_k": ()}, "top_k must have an entry for each layer, got ()"),
         ({"top_k": (64, 0)}, "top_k must be in 1..2147483647, got 0"),
         ({"top_k": (512, 19)}, "num_sink + num_recent must be at most top_k=19, got 20"),
     ],
@@ -91,15 +80,11 @@ def test_rejects_a_broken_rule(settings: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"num_bits": 64.0}, "num_bits must be an int, got float"),
-        ({"query_bits": True}, "query_bits must be an int, got bool"),
-        ({"key_norms": 1}, "key_norms must be a bool, got int"),
         ({"top_k": "512"}, "top_k must be an int, got str"),
         ({"num_sink": None}, "num_sink must be an int, got NoneType"),
         ({"num_recent": 1.5}, "num_recent must be an int, got float"),
         ({"num_dense_layers": 2.0}, "num_dense_layers must be an int, got float"),
         ({"min_sparse_len": "0"}, "min_sparse_len must be an int, got str"),
-        ({"num_bits": (64, 64.0)}, "num_bits must be an int, got float"),
         ({"top_k": (64, None)}, "top_k must be an int, got NoneType"),
     ],
 )

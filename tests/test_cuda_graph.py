@@ -111,56 +111,43 @@ def test_replays_after_the_cache_has_grown(algorithm):
         eager.caches.cache_seqlens.add_(1)
 
 
-def test_every_out_variant_in_one_graph(algorithm):
-    """The step taken apart; no operator allocates or waits, or the capture would fail."""
+def test_every_operator_in_one_graph(algorithm):
+    """The step taken apart; no operator waits, or the capture would fail."""
     case = full_case(key_norms=True)
-    caches, weight_sum = case.caches, hata.plane_weight_sum(4, 3)
-    b = buffers_of(case, 16)
-    planes = poisoned(3, 1, 2, hata.num_planes(weight_sum), 2, dtype=torch.int32, device="cuda")
-    scores = poisoned(3, 1, 2, caches.capacity, dtype=torch.float16, device="cuda")
-    codes = poisoned(3, 2, 1, 2, dtype=torch.int32, device="cuda")
-    norms = poisoned(3, 2, 1, dtype=torch.float16, device="cuda")
-    fused = tuple(torch.empty_like(b[name]) for name in ("indices", "num_selected"))
-    merged = tuple(torch.empty_like(b[name]) for name in ("out", "lse"))
-    kept = {"num_sink": 2, "num_recent": 4}
-    scored = {"weight_sum": weight_sum, "norm_cache": caches.norm_cache}
-    selection, attended = (b["indices"], b["num_selected"]), (b["out"], b["lse"])
+    caches, scored = case.caches, {"weight_sum": hata.plane_weight_sum(4, 3)}
+    budget = {"top_k": 16, "num_sink": 2, "num_recent": 4}
+    captured: dict[str, tuple[torch.Tensor, ...]] = {}
 
     def step() -> None:
-        hata.hash_encode(case.k, case.key_weights, key_norms=True, out=(codes, norms))
-        hata.cache_append(
-            case.k, case.v, case.key_weights, *caches.all, norm_cache=caches.norm_cache
+        fresh = hata.hash_encode(case.k, case.key_weights, key_norms=True)
+        hata.cache_append(case.k, case.v, case.key_weights, *caches.all)
+        planes = hata.encode_query(case.q, case.query_weights, query_bits=4)
+        scores = hata.hamming_score(planes, *caches.codes, max_seq_len=caches.capacity, **scored)
+        selected = hata.select_topk(scores, caches.cache_seqlens, **budget)
+        fused = hata.score_select(planes, *caches.codes, **scored, **budget)
+        attended = hata.gather_attention(case.q, *caches.kv, selected[0])
+        merged = hata.merge_attention_states(*attended, *attended)
+        captured.update(
+            fresh=fresh, selected=selected, fused=fused, attended=attended, merged=merged
         )
-        hata.encode_query(case.q, case.query_weights, 4, out=planes)
-        hata.hamming_score(planes, *caches.codes, max_seq_len=caches.capacity, out=scores, **scored)
-        hata.select_topk(scores, caches.cache_seqlens, 16, out=selection, **kept)
-        hata.score_select(
-            planes, *caches.codes, 16, workspace=b["workspace"], out=fused, **scored, **kept
-        )
-        hata.gather_attention(
-            case.q, *caches.kv, b["indices"], workspace=b["workspace"], out=attended
-        )
-        hata.merge_attention_states(*attended, *attended, out=merged)
 
     graph = capture(step)
     for lengths in LENGTHS:
         change(case, lengths)
-        expected = case.clone().run()
+        whole = case.clone().run()
         graph.replay()
-        assert_equal(b["indices"], expected.indices)
-        assert_equal(b["num_selected"], expected.num_selected)
-        assert_equal(fused[0], expected.indices)
-        assert_equal(fused[1], expected.num_selected)
-        # Not the step's: it adds up the same terms in another order.
-        expected_attended = hata.gather_attention(case.q, *caches.kv, expected.indices)
-        assert_equal(b["out"], expected_attended[0])
-        assert_equal(b["lse"], expected_attended[1])
-        expected_merged = hata.merge_attention_states(*expected_attended, *expected_attended)
-        assert_equal(merged[0], expected_merged[0])
-        assert_equal(merged[1], expected_merged[1])
-        fresh = hata.hash_encode(case.k, case.key_weights, key_norms=True)
-        assert_equal(codes, fresh[0])
-        assert_equal(norms, fresh[1])
+        # Not the step's attention: it adds up the same terms in another order.
+        attended = hata.gather_attention(case.q, *caches.kv, whole.indices)
+        expected = {
+            "fresh": hata.hash_encode(case.k, case.key_weights, key_norms=True),
+            "selected": (whole.indices, whole.num_selected),
+            "fused": (whole.indices, whole.num_selected),
+            "attended": attended,
+            "merged": hata.merge_attention_states(*attended, *attended),
+        }
+        for name, tensors in expected.items():
+            for a, e in zip(captured[name], tensors, strict=True):
+                assert_equal(a, e)
 
 
 def test_runs_on_the_current_stream():

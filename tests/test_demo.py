@@ -14,7 +14,7 @@ from hata.demo.options import DemoOptions
 from hata.demo.prompt import NEEDLE, build_prompt
 from hata.demo.report import Bytes, agreement
 from hata.demo.run import run_demo
-from hata.demo.weights import choose_weights, config_for
+from hata.demo.weights import choose_weights
 from hata.weights import HashWeights, save_weights
 from tiny_folder import save_tiny_llama
 
@@ -52,18 +52,17 @@ def test_a_model_without_weights_of_its_own_gets_random_ones(tiny_llama, capsys)
 
 
 def test_weights_of_a_file_say_how_they_are_used(tiny_llama, tmp_path, capsys):
-    metadata = {"recipe": "paper", "origin": "recipe paper", "query_bits": "1", "key_norms": "true"}
+    metadata = {"recipe": "paper", "origin": "recipe paper"}
     drawn = HashWeights.random(num_layers=4, num_kv_heads=2, head_dim=64, num_bits=96)
     file = tmp_path / "weights.safetensors"
-    save_weights(file, HashWeights(drawn.key_weights, metadata=metadata))
+    save_weights(file, HashWeights(drawn.key_weights, None, 1, True, metadata))
     options = DemoOptions(model=tiny_llama, context=640, weights=str(file), device="cpu")
     weights = choose_weights(options, "tiny", SHAPE)
-    config = config_for(options, weights)
-    assert (config.num_bits, config.query_bits, config.key_norms) == (96, 1, True)
-    assert config_for(replace(options, query_bits=3), weights).query_bits == 3
+    assert (weights.num_bits, weights.query_bits, weights.key_norms) == (96, 1, True)
+    assert choose_weights(replace(options, query_bits=3), "tiny", SHAPE).query_bits == 3
     run_demo(replace(options, max_new_tokens=4))
     assert "hash weights: recipe paper: trained" in " ".join(capsys.readouterr().out.split())
-    with pytest.raises(ValueError, match="num_bits must be 64, as asked for, got 96"):
+    with pytest.raises(ValueError, match="--weights must hold codes of --num-bits=64, got 96"):
         choose_weights(replace(options, num_bits=64), "tiny", SHAPE)
 
 
@@ -158,15 +157,16 @@ def test_the_chat_template_surrounds_the_prompt(tokenizer):
 
 
 def test_bytes_of_a_step_counted_by_hand():
-    shape = {"num_layers": 3, "num_kv_heads": 2, "head_dim": 128, "itemsize": 2}
+    shape = {"num_layers": 3, "num_kv_heads": 2, "head_dim": 128}
     row = 2 * 2 * 128 * 2  # K and V of one position, both KV heads
-    config = HataConfig(num_bits=64, top_k=100)
-    read = Bytes.of_step(config, **shape, seq_len=1000)
+    weights = HashWeights.random(**shape, num_bits=64)
+    read = Bytes.of_step(HataConfig(top_k=100), weights, itemsize=2, seq_len=1000)
     assert read.dense == 3 * 1000 * row
     assert read.hata == 2 * 1000 * row + (1000 * 2 * 8 + 100 * row)
 
-    with_norms = HataConfig(num_bits=128, key_norms=True, top_k=2000, num_dense_layers=0)
-    read = Bytes.of_step(with_norms, **shape, seq_len=1000)
+    with_norms = HashWeights.random(**shape, num_bits=128, key_norms=True)
+    config = HataConfig(top_k=2000, num_dense_layers=0)
+    read = Bytes.of_step(config, with_norms, itemsize=2, seq_len=1000)
     assert read.hata == 3 * (1000 * 2 * 18 + 1000 * row)
 
 

@@ -43,21 +43,6 @@ def test_hash_encode(device):
             f"num_bits must be a multiple of 32 in 32..256, got {num_bits}",
             key_weights=r.half(2, 64, num_bits),
         )
-    r("codes must be Int, got Half", out=r.half(2, 2, 5, 2))
-    r(
-        "codes must have shape [batch=2, num_kv_heads=2, seq_len=5, num_words=2], got [2, 2, 5, 3]",
-        out=r.int32(2, 2, 5, 3),
-    )
-    r("codes must be contiguous, got other strides", out=r.int32(2, 2, 5, 4)[..., ::2])
-    codes = r.int32(2, 2, 5, 2)
-    r("norms must be Half, got Int", key_norms=True, out=(codes, r.int32(2, 2, 5)))
-    r(
-        "norms must have shape [batch=2, num_kv_heads=2, seq_len=5], got [2, 2, 6]",
-        key_norms=True,
-        out=(codes, r.half(2, 2, 6)),
-    )
-    norms = r.half(2, 2, 10)[..., ::2]
-    r("norms must be contiguous, got other strides", key_norms=True, out=(codes, norms))
 
 
 def test_encode_query(device):
@@ -84,12 +69,6 @@ def test_encode_query(device):
     r("num_heads must be a multiple of num_kv_heads=0, got 6", query_weights=r.half(0, 64, 64))
     r("num_heads / num_kv_heads must be in 1..255, got 256", q=r.half(1, 1, 512, 64))
     r("num_heads / num_kv_heads must be in 1..255, got 0", q=r.half(1, 1, 0, 64))
-    r(
-        "planes must have shape [batch=2, q_len=1, num_kv_heads=2, num_planes=4, num_words=2], "
-        "got [2, 1, 2, 3, 2]",
-        out=r.int32(2, 1, 2, 3, 2),
-    )
-    r("planes must be contiguous, got other strides", out=r.int32(2, 1, 2, 4, 4)[..., ::2])
 
 
 @pytest.mark.parametrize("op", ["cache_append", "gather_attention", "decode_step"])
@@ -206,6 +185,7 @@ def test_cache_append(device):
         "got [8, 2, 16, 2]",
         key_weights=r.half(2, 64, 96),
     )
+    r("key_weights must be Half, got BFloat16", key_weights=torch.bfloat16)
     r("new_seqlens must be Int, got Half", new_seqlens=r.half(2))
     r("new_seqlens must have shape [batch=2], got [3]", new_seqlens=r.int32(3))
     r("new_seqlens must be contiguous, got other strides", new_seqlens=r.int32(4)[::2])
@@ -228,10 +208,6 @@ def test_merge_attention_states(device):
         )
     for name in ("out_a", "lse_a", "out_b", "lse_b"):
         r(f"{name} must be contiguous, got other strides", **{name: r.strided(name)})
-    out, lse = r.half(2, 1, 6, 64), r.float32(2, 1, 6)
-    r(f"out must have shape {shape}, got [2, 1, 6]", out=(r.half(2, 1, 6), lse))
-    r("lse must be Float, got Half", out=(out, r.half(2, 1, 6)))
-    r("out must be contiguous, got other strides", out=(r.half(2, 1, 6, 128)[..., ::2], lse))
 
 
 @gpu_only

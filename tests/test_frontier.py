@@ -10,8 +10,7 @@ import torch
 from capture_cases import HEAD_DIM, NUM_LAYERS, SEQ_LEN, SHAPE, make_captures
 from hata import HashWeights, HataConfig
 from hata.recall.frontier import Frontier
-from hata.recall.measure import Measurement
-from hata.recall.results import Results
+from hata.recall.measure import Measurement, Results
 from hata.selectors import ExactSelector, HataSelector
 from hata.selectors.quality import Quality
 
@@ -21,7 +20,7 @@ DENSE = 1
 
 def measurement(num_bits: int, mass: torch.Tensor, query_bits: int = 4) -> Measurement:
     """Invented masses, ``[num_layers, num_budgets]``, the same for every head."""
-    selector = HataSelector(HashWeights.random(**SHAPE, num_bits=num_bits), query_bits, False)
+    selector = HataSelector(HashWeights.random(**SHAPE, num_bits=num_bits, query_bits=query_bits))
     heads = [row.expand(2, -1).double() for row in mass]
     return Measurement(selector, tuple(Quality(row, row, None) for row in heads))
 
@@ -60,8 +59,9 @@ def test_layers_of_their_own_are_better_at_no_more_bytes(frontier: Frontier) -> 
         assert len(layers.pairs) == NUM_LAYERS - DENSE
         assert layers.bytes_per_step <= uniform.bytes_per_step
         assert frontier.mass_of(layers) == pytest.approx(layers.attention_mass)
-        config = HataConfig(**layers.settings(DENSE))
-        assert config.layer_bits(NUM_LAYERS)[DENSE:] == tuple(x.num_bits for x in layers.pairs)
+        settings = layers.settings(DENSE)
+        config = HataConfig(top_k=settings["top_k"])
+        assert settings["num_bits"][DENSE:] == [x.num_bits for x in layers.pairs]
         assert config.layer_top_k(NUM_LAYERS)[DENSE:] == tuple(x.top_k for x in layers.pairs)
 
 

@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from cases import INT32_MAX, LAYOUTS, make_caches, poisoned, random_indices, random_vectors, strided
+from cases import INT32_MAX, LAYOUTS, make_caches, random_indices, random_vectors, strided
 from closeness import assert_equal, assert_no_worse_than_pytorch, plain_gather_attention
-from hata import gather_attention, reference, workspace_size
+from hata import gather_attention, reference
 
 SEQ_LENS = [153, 1, 0, 5, 64]
 
@@ -175,31 +175,6 @@ def test_does_not_depend_on_paging_or_launch(device, dtype):
         assert_equal(again[1], lse)
 
 
-@pytest.mark.parametrize("top_k", [37, 700])
-def test_writes_all_of_a_poisoned_output_with_a_poisoned_workspace(device, dtype, top_k):
-    caches = make_caches(SEQ_LENS, device=device, dtype=dtype)
-    q = random_vectors(5, 2, 6, 64, dtype=dtype, device=device)
-    indices = random_indices(SEQ_LENS, 2, 2, top_k, device=device)
-    expected = gather_attention(q, *caches.kv, indices)
-    size = workspace_size(5, 2, 6, 2, 64, 0, top_k)
-    for workspace in (None, poisoned(size, dtype=torch.uint8, device=device)):
-        out = poisoned(5, 2, 6, 64, dtype=dtype, device=device)
-        lse = poisoned(5, 2, 6, dtype=torch.float32, device=device)
-        pair = (out, lse)
-        assert gather_attention(q, *caches.kv, indices, workspace=workspace, out=pair) is pair
-        assert_equal(out, expected[0])
-        assert_equal(lse, expected[1])
-
-
-def test_wrapper_wants_an_output_with_the_workspace(device):
-    caches = make_caches([20], device=device)
-    q = random_vectors(1, 1, 4, 64, dtype=torch.float16, device=device)
-    indices = random_indices([20], 1, 2, 4, device=device)
-    workspace = poisoned(4096, dtype=torch.uint8, device=device)
-    with pytest.raises(ValueError, match="workspace must come with out"):
-        gather_attention(q, *caches.kv, indices, workspace=workspace)
-
-
 def test_batch_past_65535(device):
     caches = make_caches([30], device=device, num_kv_heads=1, page_size=None)
     q = random_vectors(7, 1, 1, 64, dtype=torch.float16, device=device)
@@ -232,10 +207,3 @@ def test_opcheck(device):
     q = random_vectors(2, 3, 6, 64, dtype=torch.float16, device=device)
     args = (q, *caches.kv, random_indices([20, 7], 3, 2, 8, device=device), 0.125)
     torch.library.opcheck(torch.ops.hata.gather_attention.default, args)
-    size = workspace_size(2, 3, 6, 2, 64, 0, 8)
-    outputs = {
-        "workspace": torch.zeros(size, dtype=torch.uint8, device=device),
-        "out": torch.zeros_like(q),
-        "lse": torch.zeros(2, 3, 6, device=device),
-    }
-    torch.library.opcheck(torch.ops.hata.gather_attention.out, args, outputs)

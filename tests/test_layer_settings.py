@@ -1,27 +1,23 @@
 """Layers with their own number of bits and their own budget."""
 
-import re
-
 import pytest
 import torch
 
 import hata
 from closeness import assert_equal
 from hata import HashWeights, HataCache, HataConfig, reference
-from hata.integrations.transformers import enable
-from tiny_models import EVERYTHING, HEAD_DIM, NUM_LAYERS, generate, make_model, random_prompt
+from hata.integrations.transformers import CACHE_ARGUMENT, enable
+from tiny_models import HEAD_DIM, generate, make_model, random_prompt
 
 BITS, TOP_K = (128, 32, 96), (24, 20, 32)
-CONFIG = HataConfig(
-    num_bits=BITS, top_k=TOP_K, num_sink=2, num_recent=4, num_dense_layers=0, min_sparse_len=0
-)
-SHAPE = {"num_layers": 3, "num_kv_heads": 2, "head_dim": HEAD_DIM}
+CONFIG = HataConfig(top_k=TOP_K, num_sink=2, num_recent=4, num_dense_layers=0, min_sparse_len=0)
+WEIGHTS = HashWeights.random(num_layers=3, num_kv_heads=2, head_dim=HEAD_DIM, num_bits=BITS)
 
 
 def make_cache(config: HataConfig, device: str, page_size: int | None = None) -> HataCache:
     return HataCache(
+        WEIGHTS,
         config,
-        **SHAPE,
         batch=2,
         max_seq_len=80,
         page_size=page_size,
@@ -34,24 +30,24 @@ def make_cache(config: HataConfig, device: str, page_size: int | None = None) ->
 def test_each_layer_decodes_with_its_own(device: str, page_size: int | None) -> None:
     cache = make_cache(CONFIG, device, page_size)
     assert [codes.shape[-1] for codes in cache.code_cache] == [4, 1, 3]
-    weights = HashWeights.random(**SHAPE, num_bits=BITS)
 
     def tokens(q_len: int, num_heads: int) -> torch.Tensor:
         return torch.randn(2, q_len, num_heads, HEAD_DIM).half().to(device)
 
     prompt, step = ([tokens(n, heads) for heads in (6, 2, 2)] for n in (60, 1))
     for layer_idx in range(3):
-        hata.prefill(*prompt, cache, layer_idx, weights)
+        hata.prefill(*prompt, cache, layer_idx)
     for layer_idx in range(3):
-        hata.decode_attention(*step, cache, layer_idx, weights)
-        _, query_weights = weights.layer(layer_idx, cache.dtype, cache.device)
+        hata.decode_attention(*step, cache, layer_idx)
+        _, query_weights = WEIGHTS.layer(layer_idx, cache.dtype, cache.device)
         indices, num_selected = reference.score_select(
-            hata.encode_query(step[0], query_weights, CONFIG.query_bits),
+            hata.encode_query(step[0], query_weights, query_bits=WEIGHTS.query_bits),
             cache.code_cache[layer_idx],
+            cache.norm_cache[layer_idx],
             cache.block_table,
             cache.cache_seqlens,
-            TOP_K[layer_idx],
             weight_sum=15,
+            top_k=TOP_K[layer_idx],
             num_sink=2,
             num_recent=4,
         )
@@ -59,24 +55,7 @@ def test_each_layer_decodes_with_its_own(device: str, page_size: int | None) -> 
         assert_equal(cache.last_selection(layer_idx)[1], num_selected)
 
 
-@pytest.mark.parametrize("bits", [BITS, (96, 96, 96), 64])
-def test_the_weights_must_have_the_bits_of_every_layer(device: str, bits: int) -> None:
-    cache = make_cache(CONFIG, device)
-    other = HataConfig(num_bits=(128, 32, 64), top_k=TOP_K)
-    weights = HashWeights.random(**SHAPE, num_bits=bits)
-    wrong = make_cache(other, device) if bits == BITS else cache
-    shown = {BITS: list(BITS), 64: 64}.get(bits, 96)
-    wanted = "[128, 32, 64]" if bits == BITS else "[128, 32, 96]"
-    rule = f"cache and config, [3, 2, 64, {wanted}], got [3, 2, 64, {shown}]"
-    x = torch.zeros(2, 1, 2, HEAD_DIM).half().to(device)
-    for function in (hata.prefill, hata.decode_attention):
-        with pytest.raises(ValueError, match=re.escape(rule)):
-            function(x, x, x, wrong, 0, weights)
-
-
 def test_a_cache_has_as_many_layers_as_the_config_names(device: str) -> None:
-    with pytest.raises(ValueError, match="num_bits must be one int or have num_layers=3 entries"):
-        make_cache(HataConfig(num_bits=(64, 64)), device)
     with pytest.raises(ValueError, match="top_k must be one int or have num_layers=3 entries"):
         make_cache(HataConfig(top_k=(64, 64)), device)
 
@@ -84,12 +63,9 @@ def test_a_cache_has_as_many_layers_as_the_config_names(device: str) -> None:
 def test_a_model_decodes_with_layers_of_its_own() -> None:
     model, prompt = make_model("llama-group4"), random_prompt(1, 21)
     dense = generate(model, prompt, 10)
-    config = HataConfig(num_bits=BITS, top_k=(160, 170, 180), num_dense_layers=0)
-    shape = {"num_layers": NUM_LAYERS, "num_kv_heads": 2, "head_dim": HEAD_DIM}
-    cache = enable(model, config, HashWeights.random(**shape, num_bits=BITS), max_seq_len=64)
-    assert_equal(generate(model, prompt, 10, past_key_values=cache), dense)
-    with pytest.warns(UserWarning, match="random orthogonal"):
-        assert enable(model, config, max_seq_len=64).weights.layer_bits == BITS
+    config = HataConfig(top_k=(160, 170, 180), num_dense_layers=0)
+    cache = enable(model, config, weights=WEIGHTS, max_seq_len=64)
+    assert_equal(generate(model, prompt, 10, **{CACHE_ARGUMENT: cache}), dense)
 
 
 def test_a_model_decodes_densely_below_min_sparse_len() -> None:
@@ -102,19 +78,15 @@ def test_a_model_decodes_densely_below_min_sparse_len() -> None:
 
     config = HataConfig(top_k=8, num_sink=1, num_recent=1, num_dense_layers=2, min_sparse_len=29)
     weights = HashWeights.random(num_layers=3, num_kv_heads=2, head_dim=HEAD_DIM, num_bits=64)
-    cache = enable(model, config, weights, max_seq_len=64, observer=observe)
-    tokens = generate(model, prompt, 8, past_key_values=cache)
+    cache = enable(model, config, weights=weights, max_seq_len=64, observer=observe)
+    tokens = generate(model, prompt, 8, **{CACHE_ARGUMENT: cache})
     assert_equal(tokens, dense[:, : 21 + 8])
     assert seen == [(n, n) for n in range(22, 29)]
-    generate(model, torch.cat([tokens, tokens[:, :1]], 1), 2, past_key_values=cache)
+    generate(model, torch.cat([tokens, tokens[:, :1]], 1), 2, **{CACHE_ARGUMENT: cache})
     assert seen[-1] == (8, 8)
 
 
 def test_the_model_names_its_layers_to_the_config() -> None:
     model = make_model("llama-group4")
-    for settings in ({"num_bits": (64, 64)}, {"top_k": (64, 64)}):
-        with pytest.raises(ValueError, match="must be one int or have num_layers=3 entries"):
-            enable(model, HataConfig(**settings), max_seq_len=64)
-    weights = HashWeights.random(num_layers=3, num_kv_heads=2, head_dim=HEAD_DIM, num_bits=BITS)
-    with pytest.raises(ValueError, match=re.escape("64], got [3, 2, 64, [128, 32, 96]]")):
-        enable(model, EVERYTHING, weights, max_seq_len=64)
+    with pytest.raises(ValueError, match="top_k must be one int or have num_layers=3 entries"):
+        enable(model, HataConfig(top_k=(64, 64)), weights=WEIGHTS, max_seq_len=64)

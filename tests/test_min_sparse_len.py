@@ -7,7 +7,7 @@ import torch
 
 import hata
 from attention_model import DENSE, FEW, SPARSE, assert_attends, fill, queries
-from cache_model import WEIGHTS, contents, make_cache, new_tokens
+from cache_model import contents, make_cache, new_tokens
 from closeness import assert_equal
 from devices import gpu_only
 from hata import HataCache, HataConfig
@@ -31,7 +31,7 @@ def test_short_sequences_get_dense_attention(
     fill(cache, 30, lengths)
     q, (k, v) = queries(cache, q_len), new_tokens(cache, q_len)
     for layer_idx in (DENSE, SPARSE):
-        out = hata.decode_attention(q, k, v, cache, layer_idx, WEIGHTS)
+        out = hata.decode_attention(q, k, v, cache, layer_idx)
         assert_attends(out, q, cache, layer_idx)
     assert cache.seq_lens == [length + q_len for length in lengths]
 
@@ -48,7 +48,7 @@ def test_a_sequence_is_routed_by_its_own_length(
         fill(each, 40, [40, 20, 19])
         q, (k, v) = queries(each, q_len), new_tokens(each, q_len)
         for layer_idx in (DENSE, SPARSE):
-            out = hata.decode_attention(q, k, v, each, layer_idx, WEIGHTS)
+            out = hata.decode_attention(q, k, v, each, layer_idx)
         if each is cache:
             routed_out = out
     indices, num_selected = cache.last_selection(SPARSE)
@@ -68,7 +68,7 @@ def test_the_selection_of_a_dense_step_is_every_visible_position(device: str) ->
     fill(cache, 20, [20, 5, 0])
     q, (k, v) = queries(cache, 2), new_tokens(cache, 2)
     for layer_idx in (DENSE, SPARSE):
-        hata.decode_attention(q, k, v, cache, layer_idx, WEIGHTS)
+        hata.decode_attention(q, k, v, cache, layer_idx)
     indices, num_selected = cache.last_selection(SPARSE)
     assert indices.shape == (3, 2, 2, 22)
     for b, seq_len in enumerate(cache.seq_lens):
@@ -88,7 +88,7 @@ def test_a_growing_sequence_turns_sparse(device: str) -> None:
     for _ in range(4):
         q, (k, v) = queries(cache, 1), new_tokens(cache, 1)
         for layer_idx in (DENSE, SPARSE):
-            hata.decode_attention(q, k, v, cache, layer_idx, WEIGHTS)
+            hata.decode_attention(q, k, v, cache, layer_idx)
         counts.append(cache.last_selection(SPARSE)[1].flatten().tolist())
     assert counts == [[21] * 6, [22] * 6, [FEW.top_k] * 6, [FEW.top_k] * 6]
 
@@ -99,7 +99,7 @@ def test_a_failed_dense_step_changes_nothing(device: str) -> None:
     before = [t.clone() for t in contents(cache)]
     q, (k, v) = queries(cache, 1), new_tokens(cache, 1)
     with pytest.raises(RuntimeError, match="k must be contiguous in its last"):
-        hata.decode_attention(q, k.mT.contiguous().mT, v, cache, SPARSE, WEIGHTS)
+        hata.decode_attention(q, k.mT.contiguous().mT, v, cache, SPARSE)
     assert cache.seq_lens == [10, 10, 10]
     for now, then in zip(contents(cache), before, strict=True):
         assert_equal(now, then)
@@ -127,12 +127,12 @@ def test_the_first_step_of_a_shape_runs_the_sparse_operator_too(
     fill(cache, 10, [10, 3, 0])
     strided = new_tokens(cache, 1)[0].mT.contiguous().mT
     with pytest.raises(RuntimeError, match="k must be contiguous in its last"):
-        hata.decode_attention(queries(cache, 1), strided, strided, cache, SPARSE, WEIGHTS)
+        hata.decode_attention(queries(cache, 1), strided, strided, cache, SPARSE)
     q_lens.clear()
     for q_len in (1, 1, 3, 3, 1):
         q, (k, v) = queries(cache, q_len), new_tokens(cache, q_len)
         for layer_idx in (DENSE, SPARSE):
-            out = hata.decode_attention(q, k, v, cache, layer_idx, WEIGHTS)
+            out = hata.decode_attention(q, k, v, cache, layer_idx)
         assert_attends(out, q, cache, SPARSE)
         assert cache.last_selection(SPARSE)[1].flatten(1)[:, -1].tolist() == cache.seq_lens
     assert q_lens == [1, 3]
@@ -145,11 +145,11 @@ def test_what_a_graph_captures_is_sparse(warm_up: int) -> None:
     fill(cache, warm_up)
     q, (k, v) = queries(cache, 1), new_tokens(cache, 1)
     for layer_idx in (DENSE, SPARSE):
-        hata.decode_attention(q, k, v, cache, layer_idx, WEIGHTS)
+        hata.decode_attention(q, k, v, cache, layer_idx)
     graph = torch.cuda.CUDAGraph()
     cache.truncate(10)
     cache.extend(1)
     with torch.cuda.graph(graph):
-        hata.decode_attention(q, k, v, cache, SPARSE, WEIGHTS)
+        hata.decode_attention(q, k, v, cache, SPARSE)
     graph.replay()
     assert (cache.last_selection(SPARSE)[1] == FEW.top_k).all()

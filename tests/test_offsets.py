@@ -59,15 +59,15 @@ def test_keys(device):
 def test_queries(device):
     q = random_vectors(3, 2, 6, 64, dtype=torch.float16, device=device)
     query_weights = random_vectors(2, 64, 64, dtype=torch.float16, device=device)
-    near = hata.encode_query(q, query_weights, 4)
-    assert_equal(hata.encode_query(far(q), query_weights, 4), near)
+    near = hata.encode_query(q, query_weights, query_bits=4)
+    assert_equal(hata.encode_query(far(q), query_weights, query_bits=4), near)
 
 
 def test_scores_that_are_selected_from(device):
     scores = torch.randint(-9, 9, (3, 1, 2, 100), dtype=torch.int32).to(device)
     lengths = torch.full((3,), 100, dtype=torch.int32, device=device)
-    near = hata.select_topk(scores, lengths, 20)
-    for a, e in zip(hata.select_topk(far(scores), lengths, 20), near, strict=True):
+    near = hata.select_topk(scores, lengths, top_k=20)
+    for a, e in zip(hata.select_topk(far(scores), lengths, top_k=20), near, strict=True):
         assert_equal(a, e)
 
 
@@ -78,9 +78,7 @@ def test_scores_that_are_written(key_norms):
     planes = random_planes(3, 1, 2, 15, 64, device="cuda")
 
     def scores(max_seq_len: int) -> Tensor:
-        norms = caches.norm_cache
-        settings = {"weight_sum": 15, "max_seq_len": max_seq_len, "norm_cache": norms}
-        return hata.hamming_score(planes, *caches.codes, **settings)
+        return hata.hamming_score(planes, *caches.codes, weight_sum=15, max_seq_len=max_seq_len)
 
     wide, narrow = scores(2**29 + 8), scores(96)  # 6 rows: the last ones begin past 2^31
     assert_equal(wide[..., :96], narrow)
@@ -89,10 +87,11 @@ def test_scores_that_are_written(key_norms):
 
 @gpu_only
 def test_indices_that_are_written():
-    scores = torch.randint(-9, 9, (3, 1, 2, 100), dtype=torch.int32, device="cuda")
+    width = 2**29 + 8  # 6 rows, all of the same scores: the last indices begin past 2^31
+    scores = torch.randint(-9, 9, (width,), dtype=torch.int32, device="cuda").expand(3, 1, 2, -1)
     lengths = torch.tensor([100, 7, 90], dtype=torch.int32, device="cuda")
-    wide, counts = hata.select_topk(scores, lengths, 2**29 + 8)
-    narrow, expected_counts = hata.select_topk(scores, lengths, 100)
+    wide, counts = hata.select_topk(scores, lengths, top_k=width)
+    narrow, expected_counts = hata.select_topk(scores[..., :100], lengths, top_k=100)
     assert_equal(wide[..., :100], narrow)
     assert_equal(counts, expected_counts)
     assert (wide[-1, :, :, 100::1001] == -1).all()
@@ -114,12 +113,10 @@ def test_a_capacity_whose_keys_pass_2_31(algorithm, key_norms):
     planes = random_planes(batch, 1, 2, 15, 64, device="cuda")
     lengths = torch.tensor([3000, 1, 2900], dtype=torch.int32, device="cuda").repeat(batch // 3)
     table = torch.zeros(batch, 1, dtype=torch.int32, device="cuda")
-    settings = {"weight_sum": 15, "num_recent": 4}
-    selected = hata.score_select(planes, codes, table, lengths, 64, norm_cache=norms, **settings)
+    settings = {"weight_sum": 15, "top_k": 64, "num_recent": 4}
+    selected = hata.score_select(planes, codes, norms, table, lengths, **settings)
     expected = hata.score_select(
-        *(planes, near.code_cache, table + page, lengths, 64),
-        norm_cache=near.norm_cache,
-        **settings,
+        planes, near.code_cache, near.norm_cache, table + page, lengths, **settings
     )
     for a, e in zip(selected, expected, strict=True):
         assert_equal(a, e)

@@ -32,6 +32,4 @@ def test_the_examples_run():
     for example in examples:
         exec(example, names)
     assert names["out"].shape == (1, 1, 8, 64)
-    assert names["indices"].shape == (1, 1, 2, 256)
-    assert (names["num_selected"] == 256).all()
     assert names["answer"].shape == (1, 700)

@@ -32,10 +32,9 @@ def folder(tmp_path: Path) -> Path:
     """Held-out and training captures, and weights of 32 and 64 bits."""
     make_captures(tmp_path / "heldout")
     make_captures(tmp_path / "train")
-    metadata = {"recipe": "ours", "query_bits": "4", "key_norms": "false"}
     for num_bits in (32, 64):
         weights = HashWeights.random(**SHAPE, num_bits=num_bits, seed=1)
-        trained = HashWeights(weights.key_weights, metadata=metadata)
+        trained = HashWeights(weights.key_weights, metadata={"recipe": "ours"})
         save_weights(tmp_path / f"ours-{num_bits}.safetensors", trained)
     return tmp_path
 
@@ -76,8 +75,10 @@ def test_writes_every_file(folder: Path, device: str, capsys: pytest.CaptureFixt
 
     levels = json.loads((written / "frontier.json").read_text())["levels"]
     for level in levels:
-        HataConfig(**level["uniform"])
-        assert len(HataConfig(**level["per_layer"]).layer_bits(NUM_LAYERS)) == NUM_LAYERS
+        assert HataConfig(top_k=level["uniform"]["top_k"], num_sink=0, num_recent=0)
+        assert len(level["per_layer"]["num_bits"]) == NUM_LAYERS
+        config = HataConfig(top_k=level["per_layer"]["top_k"])
+        assert len(config.layer_top_k(NUM_LAYERS)) == NUM_LAYERS
     pictures = sorted(path.name for path in (written / "plots").iterdir())
     assert pictures == ["budgets.png", "frontier.png", "heat_map.png", "num_bits.png"]
     assert all((written / "plots" / name).read_bytes().startswith(PNG) for name in pictures)
@@ -116,12 +117,10 @@ def test_without_calibration_there_is_no_loki(
         ("HELDOUT --top-k 10", r"top_k must be at least num_sink \+ num_recent=20, got 10"),
         ("HELDOUT --top-k 40 --channels 33", r"channels must be in 1\.\.32, got 33"),
         ("HELDOUT --top-k 40 --random-bits 48", "num_bits must be a multiple of 32"),
-        ("HELDOUT --top-k 40 --weights PLAIN", "query_bits of .* must be 1 to 4 in the metadata"),
         (
-            "HELDOUT --top-k 40 --query-bits 4 --weights PLAIN",
-            "key_norms of .* must be True or False in the metadata",
+            "HELDOUT --top-k 40 --weights OTHER",
+            "weights must be for .* got \\(2, 2, 32\\)",
         ),
-        ("HELDOUT --top-k 40 --weights OTHER", "num_layers must be 3, as asked for, got 2 in"),
         ("HELDOUT --device tpu", "--device must be cpu, cuda or cuda:N"),
     ],
 )

@@ -1,16 +1,15 @@
 import pytest
 import torch
 
-from cases import LAYOUTS, make_caches, poisoned, random_planes
+from cases import LAYOUTS, make_caches, random_planes
 from closeness import assert_equal
-from hata import hamming_score, reference, score_select, select_topk, workspace_size
+from hata import hamming_score, reference, score_select, select_topk
 
 SEQ_LENS = [153, 1, 0, 5, 64]
 
 
 def select(planes, caches, top_k, weight_sum, *, op=score_select, **options):
-    norms = caches.norm_cache
-    return op(planes, *caches.codes, top_k, weight_sum=weight_sum, norm_cache=norms, **options)
+    return op(planes, *caches.codes, weight_sum=weight_sum, top_k=top_k, **options)
 
 
 def assert_selects(planes, caches, top_k, weight_sum, **budget) -> None:
@@ -61,15 +60,9 @@ def test_any_budget_and_query_tokens(device, algorithm, q_len, top_k):
 def test_equals_score_then_select_on_long_sequences(device, algorithm, seq_len, key_norms):
     caches = make_caches([seq_len, seq_len // 2], device=device, key_norms=key_norms)
     planes = random_planes(2, 2, 2, 15, 64, device=device)
-    scores = hamming_score(
-        planes,
-        *caches.codes,
-        weight_sum=15,
-        max_seq_len=caches.capacity,
-        norm_cache=caches.norm_cache,
-    )
+    scores = hamming_score(planes, *caches.codes, weight_sum=15, max_seq_len=caches.capacity)
     for top_k in (64, 1000):
-        expected = select_topk(scores, caches.cache_seqlens, top_k, num_sink=4, num_recent=16)
+        expected = select_topk(scores, caches.cache_seqlens, top_k=top_k, num_sink=4, num_recent=16)
         actual = select(planes, caches, top_k, 15, num_sink=4, num_recent=16)
         for a, e in zip(actual, expected, strict=True):
             assert_equal(a, e)
@@ -132,46 +125,22 @@ def test_does_not_depend_on_batch_paging_or_launch(device, algorithm, key_norms)
             alone = score_select(
                 planes[b : b + 1],
                 codes,
+                norms,
                 torch.zeros(1, 1, dtype=torch.int32, device=device),
                 caches.cache_seqlens[b : b + 1],
-                64,
                 weight_sum=15,
+                top_k=64,
                 num_recent=8,
-                norm_cache=norms,
             )
             for a, e in zip(alone, many, strict=True):
                 assert_equal(a, e[b : b + 1])
 
 
-@pytest.mark.parametrize("key_norms", [False, True])
-def test_writes_all_of_a_poisoned_output_with_a_poisoned_workspace(device, algorithm, key_norms):
-    caches = make_caches(SEQ_LENS, device=device, key_norms=key_norms)
-    planes = random_planes(5, 3, 2, 15, 64, device=device)
-    expected = select(planes, caches, 80, 15, op=reference.score_select, num_sink=1)
-    size = workspace_size(5, 3, 8, 2, 64, caches.capacity, 80)
-    for workspace in (None, poisoned(size, dtype=torch.uint8, device=device)):
-        indices = poisoned(5, 3, 2, 80, dtype=torch.int32, device=device)
-        num_selected = poisoned(5, 3, 2, dtype=torch.int32, device=device)
-        out = (indices, num_selected)
-        returned = select(planes, caches, 80, 15, num_sink=1, workspace=workspace, out=out)
-        assert returned is out
-        assert_equal(indices, expected[0])
-        assert_equal(num_selected, expected[1])
-
-
-def test_wrapper_wants_an_output_with_the_workspace(device):
-    caches = make_caches([20], device=device)
-    planes = random_planes(1, 1, 2, 7, 64, device=device)
-    workspace = poisoned(4096, dtype=torch.uint8, device=device)
-    with pytest.raises(ValueError, match="workspace must come with out"):
-        select(planes, caches, 4, 7, workspace=workspace)
-
-
 def test_accepts_an_empty_batch(device, algorithm):
     caches = make_caches([20], device=device)
     planes = random_planes(0, 1, 2, 7, 64, device=device)
-    tensors = (caches.code_cache, caches.block_table[:0], caches.cache_seqlens[:0])
-    indices, _ = score_select(planes, *tensors, 4, weight_sum=7)
+    tensors = (caches.code_cache, None, caches.block_table[:0], caches.cache_seqlens[:0])
+    indices, _ = score_select(planes, *tensors, weight_sum=7, top_k=4)
     assert indices.shape == (0, 1, 2, 4)
 
 
@@ -183,10 +152,11 @@ def test_batch_past_65535(device, algorithm):
         return score_select(
             planes.repeat(batch // 7, 1, 1, 1, 1),
             caches.code_cache,
+            None,
             caches.block_table.repeat(batch, 1),
             caches.cache_seqlens.repeat(batch),
-            6,
             weight_sum=15,
+            top_k=6,
         )[0]
 
     assert_equal(run(70_000), run(7).repeat(10_000, 1, 1, 1))
@@ -196,12 +166,5 @@ def test_batch_past_65535(device, algorithm):
 def test_opcheck(device, key_norms):
     caches = make_caches([20, 7], device=device, page_size=32, key_norms=key_norms)
     planes = random_planes(2, 3, 2, 7, 64, device=device)
-    args = (planes, caches.code_cache, caches.norm_cache, *caches.codes[1:], 7, 8, 1, 1)
+    args = (planes, *caches.codes, 7, 8, 1, 1)
     torch.library.opcheck(torch.ops.hata.score_select.default, args)
-    size = workspace_size(2, 3, 2, 2, 64, caches.capacity, 8)
-    outputs = {
-        "workspace": torch.zeros(size, dtype=torch.uint8, device=device),
-        "indices": torch.zeros(2, 3, 2, 8, dtype=torch.int32, device=device),
-        "num_selected": torch.zeros(2, 3, 2, dtype=torch.int32, device=device),
-    }
-    torch.library.opcheck(torch.ops.hata.score_select.out, args, outputs)

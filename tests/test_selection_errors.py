@@ -38,16 +38,9 @@ def test_hamming_score(device):
     r = Rejects("hamming_score", device)
     for max_seq_len in (-1, 2**31):
         r(f"max_seq_len must be in 0..{MAX}, got {max_seq_len}", max_seq_len=max_seq_len)
-    r("scores must be Half, got Int", out=r.int32(2, 1, 2, 48))
-    r("scores must be Int, got Half", norm_cache=None, out=r.half(2, 1, 2, 48))
-    r(
-        "scores must have shape [batch=2, q_len=1, num_kv_heads=2, max_seq_len], got [2, 1, 3, 48]",
-        out=r.half(2, 1, 3, 48),
-    )
-    r("scores must be contiguous, got other strides", out=r.half(2, 1, 2, 96)[..., ::2])
 
 
-@pytest.mark.parametrize("op", ["select_topk", "score_select"])
+@pytest.mark.parametrize("op", ["select_topk", "score_select", "decode_step"])
 def test_top_k(device, op):
     r = Rejects(op, device)
     for top_k in (-5, 0, 2**31, 2**40):
@@ -83,26 +76,6 @@ def test_select_topk(device):
                 f"cache_seqlens must be in 0..48 (the width of scores), got {value} for sequence 1",
                 cache_seqlens=torch.tensor([40, value], dtype=torch.int32),
             )
-
-
-@pytest.mark.parametrize("op", ["select_topk", "score_select"])
-def test_selection_outputs(device, op):
-    r = Rejects(op, device)
-    indices, num_selected = r.int32(2, 1, 2, 8), r.int32(2, 1, 2)
-    r("indices must be Int, got Half", out=(r.half(2, 1, 2, 8), num_selected))
-    r(
-        "indices must have shape [batch=2, q_len=1, num_kv_heads=2, top_k=8], got [2, 1, 2, 9]",
-        out=(r.int32(2, 1, 2, 9), num_selected),
-    )
-    gaps = r.int32(2, 1, 2, 16)[..., ::2]
-    r("indices must be contiguous, got other strides", out=(gaps, num_selected))
-    r("num_selected must be Int, got Half", out=(indices, r.half(2, 1, 2)))
-    r(
-        "num_selected must have shape [batch=2, q_len=1, num_kv_heads=2], got [2, 1, 3]",
-        out=(indices, r.int32(2, 1, 3)),
-    )
-    gaps = r.int32(2, 1, 4)[..., ::2]
-    r("num_selected must be contiguous, got other strides", out=(indices, gaps))
 
 
 def test_score_select(device):
@@ -155,53 +128,23 @@ def test_gather_attention(device):
         indices=r.int32(2, 1, 6, 8),
     )
     r("indices must be contiguous, got other strides", indices=r.strided("indices"))
-    out, lse = r.half(2, 1, 6, 64), r.float32(2, 1, 6)
-    r("out must be Half, got Float", out=(out.float(), lse))
-    r(
-        "out must have shape [batch=2, q_len=1, num_heads=6, head_dim=64], got [2, 1, 5, 64]",
-        out=(r.half(2, 1, 5, 64), lse),
-    )
-    r("out must be contiguous, got other strides", out=(r.half(2, 1, 6, 128)[..., ::2], lse))
-    r("lse must be Float, got Half", out=(out, lse.half()))
-    r(
-        "lse must have shape [batch=2, q_len=1, num_heads=6], got [2, 1, 5]",
-        out=(out, r.float32(2, 1, 5)),
-    )
-    r("lse must be contiguous, got other strides", out=(out, r.float32(2, 1, 12)[..., ::2]))
 
 
-@pytest.mark.parametrize("op", ["score_select", "gather_attention", "decode_step"])
-def test_workspace(device, op):
-    r = Rejects(op, device)
-    options = {
-        "score_select": {"out": (r.int32(2, 1, 2, 8), r.int32(2, 1, 2))},
-        "gather_attention": {"out": (r.half(2, 1, 6, 64), r.float32(2, 1, 6))},
-        "decode_step": {},
-    }[op]
-    r("workspace must be Byte, got Int", workspace=r.int32(99999), **options)
-    r(
-        "workspace must have shape [size], got [2, 99999]",
-        workspace=r.workspace(2 * 99999).view(2, 99999),
-        **options,
-    )
-    gaps = r.workspace(99999)[::2]
-    r("workspace must be contiguous, got other strides", workspace=gaps, **options)
+def test_workspace(device):
+    r = Rejects("decode_step", device)
+    r("workspace must be Byte, got Int", workspace=r.int32(99999))
+    wide = r.workspace(2 * 99999).view(2, 99999)
+    r("workspace must have shape [size], got [2, 99999]", workspace=wide)
+    r("workspace must be contiguous, got other strides", workspace=r.workspace(99999)[::2])
     r(
         "workspace must start at a multiple of 16 bytes, got another offset",
         workspace=r.workspace(99999)[8:],
-        **options,
     )
-    sizes = {
-        "score_select": (2, 1, 0, 2, 0, 48, 8),
-        "gather_attention": (2, 1, 6, 2, 64, 0, 8),
-        "decode_step": (2, 1, 6, 2, 64, 48, 8),
-    }[op]
-    size = torch.ops.hata.workspace_size(*sizes)
+    size = hata.workspace_size(2, 1, 6, 2, 64, 48, 8)
     for given in (0, size - 1):
         r(
             f"workspace must have at least {size} bytes, got {given}",
             workspace=r.workspace(given),
-            **options,
         )
 
 
@@ -216,24 +159,58 @@ def test_workspace_size(value):
 
 def test_decode_step(device):
     r = Rejects("decode_step", device)
-    r("q must be Half, got BFloat16", q=torch.bfloat16, query_weights=torch.bfloat16)
+    r("q must be Half, got BFloat16", q=torch.bfloat16)
     r(
         "q must have shape [batch=2, q_len, num_heads, head_dim=64], got [3, 1, 6, 64]",
         q=r.half(3, 1, 6, 64),
     )
     r(
+        "q must have shape [batch=2, q_len, num_heads, head_dim=64], got [6, 64]",
+        q=r.half(6, 64),
+    )
+    r("k must be Half, got BFloat16", k=torch.bfloat16)
+    r(
+        "k must have shape [batch=2, q_len, num_kv_heads=2, head_dim=64], got [2, 64]",
+        k=r.half(2, 64),
+    )
+    r(
         "k must have shape [batch=2, q_len=2, num_kv_heads=2, head_dim=64], got [2, 1, 2, 64]",
         q=r.half(2, 2, 6, 64),
     )
+    r("v must be Half, got BFloat16", v=torch.bfloat16)
     r("query_bits must be in 1..4, got 5", query_bits=5)
+    for name in ("key_weights", "query_weights"):
+        r(f"{name} must be Half, got BFloat16", **{name: torch.bfloat16})
     r(
         "query_weights must have as many bits as key_weights, got 96",
         query_weights=r.half(2, 64, 96),
     )
+
+
+def test_decode_step_outputs(device):
+    r = Rejects("decode_step", device)
+    heads = "batch=2, q_len=1, num_heads=6"
+    kv_heads = "batch=2, q_len=1, num_kv_heads=2"
+    r("indices must be Int, got Half", indices=r.half(2, 1, 2, 8))
     r(
-        "indices must have shape [batch=2, q_len=1, num_kv_heads=2, top_k=8], got [2, 1, 2, 9]",
+        f"indices must have shape [{kv_heads}, min(top_k, capacity)=8], got [2, 1, 2, 9]",
         indices=r.int32(2, 1, 2, 9),
     )
+    r(
+        f"indices must have shape [{kv_heads}, min(top_k, capacity)=48], got [2, 1, 2, 50]",
+        top_k=50,
+        indices=r.int32(2, 1, 2, 50),
+    )
+    r("indices must be contiguous, got other strides", indices=r.int32(2, 1, 2, 16)[..., ::2])
     r("num_selected must be Int, got Half", num_selected=r.half(2, 1, 2))
+    r(
+        f"num_selected must have shape [{kv_heads}], got [2, 1, 3]",
+        num_selected=r.int32(2, 1, 3),
+    )
+    r("num_selected must be contiguous, got other strides", num_selected=r.int32(2, 1, 4)[..., ::2])
     r("out must be Half, got Float", out=r.float32(2, 1, 6, 64))
+    r(f"out must have shape [{heads}, head_dim=64], got [2, 1, 5, 64]", out=r.half(2, 1, 5, 64))
+    r("out must be contiguous, got other strides", out=r.half(2, 1, 6, 128)[..., ::2])
+    r("lse must be Float, got Half", lse=r.half(2, 1, 6))
+    r(f"lse must have shape [{heads}], got [2, 1, 5]", lse=r.float32(2, 1, 5))
     r("lse must be contiguous, got other strides", lse=r.float32(2, 1, 12)[..., ::2])

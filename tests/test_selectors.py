@@ -1,5 +1,7 @@
 """What `hata recall` compares: scores of every selector, and the order they are selected in."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -72,28 +74,26 @@ def test_hata_selects_what_decoding_selects(
     q, k, positions = inputs(device)
     q, k = q.half().float(), k.half()  # a 16-bit cache
     keys, queries = torch.randn(2, 2, NUM_KV_HEADS, HEAD_DIM, num_bits).unbind()
-    weights = HashWeights(keys, None if tied else queries)
-    scores = HataSelector(weights, query_bits, key_norms).index(1, k, SCALE)(q, positions)
+    weights = HashWeights(keys, None if tied else queries, query_bits, key_norms)
+    scores = HataSelector(weights).index(1, k, SCALE)(q, positions)
 
     key_weights, query_weights = weights.layer(1, k.dtype, k.device)
     codes, norms = hash_encode(k[None], key_weights, key_norms=True)
     for i, last in enumerate(positions.tolist()):
         heads = q[i].flatten(0, 1)[None, None].half()
-        caches = (
-            codes,
-            torch.zeros(1, 1, dtype=torch.int32, device=device),
-            torch.tensor([last + 1], dtype=torch.int32, device=device),
-        )
+        cache_seqlens = torch.tensor([last + 1], dtype=torch.int32, device=device)
         expected = reference.hamming_score(
-            encode_query(heads, query_weights, query_bits),
-            *caches,
+            encode_query(heads, query_weights, query_bits=query_bits),
+            codes,
+            norms if key_norms else None,
+            torch.zeros(1, 1, dtype=torch.int32, device=device),
+            cache_seqlens,
             weight_sum=plane_weight_sum(query_bits, GROUP),
             max_seq_len=SEQ_LEN,
-            norm_cache=norms if key_norms else None,
         )
         assert_equal(scores[i, :, : last + 1], expected[0, 0, :, : last + 1].float())
         indices, num_selected = reference.select_topk(
-            expected, caches[2], 24, num_sink=2, num_recent=3
+            expected, cache_seqlens, top_k=24, num_sink=2, num_recent=3
         )
         order = rank(scores[i : i + 1], positions[i : i + 1], 24, num_sink=2, num_recent=3)
         for h in range(NUM_KV_HEADS):
@@ -103,9 +103,12 @@ def test_hata_selects_what_decoding_selects(
 
 def test_hata_of_a_recipe() -> None:
     weights = HashWeights.random(num_layers=1, num_kv_heads=1, head_dim=8, num_bits=64)
-    assert HataSelector(weights, 1, True).variant == "random, 64 bits, query 1, norms"
+    assert (
+        HataSelector(replace(weights, query_bits=1, key_norms=True)).variant
+        == "random, 64 bits, query 1, norms"
+    )
     named = HashWeights(weights.key_weights, metadata={"recipe": "ours"})
-    assert HataSelector(named, 4, False).settings["recipe"] == "ours"
+    assert HataSelector(named).settings["recipe"] == "ours"
 
 
 def test_loki_with_all_channels_is_exact(device: str) -> None:
@@ -173,14 +176,14 @@ def test_bytes_of_a_token() -> None:
         selector.name: selector.bytes_per_token(64)
         for selector in (
             ExactSelector(),
-            HataSelector(weights, 4, False),
+            HataSelector(weights),
             LokiSelector(16, components),
             QuestSelector(16),
             SparqSelector(8),
         )
     }
     assert found == {"exact": 128, "hata": 8, "loki": 32, "quest": 16, "sparq": 16}
-    assert HataSelector(weights, 4, True).bytes_per_token(64) == 10
+    assert HataSelector(replace(weights, key_norms=True)).bytes_per_token(64) == 10
 
 
 @pytest.mark.parametrize("page_size", [1, 8])
@@ -236,13 +239,7 @@ def test_a_budget_past_the_sequence_orders_everything(device: str) -> None:
         (lambda: SparqSelector(0), "SparqSelector: channels must be at least 1, got 0"),
         (lambda: LokiSelector(9, torch.zeros(1, 1, 8, 8)), "channels must be in 1..8, got 9"),
         (
-            lambda: HataSelector(HashWeights(torch.zeros(1, 1, 8, 32)), 5, False),
-            "HataSelector: query_bits must be in 1..4, got 5",
-        ),
-        (
-            lambda: HataSelector(
-                HashWeights(torch.zeros(2, 1, 8, 64), None, {}, (32, 64)), 4, False
-            ),
+            lambda: HataSelector(HashWeights(torch.zeros(2, 1, 8, 64), layer_bits=(32, 64))),
             "HataSelector: weights must have one num_bits for all layers",
         ),
         (

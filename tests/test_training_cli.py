@@ -47,8 +47,8 @@ def test_one_command_captures_and_trains(tiny, texts, tmp_path, capsys):
         capsys, f"train {texts} --model {tiny} --out {out} {SMALL} {FEW} {steps} --device cpu"
     )
     assert code == 0
-    sizes = {"num_layers": NUM_LAYERS, "num_kv_heads": NUM_KV_HEADS, "head_dim": HEAD_DIM}
-    weights = hata.load_weights(out, **sizes, num_bits=64)
+    weights = hata.load_weights(out)
+    assert weights.shape == (NUM_LAYERS, NUM_KV_HEADS, HEAD_DIM, 64)
     assert weights.metadata["recipe"] == "hata"
     assert weights.metadata["model"] == tiny.name
     names = {
@@ -82,8 +82,8 @@ def test_captures_serve_every_recipe_and_seed(tiny, texts, tmp_path, capsys):
         )
         assert code == 0
         assert "closed form" in said
-        metadata = hata.load_weights(out).metadata
-        assert (metadata["query_bits"], metadata["key_norms"]) == ("1", "true")
+        weights = hata.load_weights(out)
+        assert (weights.query_bits, weights.key_norms) == (1, True)
 
 
 def test_synthetic_data_measures_time_and_memory(tmp_path, capsys):
@@ -141,6 +141,7 @@ def test_the_corpus_has_train_and_heldout_of_different_sources(tmp_path, monkeyp
             file.parent.mkdir(parents=True, exist_ok=True)
             text = b"<p>text of some length</p>\n" * 100
             file.write_bytes(gzip.compress(text) if file.name.endswith("z") else text)
+        file.with_name("x.dat").write_bytes(bytes(9999))  # as the fortunes' indices
         return scratch, source.name
 
     monkeypatch.setattr(hata.training.corpus, "_fetch", fetch)
@@ -155,6 +156,7 @@ def test_the_corpus_has_train_and_heldout_of_different_sources(tmp_path, monkeyp
     assert split["train"] == {"python", "perl", "linux", "essays", "quotations"}
     assert split["heldout"] == {"bible", "handbook", "dictionary", "licences"}
     assert not list((tmp_path / "corpus" / "train").rglob("*pydoc_data*"))
+    assert not list((tmp_path / "corpus").rglob("*x.dat*"))
     essay = next((tmp_path / "corpus" / "train" / "essays").iterdir()).read_text()
     assert essay.startswith("text of some length\n")
     notes = (tmp_path / "corpus" / "SOURCES.txt").read_text()

@@ -1,4 +1,5 @@
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from transformers.cache_utils import Cache
 import hata
 from closeness import assert_equal, assert_no_worse_than_pytorch
 from hata import HataConfig
-from hata.integrations.transformers import HataTransformersCache, enable
+from hata.integrations.transformers import CACHE_ARGUMENT, HataTransformersCache, enable
 from tiny_models import (
     EVERYTHING,
     FEW,
@@ -27,13 +28,13 @@ from tiny_models import (
 def make_cache(
     model: PreTrainedModel, config: HataConfig = EVERYTHING, **settings: Any
 ) -> HataTransformersCache:
-    return enable(model, config, make_weights(model), max_seq_len=POSITIONS, **settings)
+    return enable(model, config, weights=make_weights(model), max_seq_len=POSITIONS, **settings)
 
 
 @torch.no_grad()
 def logits_of(model: PreTrainedModel, chunks: list[Tensor], cache: Cache) -> Tensor:
     """The logits after each chunk of the tokens, ``[batch, chunks, vocabulary]``."""
-    steps = [model(chunk, past_key_values=cache).logits[:, -1] for chunk in chunks]
+    steps = [model(chunk, **{CACHE_ARGUMENT: cache}).logits[:, -1] for chunk in chunks]
     return torch.stack(steps, dim=1)
 
 
@@ -49,7 +50,7 @@ def test_text_equals_the_dense_text_where_everything_is_selected(
     dense = generate(model, prompt, 25, **settings)
     cache = make_cache(model, page_size=page_size)
     torch.manual_seed(1)
-    assert_equal(generate(model, prompt, 25, past_key_values=cache, **settings), dense)
+    assert_equal(generate(model, prompt, 25, **{CACHE_ARGUMENT: cache}, **settings), dense)
     assert cache.get_seq_length() == 21 + 25 - 1  # the last token is not fed back
 
 
@@ -89,7 +90,7 @@ def test_sparse_layers_report_what_they_selected(device: str) -> None:
         steps.append((layer_idx, cache.seq_lens[0]))
 
     cache = make_cache(model, FEW, observer=observe)
-    generate(model, random_prompt(2, 40, device), 6, past_key_values=cache)
+    generate(model, random_prompt(2, 40, device), 6, **{CACHE_ARGUMENT: cache})
     assert steps == [(layer_idx, n) for n in range(41, 46) for layer_idx in (1, 2)]
 
 
@@ -107,25 +108,25 @@ def test_dense_layers_ignore_the_budget() -> None:
     dense = generate(model, prompt, 20)
     config = HataConfig(top_k=1, num_sink=0, num_recent=1, num_dense_layers=NUM_LAYERS)
     cache = make_cache(model, config)
-    assert_equal(generate(model, prompt, 20, past_key_values=cache), dense)
+    assert_equal(generate(model, prompt, 20, **{CACHE_ARGUMENT: cache}), dense)
 
 
 def test_a_prompt_of_one_token() -> None:
     model, prompt = make_model("llama-group1"), random_prompt(2, 1)
     dense = generate(model, prompt, 10)
-    assert_equal(generate(model, prompt, 10, past_key_values=make_cache(model)), dense)
+    assert_equal(generate(model, prompt, 10, **{CACHE_ARGUMENT: make_cache(model)}), dense)
 
 
 def test_a_conversation_continues_and_a_reset_cache_starts_anew() -> None:
     model = make_model("llama-group4")
     cache = make_cache(model)
-    first = generate(model, random_prompt(1, 20), 10, past_key_values=cache)
+    first = generate(model, random_prompt(1, 20), 10, **{CACHE_ARGUMENT: cache})
     longer = torch.cat([first, random_prompt(1, 7)], dim=1)
-    second = generate(model, longer, 10, past_key_values=cache)
+    second = generate(model, longer, 10, **{CACHE_ARGUMENT: cache})
     cache.reset()
     assert cache.get_seq_length() == 0
     other = random_prompt(3, 15)  # another batch
-    third = generate(model, other, 10, past_key_values=cache)
+    third = generate(model, other, 10, **{CACHE_ARGUMENT: cache})
     model.set_attn_implementation("sdpa")
     assert_equal(second, generate(model, longer, 10))
     assert_equal(third, generate(model, other, 10))
@@ -157,9 +158,30 @@ def test_a_copied_cache_goes_its_own_way() -> None:
 
 def test_missing_weights_are_drawn_and_said_so() -> None:
     model = make_model("llama-group1")
-    with pytest.warns(UserWarning, match=r"random orthogonal weights \(seed 0\)"):
+    with pytest.warns(UserWarning, match=r"random orthogonal weights \(64 bits, seed 0\)"):
         cache = enable(model, FEW, max_seq_len=32)
     assert cache.weights.metadata["origin"] == "random orthogonal, seed 0"
     assert_equal(cache.weights.key_weights, make_weights(model).key_weights)
     assert cache.hata_cache is None  # until the first forward pass
     assert cache.get_max_length() == 32
+
+
+def test_a_model_of_a_known_name_and_shape_gets_the_packages_weights() -> None:
+    shape = {"num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3}
+    model = make_model("llama-group1", hidden_size=72, **shape)
+    model.name_or_path = "models/SmolLM2-135M-Instruct"
+    cache = enable(model, top_k=24)
+    assert cache.weights.metadata["recipe"] == "hata"
+    assert (cache.config, cache.max_seq_len) == (HataConfig(top_k=24), POSITIONS)
+    other = make_model("llama-group1")
+    other.name_or_path = model.name_or_path
+    with pytest.warns(UserWarning, match="the package has none for this model"):
+        enable(other, top_k=24)
+
+
+def test_weights_can_be_named_by_their_file(tmp_path: Path) -> None:
+    model = make_model("llama-group1")
+    weights = make_weights(model, num_bits=96)
+    hata.save_weights(tmp_path / "weights.safetensors", weights)
+    cache = enable(model, FEW, weights=tmp_path / "weights.safetensors")
+    assert_equal(cache.weights.key_weights, weights.key_weights)

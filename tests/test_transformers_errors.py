@@ -18,8 +18,8 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from hata import HashWeights, HataConfig
-from hata.integrations.transformers import enable
+from hata import HashWeights
+from hata.integrations.transformers import CACHE_ARGUMENT, enable
 from tiny_models import EVERYTHING, POSITIONS, generate, make_model, make_weights, random_prompt
 
 SMALL = {"num_layers": 3, "num_kv_heads": 2, "head_dim": 64, "num_bits": 64}
@@ -61,7 +61,7 @@ def encoder_decoder() -> PreTrainedModel:
 def test_rejects_a_model(make: Callable[[], Any], message: str) -> None:
     model = make()
     with pytest.raises((ValueError, TypeError), match=re.escape(message)):
-        enable(model, EVERYTHING, HashWeights.random(**SMALL), max_seq_len=16)
+        enable(model, EVERYTHING, weights=HashWeights.random(**SMALL), max_seq_len=16)
     if isinstance(model, PreTrainedModel):
         assert model.config._attn_implementation != "hata"
 
@@ -70,14 +70,12 @@ def test_rejects_a_model(make: Callable[[], Any], message: str) -> None:
     ("changes", "message"),
     [
         ({"config": 64}, "config must be a HataConfig, got int"),
-        ({"weights": "file"}, "weights must be HashWeights, got str"),
+        ({"weights": 64}, "weights must be HashWeights or the name of a file, got int"),
+        ({"weights": "no/such"}, "path must name an existing file, got no/such"),
         (
             {"weights": HashWeights.random(**{**SMALL, "num_kv_heads": 1})},
-            "weights must have the shape of model and config, [3, 2, 64, 64], got [3, 1, 64, 64]",
-        ),
-        (
-            {"config": HataConfig(num_bits=128)},
-            "weights must have the shape of model and config, [3, 2, 64, 128], got [3, 2, 64, 64]",
+            "weights must be for the model's (num_layers, num_kv_heads, head_dim), (3, 2, 64), got "
+            "(3, 1, 64)",
         ),
         ({"max_seq_len": 161}, "max_seq_len must be in 1..160, got 161"),
         ({"max_seq_len": 0}, "max_seq_len must be in 1..160, got 0"),
@@ -105,64 +103,64 @@ def model() -> PreTrainedModel:
 
 
 def test_rejects_padding(model: PreTrainedModel) -> None:
-    cache = enable(model, EVERYTHING, make_weights(model), max_seq_len=POSITIONS)
+    cache = enable(model, EVERYTHING, weights=make_weights(model), max_seq_len=POSITIONS)
     mask = torch.ones(2, 9, dtype=torch.long)
     mask[1, :3] = 0
     rule = r"attention_mask must be all ones \(equal lengths, no padding\), got 3 zeros"
     with pytest.raises(ValueError, match=rule):
-        model(random_prompt(2, 9), attention_mask=mask, past_key_values=cache)
+        model(random_prompt(2, 9), attention_mask=mask, **{CACHE_ARGUMENT: cache})
     assert cache.get_seq_length() == 0
 
 
 def test_rejects_a_mask_of_four_dimensions(model: PreTrainedModel) -> None:
-    cache = enable(model, EVERYTHING, make_weights(model), max_seq_len=POSITIONS)
+    cache = enable(model, EVERYTHING, weights=make_weights(model), max_seq_len=POSITIONS)
     mask = torch.ones(1, 1, 9, 9, dtype=torch.bool).tril()
     rule = r"attention_mask must be None .*, got one of shape \[1, 1, 9, 9\]"
     with pytest.raises(ValueError, match=rule):
-        model(random_prompt(1, 9), attention_mask=mask, past_key_values=cache)
+        model(random_prompt(1, 9), attention_mask=mask, **{CACHE_ARGUMENT: cache})
 
 
-@pytest.mark.parametrize("arguments", [{}, {"past_key_values": None}, {"use_cache": False}])
+@pytest.mark.parametrize("arguments", [{}, {CACHE_ARGUMENT: None}, {"use_cache": False}])
 def test_rejects_a_forward_pass_without_its_cache(
     model: PreTrainedModel, arguments: dict[str, Any]
 ) -> None:
-    enable(model, EVERYTHING, make_weights(model), max_seq_len=POSITIONS)
-    rule = "past_key_values must be the HataTransformersCache that enable"
+    enable(model, EVERYTHING, weights=make_weights(model), max_seq_len=POSITIONS)
+    rule = f"{CACHE_ARGUMENT} must be the HataTransformersCache that enable"
     with pytest.raises(ValueError, match=rule):
         model(random_prompt(1, 9), **arguments)
     with pytest.raises(ValueError, match=rule):
-        model(random_prompt(1, 9), past_key_values=DynamicCache(config=model.config))
+        model(random_prompt(1, 9), **{CACHE_ARGUMENT: DynamicCache(config=model.config)})
 
 
 def test_rejects_a_context_that_is_too_long(model: PreTrainedModel) -> None:
-    cache = enable(model, EVERYTHING, make_weights(model), max_seq_len=20)
+    cache = enable(model, EVERYTHING, weights=make_weights(model), max_seq_len=20)
     rule = "sequence lengths must be at most max_seq_len=20, got"
     with pytest.raises(ValueError, match=rf"{rule} \[21\]"):
-        generate(model, random_prompt(1, 21), 1, past_key_values=cache)
+        generate(model, random_prompt(1, 21), 1, **{CACHE_ARGUMENT: cache})
     assert cache.get_seq_length() == 0
     with pytest.raises(ValueError, match=rf"{rule} \[21\]"):
-        generate(model, random_prompt(1, 18), 9, past_key_values=cache)
+        generate(model, random_prompt(1, 18), 9, **{CACHE_ARGUMENT: cache})
     assert cache.get_seq_length() == 20
 
 
 def test_rejects_another_batch_while_it_holds_tokens(model: PreTrainedModel) -> None:
-    cache = enable(model, EVERYTHING, make_weights(model), max_seq_len=POSITIONS)
-    model(random_prompt(2, 9), past_key_values=cache)
-    with pytest.raises(ValueError, match=r"k must have shape \[batch=2, .*, got \[1, 9, 2, 64\]"):
-        model(random_prompt(1, 9), past_key_values=cache)
+    cache = enable(model, EVERYTHING, weights=make_weights(model), max_seq_len=POSITIONS)
+    model(random_prompt(2, 9), **{CACHE_ARGUMENT: cache})
+    with pytest.raises(ValueError, match=r"q must have shape \[batch=2, .*, got \[1, 9, 8, 64\]"):
+        model(random_prompt(1, 9), **{CACHE_ARGUMENT: cache})
     assert cache.get_seq_length() == 9
 
 
 def test_rejects_dropout() -> None:
     model = make_model("llama-group1", attention_dropout=0.1).train()
-    cache = enable(model, EVERYTHING, make_weights(model), max_seq_len=POSITIONS)
+    cache = enable(model, EVERYTHING, weights=make_weights(model), max_seq_len=POSITIONS)
     with pytest.raises(ValueError, match=r"dropout must be 0 \(call model\.eval\(\)\), got 0\.1"):
-        model(random_prompt(1, 9), past_key_values=cache)
+        model(random_prompt(1, 9), **{CACHE_ARGUMENT: cache})
 
 
 def test_rejects_changes_of_the_batch_and_of_the_length(model: PreTrainedModel) -> None:
-    cache = enable(model, EVERYTHING, make_weights(model), max_seq_len=POSITIONS)
-    model(random_prompt(2, 9), past_key_values=cache)
+    cache = enable(model, EVERYTHING, weights=make_weights(model), max_seq_len=POSITIONS)
+    model(random_prompt(2, 9), **{CACHE_ARGUMENT: cache})
     for tokens, rule in ((1, r"must be in -9\.\.0, got 1"), (-10, r"must be in -9\.\.0, got -10")):
         with pytest.raises(ValueError, match=f"tokens_to_remove {rule}"):
             cache.crop(tokens)

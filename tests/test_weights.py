@@ -1,3 +1,4 @@
+import copy
 import re
 from pathlib import Path
 from typing import Any
@@ -5,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, zeros
 
 from closeness import assert_equal
 from hata import HashWeights, load_weights, save_weights
@@ -20,10 +21,14 @@ def key_weights() -> Tensor:
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_saved_file_loads_unchanged(tmp_path: Path, tied: bool) -> None:
-    weights = HashWeights(key_weights(), None if tied else key_weights(), {"origin": "a test"})
+    weights = HashWeights(
+        key_weights(), None if tied else key_weights(), 2, True, metadata={"origin": "a test"}
+    )
     save_weights(tmp_path / "hash.safetensors", weights)
-    loaded = load_weights(tmp_path / "hash.safetensors", **SHAPE)
+    loaded = load_weights(tmp_path / "hash.safetensors")
     assert_equal(loaded.key_weights, weights.key_weights)
+    assert loaded.shape == tuple(SHAPE.values())
+    assert (loaded.query_bits, loaded.key_norms) == (2, True)
     assert loaded.metadata == {"origin": "a test"}
     if weights.query_weights is None:
         assert loaded.query_weights is None
@@ -87,24 +92,43 @@ def test_rejects_a_layer_that_is_not_there(layer_idx: int) -> None:
     [
         ([None], TypeError, "key_weights must be a tensor, got NoneType"),
         ([torch.zeros(2, 3)], ValueError, "num_bits], got [2, 3]"),
-        ([torch.zeros(1, 1, 8, 32).half()], ValueError, "must be torch.float32, got torch.float16"),
+        ([zeros(1, 1, 8, 32).half()], ValueError, "must be torch.float32, got torch.float16"),
         ([torch.full((1, 1, 8, 32), torch.nan)], ValueError, "must be finite, got infinite values"),
-        ([torch.zeros(1, 1, 8, 48)], ValueError, "num_bits must be a multiple of 32"),
-        ([torch.zeros(1, 1, 8, 32), 3], TypeError, "query_weights must be a tensor, got int"),
+        ([torch.zeros(1, 1, 8, 48)], ValueError, "num_bits must be a multiple of 32, got 48"),
+        ([zeros(1, 1, 8, 32), 3], TypeError, "query_weights must be a tensor, got int"),
         (
-            [torch.zeros(1, 1, 8, 32), torch.zeros(1, 1, 8, 64)],
+            [zeros(1, 1, 8, 32), zeros(1, 1, 8, 64)],
             ValueError,
             "query_weights must have the shape of key_weights, [1, 1, 8, 32], got [1, 1, 8, 64]",
         ),
-        ([torch.zeros(1, 1, 8, 32), None, {"a": 1}], TypeError, "must hold strings by name"),
-        ([torch.zeros(1, 1, 8, 32), None, {"num_bits": "1"}], ValueError, "must not name any of"),
+        ([zeros(1, 1, 8, 32), None, 5], ValueError, "query_bits must be in 1..4, got 5"),
+        ([zeros(1, 1, 8, 32), None, True], TypeError, "query_bits must be an int, got bool"),
+        ([zeros(1, 1, 8, 32), None, 4, 1], TypeError, "key_norms must be a bool, got int"),
         (
-            [torch.zeros(2, 1, 8, 64), None, {}, (64,)],
+            [zeros(1, 1, 8, 32), None, 4, False, {"a": 1}],
+            TypeError,
+            "must hold strings by name",
+        ),
+        (
+            [zeros(1, 1, 8, 32), None, 4, False, {"num_bits": "1"}],
+            ValueError,
+            "must not name any of",
+        ),
+        (
+            [zeros(2, 1, 8, 64), None, 4, False, {}, (64,)],
             ValueError,
             "layer_bits must have num_layers=2 entries, got (64,)",
         ),
-        ([torch.zeros(1, 1, 8, 64), None, {}, (96,)], ValueError, "layer_bits must be in 32..64"),
-        ([torch.zeros(1, 1, 8, 64), None, {}, (40,)], ValueError, "must be multiples of 32"),
+        (
+            [zeros(1, 1, 8, 64), None, 4, False, {}, (96,)],
+            ValueError,
+            "must be in 32..64",
+        ),
+        (
+            [zeros(1, 1, 8, 64), None, 4, False, {}, (40,)],
+            ValueError,
+            "of 32, got 40",
+        ),
     ],
 )
 def test_rejects_what_are_no_weights(
@@ -121,7 +145,7 @@ def test_rejects_what_are_no_weights(
         ({"num_kv_heads": 0}, "num_kv_heads must be at least 1, got 0"),
         ({"head_dim": 0}, "head_dim must be at least 1, got 0"),
         ({"num_bits": 16}, "num_bits must be in 32..256, got 16"),
-        ({"num_bits": 40}, "num_bits must be a multiple of 32 from 32 to 256, got 40"),
+        ({"num_bits": 40}, "num_bits must be a multiple of 32, got 40"),
         ({"seed": -1}, "seed must be at least 0, got -1"),
     ],
 )
@@ -158,13 +182,42 @@ def test_rejects_a_file_that_is_missing_or_of_another_kind(tmp_path: Path) -> No
         load_weights(path)
 
 
-@pytest.mark.parametrize("size", SHAPE)
-def test_rejects_the_weights_of_another_model(tmp_path: Path, size: str) -> None:
-    path = tmp_path / "hash.safetensors"
-    save_weights(path, HashWeights(key_weights()))
-    rule = f"{size} must be {SHAPE[size] + 1}, as asked for, got {SHAPE[size]} in"
+@pytest.mark.parametrize("size", ["num_layers", "num_kv_heads", "head_dim"])
+def test_rejects_the_weights_of_another_model(size: str) -> None:
+    sizes = {name: SHAPE[name] for name in ("num_layers", "num_kv_heads", "head_dim")}
+    weights = HashWeights(key_weights())
+    weights.check_model("enable", **sizes)
+    rule = r"hata\.enable: weights must be for the model's .*, got \(2, 3, 40\)"
     with pytest.raises(ValueError, match=rule):
-        load_weights(path, **{size: SHAPE[size] + 1})
+        weights.check_model("enable", **{**sizes, size: SHAPE[size] + 1})
+
+
+def test_a_file_of_before_the_code_format_was_always_saved_loads(tmp_path: Path) -> None:
+    path = tmp_path / "hash.safetensors"
+    save_file({"key_weights": key_weights()}, path, metadata=METADATA)
+    loaded = load_weights(path)
+    assert (loaded.query_bits, loaded.key_norms) == (4, False)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ({"query_bits": "5"}, "query_bits must be 1 to 4, got 5"),
+        ({"key_norms": "yes"}, "key_norms must be true or false, got yes"),
+    ],
+)
+def test_rejects_a_code_format_that_there_is_not(
+    tmp_path: Path, metadata: dict[str, str], message: str
+) -> None:
+    path = tmp_path / "hash.safetensors"
+    save_file({"key_weights": key_weights()}, path, metadata={**METADATA, **metadata})
+    with pytest.raises(ValueError, match=message):
+        load_weights(path)
+
+
+def test_copies_share_their_tensors() -> None:
+    weights = HashWeights(key_weights())
+    assert copy.deepcopy([weights])[0] is weights
 
 
 def layers_of(num_bits: tuple[int, ...]) -> list[Tensor]:
@@ -177,11 +230,11 @@ def test_layers_of_different_bits_are_saved_and_loaded(
     tmp_path: Path, num_bits: tuple[int, ...], tied: bool
 ) -> None:
     keys, queries = layers_of(num_bits), None if tied else layers_of(num_bits)
-    weights = HashWeights.from_layers(keys, queries, {"origin": "a test"})
+    weights = HashWeights.from_layers(keys, queries, metadata={"origin": "a test"})
     assert weights.layer_bits == num_bits
     assert weights.num_bits == max(num_bits)
     save_weights(tmp_path / "hash.safetensors", weights)
-    loaded = load_weights(tmp_path / "hash.safetensors", num_layers=len(num_bits))
+    loaded = load_weights(tmp_path / "hash.safetensors")
     assert loaded.layer_bits == num_bits
     assert loaded.metadata == {"origin": "a test"}
     for i, key_layer in enumerate(keys):
@@ -191,11 +244,11 @@ def test_layers_of_different_bits_are_saved_and_loaded(
 
 
 def test_a_layer_can_use_fewer_columns_than_there_are(tmp_path: Path) -> None:
-    weights = HashWeights(key_weights(), None, {}, (64, 64))
+    weights = HashWeights(key_weights(), layer_bits=(64, 64))
     found, _ = weights.layer(1, torch.float32, torch.device("cpu"))
     assert_equal(found, weights.key_weights[1, ..., :64])
     save_weights(tmp_path / "hash.safetensors", weights)
-    assert load_weights(tmp_path / "hash.safetensors", num_bits=64).num_bits == 64
+    assert load_weights(tmp_path / "hash.safetensors").num_bits == 64
 
 
 def test_random_weights_of_different_bits() -> None:
@@ -222,9 +275,6 @@ def test_rejects_layers_that_do_not_go_together(layers: tuple[Any, ...], message
 
 def test_rejects_a_file_whose_layers_are_not_those_of_its_metadata(tmp_path: Path) -> None:
     path = tmp_path / "hash.safetensors"
-    save_weights(path, HashWeights.from_layers(layers_of((32, 96))))
-    with pytest.raises(ValueError, match="num_bits must be 32,64, as asked for, got 32,96 in"):
-        load_weights(path, num_bits=(32, 64))
     tensors = {f"key_weights.{i}": layer for i, layer in enumerate(layers_of((32, 96)))}
     save_file(tensors, path, metadata={**METADATA, "num_bits": "32,64"})
     with pytest.raises(ValueError, match="num_bits must be 32,96 in the metadata, got 32,64"):
@@ -234,7 +284,7 @@ def test_rejects_a_file_whose_layers_are_not_those_of_its_metadata(tmp_path: Pat
 def test_half_the_space_costs_only_rounding(tmp_path: Path) -> None:
     weights = HashWeights(key_weights(), key_weights())
     save_weights(tmp_path / "hash.safetensors", weights, dtype=torch.float16)
-    loaded = load_weights(tmp_path / "hash.safetensors", **SHAPE)
+    loaded = load_weights(tmp_path / "hash.safetensors")
     assert_equal(loaded.key_weights, weights.key_weights.half().float())
     assert (tmp_path / "hash.safetensors").stat().st_size < 0.6 * weights.key_weights.nbytes * 2
     with pytest.raises(ValueError, match=r"save_weights: dtype must be one of .* got torch.int8"):

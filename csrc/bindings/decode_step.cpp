@@ -1,5 +1,10 @@
 #include "decode_step.h"
 
+#include <algorithm>
+#include <optional>
+#include <string>
+#include <utility>
+
 #include "bindings/launch.h"
 #include "bindings/params.h"
 #include "workspace.h"
@@ -7,23 +12,34 @@
 namespace hata {
 namespace {
 
+// The start of a workspace of at least `size` bytes.
+std::byte* check_workspace(const ArgumentChecks& check, const Tensor& workspace, int64_t size) {
+  check.tensor(workspace, "workspace", ScalarType::Byte, {{"size"}});
+  check.contiguous(workspace, "workspace");
+  check.rule(workspace.numel() >= size, "workspace",
+             "have at least " + std::to_string(size) + " bytes", workspace.numel());
+  check.rule(reinterpret_cast<uintptr_t>(workspace.data_ptr()) % 16 == 0, "workspace",
+             "start at a multiple of 16 bytes", "another offset");
+  return data<std::byte>(workspace);
+}
+
 void decode_step(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& key_weights,
                  const Tensor& query_weights, Tensor k_cache, Tensor v_cache, Tensor code_cache,
                  std::optional<Tensor> norm_cache, const Tensor& block_table,
                  const Tensor& cache_seqlens, int64_t query_bits, int64_t top_k, int64_t num_sink,
-                 int64_t num_recent, double softmax_scale, Tensor workspace, Tensor indices,
-                 Tensor num_selected, Tensor out, Tensor lse) {
+                 int64_t num_recent, std::optional<double> softmax_scale,
+                 std::optional<Tensor> workspace, Tensor indices, Tensor num_selected, Tensor out,
+                 Tensor lse) {
   const ArgumentChecks check("decode_step", q, "q");
-  check_budget(check, top_k, num_sink, num_recent);
-  DecodeStepParams params{
-      .append = cache_append_params(check, k, v, key_weights, k_cache, v_cache, code_cache,
-                                    norm_cache, block_table, cache_seqlens, std::nullopt),
-      .encode = encode_query_params(check, q, query_weights, query_bits),
-      .select = {},
-      .attend = gather_attention_params(check, q, k_cache, v_cache, block_table, cache_seqlens,
-                                        top_k, softmax_scale),
-  };
-  const auto& [append, encode, _, attend] = params;
+  DecodeStepParams params{};
+  auto& [append, encode, select, attend] = params;
+  append = cache_append_params(check, k, v, key_weights, k_cache, v_cache, code_cache, norm_cache,
+                               block_table, cache_seqlens, std::nullopt);
+  const int capacity = append.table.capacity;
+  const Budget budget = checked_budget(check, top_k, num_sink, num_recent, capacity);
+  attend = gather_attention_params(check, q, k_cache, v_cache, block_table, cache_seqlens,
+                                   budget.top_k, softmax_scale);
+  encode = encode_query_params(check, q, query_weights, query_bits);
   check.tensor(k, "k", k.scalar_type(),
                {{"batch", encode.batch},
                 {"q_len", encode.q_len},
@@ -31,27 +47,56 @@ void decode_step(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor
                 {"head_dim", encode.head_dim}});
   check.rule(encode.num_words == append.code_cache.num_words, "query_weights",
              "have as many bits as key_weights", encode.num_words * kWordBits);
-  check_selection(check, indices, num_selected, encode.batch, encode.q_len, encode.num_kv_heads,
-                  top_k);
-  check_attention_out(check, attend, out, lse);
-  params.select = score_select_params(check, code_cache, norm_cache, block_table, cache_seqlens,
-                                      encode.weight_sum, encode.q_len, top_k, num_sink, num_recent);
+  select = score_select_params(check, code_cache, norm_cache, block_table, cache_seqlens,
+                               encode.weight_sum, encode.q_len, top_k, num_sink, num_recent);
+
+  const Dim batch{"batch", encode.batch}, q_len{"q_len", encode.q_len};
+  const Dim num_heads{"num_heads", encode.num_heads};
+  const Dim num_kv_heads{"num_kv_heads", encode.num_kv_heads};
+  check.tensor(indices, "indices", ScalarType::Int,
+               {batch, q_len, num_kv_heads, {"min(top_k, capacity)", budget.top_k}});
+  check.contiguous(indices, "indices");
+  check.tensor(num_selected, "num_selected", ScalarType::Int, {batch, q_len, num_kv_heads});
+  check.contiguous(num_selected, "num_selected");
+  check.tensor(out, "out", q.scalar_type(),
+               {batch, q_len, num_heads, {"head_dim", encode.head_dim}});
+  check.contiguous(out, "out");
+  check.rows_aligned(out, "out");
+  check.tensor(lse, "lse", ScalarType::Float, {batch, q_len, num_heads});
+  check.contiguous(lse, "lse");
   const WorkspaceLayout layout =
       workspace_layout(encode.batch, encode.q_len, encode.num_heads, encode.num_kv_heads,
-                       encode.head_dim, append.table.capacity, top_k);
-  std::byte* base = check_workspace(check, workspace, layout.size);
+                       encode.head_dim, capacity, budget.top_k);
+  if (!workspace) workspace = torch::stable::new_empty(q, {layout.size}, ScalarType::Byte);
+  std::byte* base = check_workspace(check, *workspace, layout.size);
 
-  params.encode.planes = reinterpret_cast<uint32_t*>(base + layout.planes);
-  params.select.planes = params.encode.planes;
-  params.select.keys = reinterpret_cast<uint16_t*>(base + layout.keys);
-  params.select.indices = data<int32_t>(indices);
-  params.select.num_selected = data<int32_t>(num_selected);
-  params.attend.indices = params.select.indices;
-  params.attend.out = out.data_ptr();
-  params.attend.lse = data<float>(lse);
-  params.attend.out_partial = reinterpret_cast<float*>(base + layout.out_partial);
-  params.attend.lse_partial = reinterpret_cast<float*>(base + layout.lse_partial);
+  encode.planes = reinterpret_cast<uint32_t*>(base + layout.planes);
+  select.planes = encode.planes;
+  select.keys = base + layout.keys;
+  select.indices = data<int32_t>(indices);
+  select.num_selected = data<int32_t>(num_selected);
+  attend.indices = select.indices;
+  attend.out = out.data_ptr();
+  attend.lse = data<float>(lse);
+  attend.out_partial = reinterpret_cast<float*>(base + layout.out_partial);
+  attend.lse_partial = reinterpret_cast<float*>(base + layout.lse_partial);
   launch(q, params, decode_step_cpu, decode_step_cuda);
+}
+
+int64_t workspace_size(int64_t batch, int64_t q_len, int64_t num_heads, int64_t num_kv_heads,
+                       int64_t head_dim, int64_t max_seq_len, int64_t top_k) {
+  const std::pair<const char*, int64_t> sizes[] = {
+      {"batch", batch},         {"q_len", q_len},
+      {"num_heads", num_heads}, {"num_kv_heads", num_kv_heads},
+      {"head_dim", head_dim},   {"max_seq_len", max_seq_len},
+      {"top_k", top_k}};
+  for (const auto& [name, size] : sizes) {
+    STD_TORCH_CHECK(size >= 0 && size <= kMaxInt32, "hata::workspace_size: ", name,
+                    " must be in 0..", kMaxInt32, ", got ", size);
+  }
+  return workspace_layout(batch, q_len, num_heads, num_kv_heads, head_dim, max_seq_len,
+                          std::min(top_k, max_seq_len))
+      .size;
 }
 
 }  // namespace
@@ -61,6 +106,9 @@ STABLE_TORCH_LIBRARY_IMPL(hata, CPU, m) {
 }
 STABLE_TORCH_LIBRARY_IMPL(hata, CUDA, m) {
   m.impl("decode_step", TORCH_BOX(&decode_step));
+}
+STABLE_TORCH_LIBRARY_IMPL(hata, CompositeExplicitAutograd, m) {
+  m.impl("workspace_size", TORCH_BOX(&workspace_size));
 }
 
 }  // namespace hata

@@ -43,21 +43,6 @@ EncodeQueryParams encode_query_params(const ArgumentChecks& check, const Tensor&
 
 namespace {
 
-void encode_query_out(const Tensor& q, const Tensor& query_weights, int64_t query_bits,
-                      Tensor planes) {
-  const ArgumentChecks check("encode_query", q, "q");
-  EncodeQueryParams params = encode_query_params(check, q, query_weights, query_bits);
-  check.tensor(planes, "planes", ScalarType::Int,
-               {{"batch", params.batch},
-                {"q_len", params.q_len},
-                {"num_kv_heads", params.num_kv_heads},
-                {"num_planes", num_planes(params.weight_sum)},
-                {"num_words", params.num_words}});
-  check.contiguous(planes, "planes");
-  params.planes = data<uint32_t>(planes);
-  launch(q, params, encode_query_cpu, encode_query_cuda);
-}
-
 Tensor encode_query(const Tensor& q, const Tensor& query_weights, int64_t query_bits) {
   const ArgumentChecks check("encode_query", q, "q");
   EncodeQueryParams params = encode_query_params(check, q, query_weights, query_bits);
@@ -74,11 +59,9 @@ Tensor encode_query(const Tensor& q, const Tensor& query_weights, int64_t query_
 
 STABLE_TORCH_LIBRARY_IMPL(hata, CPU, m) {
   m.impl("encode_query", TORCH_BOX(&encode_query));
-  m.impl("encode_query.out", TORCH_BOX(&encode_query_out));
 }
 STABLE_TORCH_LIBRARY_IMPL(hata, CUDA, m) {
   m.impl("encode_query", TORCH_BOX(&encode_query));
-  m.impl("encode_query.out", TORCH_BOX(&encode_query_out));
 }
 
 }  // namespace hata

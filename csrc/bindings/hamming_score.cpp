@@ -22,62 +22,29 @@ Planes check_planes(const ArgumentChecks& check, const Tensor& planes, int64_t b
 
 namespace {
 
-// `scores` and `max_seq_len` are left for the caller.
-HammingScoreParams hamming_score_params(const ArgumentChecks& check, const Tensor& planes,
-                                        const Tensor& code_cache_,
-                                        const std::optional<Tensor>& norm_cache,
-                                        const Tensor& block_table, const Tensor& cache_seqlens,
-                                        int64_t weight_sum) {
+Tensor hamming_score(const Tensor& planes, const Tensor& code_cache_,
+                     std::optional<Tensor> norm_cache, const Tensor& block_table,
+                     const Tensor& cache_seqlens, int64_t weight_sum, int64_t max_seq_len) {
+  const ArgumentChecks check("hamming_score", planes, "planes");
   const CodeCache cache = code_cache(check, code_cache_, norm_cache);
   const PageTable table =
       page_table(check, block_table, cache_seqlens, code_cache_.size(0), code_cache_.size(2));
   const Planes p = check_planes(check, planes, table.batch, cache, code_cache_.size(1), weight_sum);
-  return HammingScoreParams{
+  check.in_range(max_seq_len, "max_seq_len", 0, kMaxInt32);
+  Tensor scores =
+      torch::stable::new_empty(planes, {table.batch, p.q_len, p.num_kv_heads, max_seq_len},
+                               norm_cache ? ScalarType::Half : ScalarType::Int);
+  const HammingScoreParams params{
       .table = table,
       .code_cache = cache,
       .kind = norm_cache ? ScoreKind::kFloat16 : ScoreKind::kInt32,
       .q_len = p.q_len,
       .num_kv_heads = p.num_kv_heads,
       .weight_sum = static_cast<int>(weight_sum),
-      .max_seq_len = 0,
+      .max_seq_len = static_cast<int>(max_seq_len),
       .planes = p.data,
-      .scores = nullptr,
+      .scores = scores.data_ptr(),
   };
-}
-
-ScalarType score_dtype(const HammingScoreParams& params) {
-  return params.kind == ScoreKind::kFloat16 ? ScalarType::Half : ScalarType::Int;
-}
-
-void hamming_score_out(const Tensor& planes, const Tensor& code_cache_,
-                       std::optional<Tensor> norm_cache, const Tensor& block_table,
-                       const Tensor& cache_seqlens, int64_t weight_sum, Tensor scores) {
-  const ArgumentChecks check("hamming_score", planes, "planes");
-  HammingScoreParams params = hamming_score_params(check, planes, code_cache_, norm_cache,
-                                                   block_table, cache_seqlens, weight_sum);
-  check.tensor(scores, "scores", score_dtype(params),
-               {{"batch", params.table.batch},
-                {"q_len", params.q_len},
-                {"num_kv_heads", params.num_kv_heads},
-                {"max_seq_len"}});
-  check.contiguous(scores, "scores");
-  params.max_seq_len = static_cast<int>(scores.size(3));
-  params.scores = scores.data_ptr();
-  launch(planes, params, hamming_score_cpu, hamming_score_cuda);
-}
-
-Tensor hamming_score(const Tensor& planes, const Tensor& code_cache_,
-                     std::optional<Tensor> norm_cache, const Tensor& block_table,
-                     const Tensor& cache_seqlens, int64_t weight_sum, int64_t max_seq_len) {
-  const ArgumentChecks check("hamming_score", planes, "planes");
-  HammingScoreParams params = hamming_score_params(check, planes, code_cache_, norm_cache,
-                                                   block_table, cache_seqlens, weight_sum);
-  check.in_range(max_seq_len, "max_seq_len", 0, kMaxInt32);
-  Tensor scores = torch::stable::new_empty(
-      planes, {params.table.batch, params.q_len, params.num_kv_heads, max_seq_len},
-      score_dtype(params));
-  params.max_seq_len = static_cast<int>(max_seq_len);
-  params.scores = scores.data_ptr();
   launch(planes, params, hamming_score_cpu, hamming_score_cuda);
   return scores;
 }
@@ -86,11 +53,9 @@ Tensor hamming_score(const Tensor& planes, const Tensor& code_cache_,
 
 STABLE_TORCH_LIBRARY_IMPL(hata, CPU, m) {
   m.impl("hamming_score", TORCH_BOX(&hamming_score));
-  m.impl("hamming_score.out", TORCH_BOX(&hamming_score_out));
 }
 STABLE_TORCH_LIBRARY_IMPL(hata, CUDA, m) {
   m.impl("hamming_score", TORCH_BOX(&hamming_score));
-  m.impl("hamming_score.out", TORCH_BOX(&hamming_score_out));
 }
 
 }  // namespace hata

@@ -1,6 +1,5 @@
 #include "hash_encode.h"
 
-#include <optional>
 #include <tuple>
 
 #include "bindings/launch.h"
@@ -22,67 +21,39 @@ int check_hash_weights(const ArgumentChecks& check, const Tensor& weights, const
 
 namespace {
 
-// `codes` and `norms` are left null.
-HashEncodeParams hash_encode_params(const ArgumentChecks& check, const Tensor& keys,
-                                    const Tensor& key_weights) {
+std::tuple<Tensor, Tensor> hash_encode(const Tensor& keys, const Tensor& key_weights,
+                                       bool key_norms) {
+  const ArgumentChecks check("hash_encode", keys, "keys");
   const DType dtype = check.float_dtype(keys, "keys");
   check.tensor(keys, "keys", scalar_type(dtype),
                {{"batch"}, {"seq_len"}, {"num_kv_heads"}, {"head_dim"}});
   check.last_dims_contiguous(keys, "keys", 1);
   check.rows_aligned(keys, "keys");
   check.head_dim(keys.size(3));
-  return HashEncodeParams{
+  const int64_t batch = keys.size(0), seq_len = keys.size(1), num_kv_heads = keys.size(2);
+  const int64_t head_dim = keys.size(3);
+  const int words =
+      check_hash_weights(check, key_weights, "key_weights", dtype, num_kv_heads, head_dim);
+  Tensor codes =
+      torch::stable::new_empty(keys, {batch, num_kv_heads, seq_len, words}, ScalarType::Int);
+  // Without key norms an empty tensor stands in their place.
+  Tensor norms = torch::stable::new_empty(keys, {batch, num_kv_heads, key_norms ? seq_len : 0},
+                                          ScalarType::Half);
+  const HashEncodeParams params{
       .dtype = dtype,
-      .batch = static_cast<int>(keys.size(0)),
-      .seq_len = static_cast<int>(keys.size(1)),
-      .num_kv_heads = static_cast<int>(keys.size(2)),
-      .head_dim = static_cast<int>(keys.size(3)),
-      .num_words =
-          check_hash_weights(check, key_weights, "key_weights", dtype, keys.size(2), keys.size(3)),
+      .batch = static_cast<int>(batch),
+      .seq_len = static_cast<int>(seq_len),
+      .num_kv_heads = static_cast<int>(num_kv_heads),
+      .head_dim = static_cast<int>(head_dim),
+      .num_words = words,
       .keys = keys.data_ptr(),
       .key_weights = key_weights.data_ptr(),
-      .codes = nullptr,
-      .norms = nullptr,
+      .codes = data<uint32_t>(codes),
+      .norms = key_norms ? data<uint16_t>(norms) : nullptr,
       .key_batch_stride = keys.stride(0),
       .key_seq_stride = keys.stride(1),
       .key_head_stride = keys.stride(2),
   };
-}
-
-void hash_encode_out(const Tensor& keys, const Tensor& key_weights, Tensor codes,
-                     std::optional<Tensor> norms) {
-  const ArgumentChecks check("hash_encode", keys, "keys");
-  HashEncodeParams params = hash_encode_params(check, keys, key_weights);
-  check.tensor(codes, "codes", ScalarType::Int,
-               {{"batch", params.batch},
-                {"num_kv_heads", params.num_kv_heads},
-                {"seq_len", params.seq_len},
-                {"num_words", params.num_words}});
-  check.contiguous(codes, "codes");
-  params.codes = data<uint32_t>(codes);
-  if (norms) {
-    check.tensor(*norms, "norms", ScalarType::Half,
-                 {{"batch", params.batch},
-                  {"num_kv_heads", params.num_kv_heads},
-                  {"seq_len", params.seq_len}});
-    check.contiguous(*norms, "norms");
-    params.norms = data<uint16_t>(*norms);
-  }
-  launch(keys, params, hash_encode_cpu, hash_encode_cuda);
-}
-
-std::tuple<Tensor, Tensor> hash_encode(const Tensor& keys, const Tensor& key_weights,
-                                       bool key_norms) {
-  const ArgumentChecks check("hash_encode", keys, "keys");
-  HashEncodeParams params = hash_encode_params(check, keys, key_weights);
-  Tensor codes = torch::stable::new_empty(
-      keys, {params.batch, params.num_kv_heads, params.seq_len, params.num_words}, ScalarType::Int);
-  // Without key norms an empty tensor stands in their place.
-  const int64_t norm_len = key_norms ? params.seq_len : 0;
-  Tensor norms = torch::stable::new_empty(keys, {params.batch, params.num_kv_heads, norm_len},
-                                          ScalarType::Half);
-  params.codes = data<uint32_t>(codes);
-  if (key_norms) params.norms = data<uint16_t>(norms);
   launch(keys, params, hash_encode_cpu, hash_encode_cuda);
   return {codes, norms};
 }
@@ -91,11 +62,9 @@ std::tuple<Tensor, Tensor> hash_encode(const Tensor& keys, const Tensor& key_wei
 
 STABLE_TORCH_LIBRARY_IMPL(hata, CPU, m) {
   m.impl("hash_encode", TORCH_BOX(&hash_encode));
-  m.impl("hash_encode.out", TORCH_BOX(&hash_encode_out));
 }
 STABLE_TORCH_LIBRARY_IMPL(hata, CUDA, m) {
   m.impl("hash_encode", TORCH_BOX(&hash_encode));
-  m.impl("hash_encode.out", TORCH_BOX(&hash_encode_out));
 }
 
 }  // namespace hata

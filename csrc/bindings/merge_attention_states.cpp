@@ -8,10 +8,9 @@
 namespace hata {
 namespace {
 
-// `out` and `lse` are left null.
-MergeAttentionStatesParams merge_params(const ArgumentChecks& check, const Tensor& out_a,
-                                        const Tensor& lse_a, const Tensor& out_b,
-                                        const Tensor& lse_b) {
+std::tuple<Tensor, Tensor> merge_attention_states(const Tensor& out_a, const Tensor& lse_a,
+                                                  const Tensor& out_b, const Tensor& lse_b) {
+  const ArgumentChecks check("merge_attention_states", out_a, "out_a");
   const DType dtype = out_a.scalar_type() == ScalarType::Float ? DType::kFloat32
                                                                : check.float_dtype(out_a, "out_a");
   check.tensor(out_a, "out_a", scalar_type(dtype),
@@ -26,7 +25,9 @@ MergeAttentionStatesParams merge_params(const ArgumentChecks& check, const Tenso
                                 std::pair{&out_b, "out_b"}, std::pair{&lse_b, "lse_b"}}) {
     check.contiguous(*t, name);
   }
-  return MergeAttentionStatesParams{
+  Tensor out = torch::stable::new_empty(out_a, out_a.sizes());
+  Tensor lse = torch::stable::new_empty(lse_a, lse_a.sizes());
+  const MergeAttentionStatesParams params{
       .dtype = dtype,
       .num_rows = lse_a.numel(),
       .head_dim = static_cast<int>(out_a.size(3)),
@@ -34,39 +35,10 @@ MergeAttentionStatesParams merge_params(const ArgumentChecks& check, const Tenso
       .lse_a = data<float>(lse_a),
       .out_b = out_b.data_ptr(),
       .lse_b = data<float>(lse_b),
-      .out = nullptr,
-      .lse = nullptr,
+      .out = out.data_ptr(),
+      .lse = data<float>(lse),
   };
-}
-
-void run(const Tensor& out_a, MergeAttentionStatesParams params, const Tensor& out,
-         const Tensor& lse) {
-  params.out = out.data_ptr();
-  params.lse = data<float>(lse);
   launch(out_a, params, merge_attention_states_cpu, merge_attention_states_cuda);
-}
-
-void merge_attention_states_out(const Tensor& out_a, const Tensor& lse_a, const Tensor& out_b,
-                                const Tensor& lse_b, Tensor out, Tensor lse) {
-  const ArgumentChecks check("merge_attention_states", out_a, "out_a");
-  const MergeAttentionStatesParams params = merge_params(check, out_a, lse_a, out_b, lse_b);
-  const Dim rows[] = {
-      {"batch", out_a.size(0)}, {"q_len", out_a.size(1)}, {"num_heads", out_a.size(2)}};
-  check.tensor(out, "out", out_a.scalar_type(),
-               {rows[0], rows[1], rows[2], {"head_dim", out_a.size(3)}});
-  check.contiguous(out, "out");
-  check.tensor(lse, "lse", ScalarType::Float, {rows[0], rows[1], rows[2]});
-  check.contiguous(lse, "lse");
-  run(out_a, params, out, lse);
-}
-
-std::tuple<Tensor, Tensor> merge_attention_states(const Tensor& out_a, const Tensor& lse_a,
-                                                  const Tensor& out_b, const Tensor& lse_b) {
-  const ArgumentChecks check("merge_attention_states", out_a, "out_a");
-  const MergeAttentionStatesParams params = merge_params(check, out_a, lse_a, out_b, lse_b);
-  Tensor out = torch::stable::new_empty(out_a, out_a.sizes());
-  Tensor lse = torch::stable::new_empty(lse_a, lse_a.sizes());
-  run(out_a, params, out, lse);
   return {out, lse};
 }
 
@@ -74,11 +46,9 @@ std::tuple<Tensor, Tensor> merge_attention_states(const Tensor& out_a, const Ten
 
 STABLE_TORCH_LIBRARY_IMPL(hata, CPU, m) {
   m.impl("merge_attention_states", TORCH_BOX(&merge_attention_states));
-  m.impl("merge_attention_states.out", TORCH_BOX(&merge_attention_states_out));
 }
 STABLE_TORCH_LIBRARY_IMPL(hata, CUDA, m) {
   m.impl("merge_attention_states", TORCH_BOX(&merge_attention_states));
-  m.impl("merge_attention_states.out", TORCH_BOX(&merge_attention_states_out));
 }
 
 }  // namespace hata

@@ -36,11 +36,14 @@ struct Planes {
 Planes check_planes(const ArgumentChecks& check, const Tensor& planes, int64_t batch,
                     const CodeCache& cache, int64_t num_kv_heads, int64_t weight_sum);
 
-// top_k >= 1, num_sink and num_recent >= 0, num_sink + num_recent <= top_k.
-void check_budget(const ArgumentChecks& check, int64_t top_k, int64_t num_sink, int64_t num_recent);
+// What a selection from `capacity` positions comes to: indices are no wider than it.
+struct Budget {
+  int top_k, num_sink, num_recent;  // num_sink + num_recent <= top_k <= capacity
+};
 
-void check_selection(const ArgumentChecks& check, const Tensor& indices, const Tensor& num_selected,
-                     int64_t batch, int64_t q_len, int64_t num_kv_heads, int64_t top_k);
+// top_k >= 1, num_sink and num_recent >= 0, num_sink + num_recent <= top_k.
+Budget checked_budget(const ArgumentChecks& check, int64_t top_k, int64_t num_sink,
+                      int64_t num_recent, int64_t capacity);
 
 // What the environment variable HATA_SCORE_SELECT asks for.
 ScoreSelectAlgorithm forced_algorithm(const ArgumentChecks& check);
@@ -57,12 +60,6 @@ GatherAttentionParams gather_attention_params(const ArgumentChecks& check, const
                                               const Tensor& k_cache, const Tensor& v_cache,
                                               const Tensor& block_table,
                                               const Tensor& cache_seqlens, int64_t top_k,
-                                              double softmax_scale);
-
-void check_attention_out(const ArgumentChecks& check, const GatherAttentionParams& params,
-                         const Tensor& out, const Tensor& lse);
-
-// The start of a workspace of at least `size` bytes.
-std::byte* check_workspace(const ArgumentChecks& check, const Tensor& workspace, int64_t size);
+                                              std::optional<double> softmax_scale);
 
 }  // namespace hata

@@ -7,10 +7,9 @@ from torch import Tensor
 
 from hata import ops
 from hata.cache import HataCache
-from hata.checks import check, check_int, check_type
+from hata.checks import check, check_type
 from hata.decode_buffers import DecodeBuffers, LastStep
-from hata.dense import check_queries, dense_attention
-from hata.weights import HashWeights
+from hata.dense import check_dims, check_queries, dense_attention
 
 
 @torch.no_grad()
@@ -20,7 +19,6 @@ def prefill(
     v: Tensor,
     cache: HataCache,
     layer_idx: int,
-    weights: HashWeights,
     *,
     softmax_scale: float | None = None,
     new_seqlens: int | Sequence[int] | Tensor | None = None,
@@ -38,7 +36,6 @@ def prefill(
         v: The same shape and dtype as k.
         cache: The cache; q, k and v lie on its device.
         layer_idx: The layer.
-        weights: The model's hash weights.
         softmax_scale: Factor of the logits; None is ``head_dim ** -0.5``.
         new_seqlens: ``[batch]`` ints: only the last ``new_seqlens[b]`` tokens of sequence b are
             real, those before are left padding. None: all are.
@@ -49,13 +46,12 @@ def prefill(
     Raises:
         TypeError: An argument has another type.
         ValueError: An argument breaks its rule, or the cache has no room; it is then unchanged.
-        RuntimeError: The operator rejects a stride; the cache is then unchanged.
+        RuntimeError: The operator rejects a shape, dtype, device or stride; likewise.
     """
     where = "prefill"
-    key_weights, _ = _checked_weights(where, cache, layer_idx, weights)
-    new = cache.check_new(where, layer_idx, k, v, new_seqlens)
+    new = _new_tokens(where, cache, layer_idx, k, new_seqlens)
     check_queries(where, q, cache, k.shape[1])
-    cache.append(layer_idx, k, v, key_weights, new_seqlens=None if new_seqlens is None else new)
+    cache.append(layer_idx, k, v, new_seqlens=None if new_seqlens is None else new)
     return dense_attention(q, cache, layer_idx, new, _scale(cache, softmax_scale))
 
 
@@ -66,7 +62,6 @@ def decode_attention(
     v: Tensor,
     cache: HataCache,
     layer_idx: int,
-    weights: HashWeights,
     *,
     softmax_scale: float | None = None,
 ) -> Tensor:
@@ -98,7 +93,6 @@ def decode_attention(
         v: The same shape and dtype as k.
         cache: The cache; q, k and v lie on its device.
         layer_idx: The layer.
-        weights: The model's hash weights.
         softmax_scale: Factor of the logits; None is ``head_dim ** -0.5``.
 
     Returns:
@@ -108,35 +102,35 @@ def decode_attention(
     Raises:
         TypeError: An argument has another type.
         ValueError: An argument breaks its rule, or the cache has no room; it is then unchanged.
-        RuntimeError: The operator rejects a stride; the cache is then unchanged.
+        RuntimeError: The operator rejects a shape, dtype, device or stride; likewise.
     """
     where = "decode_attention"
-    key_weights, query_weights = _checked_weights(where, cache, layer_idx, weights)
-    new = cache.check_new(where, layer_idx, k, v)
-    num_heads = check_queries(where, q, cache, k.shape[1])
-    scale = _scale(cache, softmax_scale)
-    config = cache.config
-    capturing = q.is_cuda and torch.cuda.is_current_stream_capturing()
+    new = _new_tokens(where, cache, layer_idx, k)
+    scale, config = _scale(cache, softmax_scale), cache.config
+    capturing = k.is_cuda and torch.cuda.is_current_stream_capturing()
     if layer_idx < config.num_dense_layers:
         rule = (
             f"be at least num_dense_layers={config.num_dense_layers} while a CUDA graph is captured"
         )
         check(not capturing, where, "layer_idx", rule, layer_idx)
-        cache.append(layer_idx, k, v, key_weights)
+        check_queries(where, q, cache, k.shape[1])
+        cache.append(layer_idx, k, v)
         return dense_attention(q, cache, layer_idx, new, scale)
 
-    with cache.filling(where, layer_idx, new):
-        buffers = cache.decode_buffers.get(layer_idx, q.shape[1], num_heads)
+    check_dims(where, q)
+    with cache._sequences.filling(where, layer_idx, new):
+        buffers = cache._buffers.get(layer_idx, q.shape[1], q.shape[2])
         min_sparse_len = 0 if capturing else cache.min_sparse_len
         dense_lens = {b: n for b, n in enumerate(cache.seq_lens) if n < min_sparse_len}
         if len(dense_lens) == cache.batch and buffers.used:
-            cache.append(layer_idx, k, v, key_weights)
+            check_queries(where, q, cache, k.shape[1])
+            cache.append(layer_idx, k, v)
         else:
-            _sparse_step(q, k, v, cache, layer_idx, (key_weights, query_weights), scale, buffers)
+            _sparse_step(q, k, v, cache, layer_idx, scale, buffers)
     if dense_lens:
         tokens = [count if b in dense_lens else 0 for b, count in enumerate(new)]
         dense_attention(q, cache, layer_idx, tokens, scale, buffers.out)
-    cache.decode_buffers.last[layer_idx] = LastStep(buffers, dense_lens)
+    cache._buffers.last[layer_idx] = LastStep(buffers, dense_lens)
     return buffers.out
 
 
@@ -146,26 +140,27 @@ def _sparse_step(
     v: Tensor,
     cache: HataCache,
     layer_idx: int,
-    weights: tuple[Tensor, Tensor],
     softmax_scale: float,
     buffers: DecodeBuffers,
 ) -> None:
     config = cache.config
+    key_weights, query_weights = cache.weights.layer(layer_idx, cache.dtype, cache.device)
     ops.decode_step(
         q,
         k,
         v,
-        *weights,
+        key_weights,
+        query_weights,
         cache.k_cache[layer_idx],
         cache.v_cache[layer_idx],
         cache.code_cache[layer_idx],
+        cache.norm_cache[layer_idx],
         cache.block_table,
         cache.cache_seqlens,
-        query_bits=config.query_bits,
+        query_bits=cache.weights.query_bits,
         top_k=cache.layer_top_k[layer_idx],
         num_sink=config.num_sink,
         num_recent=config.num_recent,
-        norm_cache=cache.norm_cache[layer_idx],
         softmax_scale=softmax_scale,
         workspace=buffers.workspace,
         indices=buffers.indices,
@@ -176,15 +171,15 @@ def _sparse_step(
     buffers.used = True
 
 
-def _checked_weights(
-    function: str, cache: HataCache, layer_idx: int, weights: HashWeights
-) -> tuple[Tensor, Tensor]:
+def _new_tokens(
+    function: str,
+    cache: HataCache,
+    layer_idx: int,
+    k: Tensor,
+    new_seqlens: int | Sequence[int] | Tensor | None = None,
+) -> list[int]:
     check_type(isinstance(cache, HataCache), function, "cache", "be a HataCache", cache)
-    check_type(isinstance(weights, HashWeights), function, "weights", "be HashWeights", weights)
-    check_int(function, "layer_idx", layer_idx, 0, cache.num_layers - 1)
-    sizes = (cache.num_layers, cache.num_kv_heads, cache.head_dim)
-    weights.check_fits(function, "cache and config", sizes, cache.layer_bits)
-    return weights.layer(layer_idx, cache.dtype, cache.device)
+    return cache._new_tokens(function, layer_idx, k, new_seqlens)
 
 
 def _scale(cache: HataCache, softmax_scale: float | None) -> float:

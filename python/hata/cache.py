@@ -1,18 +1,17 @@
 """The cache: keys, values and key codes of every layer, paged or contiguous."""
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
 
 from hata import ops
-from hata.checks import check, check_int, check_tensor, check_type
+from hata.checks import check, check_int, check_type
 from hata.config import HataConfig
 from hata.decode_buffers import DecodeBufferPool
-from hata.pages import page_pool
-from hata.sequences import Sequences
+from hata.sequences import Sequences, page_pool
 from hata.storage import PageStorage, check_dtype
+from hata.weights import HashWeights
 
 
 class HataCache:
@@ -29,14 +28,13 @@ class HataCache:
         norm_cache: Per layer ``[num_pages, num_kv_heads, page_size]``, float16; or None.
         block_table: ``[batch, max_pages]``, int32; -1 where a sequence has no page yet.
         cache_seqlens: ``[batch]``, int32: positions in use, those of the last step included.
-        layer_bits, layer_top_k: Bits of codes and budget of each layer, ``[num_layers]``.
+        layer_top_k: Budget of each layer, ``[num_layers]``.
         min_sparse_len: The config's, resolved: shorter sequences are decoded densely.
 
     Args:
-        config: The settings; they fix the codes' size and whether norms are kept.
-        num_layers: Layers of the model.
-        num_kv_heads: KV heads of a layer.
-        head_dim: Channels of a head.
+        weights: The model's hash weights; they say how many layers and KV heads there are, of which
+            size, and how keys are coded.
+        config: The budget; None is `HataConfig`'s defaults.
         batch: Sequences.
         max_seq_len: Positions that a sequence can have.
         page_size: Positions of a page, a power of two; None makes the cache contiguous, with one
@@ -53,11 +51,9 @@ class HataCache:
 
     def __init__(
         self,
-        config: HataConfig,
+        weights: HashWeights,
+        config: HataConfig | None = None,
         *,
-        num_layers: int,
-        num_kv_heads: int,
-        head_dim: int,
         batch: int,
         max_seq_len: int,
         page_size: int | None = None,
@@ -66,32 +62,24 @@ class HataCache:
         device: torch.device | str,
     ) -> None:
         where = "HataCache"
+        check_type(isinstance(weights, HashWeights), where, "weights", "be HashWeights", weights)
+        config = HataConfig() if config is None else config
         check_type(isinstance(config, HataConfig), where, "config", "be a HataConfig", config)
-        check_int(where, "num_layers", num_layers, 1)
-        check_int(where, "num_kv_heads", num_kv_heads, 1)
-        check_int(where, "head_dim", head_dim, 1, 256)
         check_int(where, "batch", batch, 1)
         check_int(where, "max_seq_len", max_seq_len, 1, 2**30)
         check_dtype(where, dtype, device)
-        self.layer_bits = config.layer_bits(num_layers)
+        num_layers, num_kv_heads, head_dim, _ = weights.shape
         self.layer_top_k = config.layer_top_k(num_layers)
         pool = page_pool(where, batch, max_seq_len, page_size, num_pages)
         num_pages, page_size = (pool.num_pages, pool.page_size) if pool else (batch, max_seq_len)
 
-        self.config = config
+        self.weights, self.config = weights, config
         self.num_layers, self.num_kv_heads, self.head_dim = num_layers, num_kv_heads, head_dim
         self.batch, self.max_seq_len = batch, max_seq_len
         self.num_pages, self.page_size, self.paged = num_pages, page_size, pool is not None
 
         self._storage = PageStorage.allocate(
-            config,
-            num_layers=num_layers,
-            num_pages=num_pages,
-            page_size=page_size,
-            num_kv_heads=num_kv_heads,
-            head_dim=head_dim,
-            dtype=dtype,
-            device=device,
+            weights, num_pages=num_pages, page_size=page_size, dtype=dtype, device=device
         )
         self.k_cache, self.v_cache = self._storage.k_cache, self._storage.v_cache
         self.code_cache, self.norm_cache = self._storage.code_cache, self._storage.norm_cache
@@ -106,7 +94,7 @@ class HataCache:
         )
         self.block_table = self._sequences.block_table
         self.cache_seqlens = self._sequences.cache_seqlens
-        self.decode_buffers = DecodeBufferPool(
+        self._buffers = DecodeBufferPool(
             batch=batch,
             num_kv_heads=num_kv_heads,
             head_dim=head_dim,
@@ -121,12 +109,12 @@ class HataCache:
         """``cache_seqlens`` as the host knows it, ``[batch]``."""
         return list(self._sequences.seq_lens)
 
+    @torch.no_grad()
     def append(
         self,
         layer_idx: int,
         k: Tensor,
         v: Tensor,
-        key_weights: Tensor,
         *,
         new_seqlens: int | Sequence[int] | Tensor | None = None,
     ) -> None:
@@ -140,31 +128,30 @@ class HataCache:
             k: ``[batch, q_len, num_kv_heads, head_dim]`` in the cache's dtype, after the rotary
                 embedding; last dimension contiguous.
             v: The same shape and dtype.
-            key_weights: The layer's, ``[num_kv_heads, head_dim, num_bits]`` in the cache's dtype.
             new_seqlens: ``[batch]`` ints in ``0..q_len``: only the last ``new_seqlens[b]`` tokens
                 of sequence b are new, those before are left padding; None: all are. Reading a
                 tensor on a GPU synchronizes, a list does not.
 
         Raises:
             TypeError: An argument has another type.
-            ValueError: A shape, dtype, device or length is wrong, a sequence would pass
-                ``max_seq_len``, no page is left, or the layer's tokens are not those of the step.
-            RuntimeError: The operator rejects a stride or the weights.
+            ValueError: A length is wrong, a sequence would pass ``max_seq_len``, no page is left,
+                or the layer's tokens are not those of the step.
+            RuntimeError: The operator rejects a shape, dtype, device or stride.
         """
         where = "HataCache.append"
-        new = self.check_new(where, layer_idx, k, v, new_seqlens)
+        new = self._new_tokens(where, layer_idx, k, new_seqlens)
         device_new = None if new_seqlens is None else self._sequences.to_device(new)
-        with self.filling(where, layer_idx, new):
+        with self._sequences.filling(where, layer_idx, new):
             ops.cache_append(
-                k.detach(),
-                v.detach(),
-                key_weights,
+                k,
+                v,
+                self.weights.layer(layer_idx, self.dtype, self.device)[0],
                 self.k_cache[layer_idx],
                 self.v_cache[layer_idx],
                 self.code_cache[layer_idx],
+                self.norm_cache[layer_idx],
                 self.block_table,
                 self.cache_seqlens,
-                norm_cache=self.norm_cache[layer_idx],
                 new_seqlens=device_new,
             )
 
@@ -271,32 +258,25 @@ class HataCache:
         Raises:
             ValueError: The layer has not decoded sparsely.
         """
-        last, rule = self.decode_buffers.last, "be a sparse layer that has decoded"
+        last, rule = self._buffers.last, "be a sparse layer that has decoded"
         check(layer_idx in last, "HataCache.last_selection", "layer_idx", rule, layer_idx)
         return last[layer_idx].selection()
 
-    def filling(
-        self, function: str, layer_idx: int, new: list[int]
-    ) -> AbstractContextManager[None]:
-        """Lets a layer write ``new`` tokens inside the block; undoes the step if that fails."""
-        return self._sequences.filling(function, layer_idx, new)
-
-    def check_new(
+    def _new_tokens(
         self,
         function: str,
         layer_idx: int,
         k: Tensor,
-        v: Tensor,
         new_seqlens: int | Sequence[int] | Tensor | None = None,
     ) -> list[int]:
-        """Checks a layer's new tokens for a public function; returns each sequence's number."""
+        """Returns each sequence's number of new tokens, ``[batch]``, for a public function.
+
+        Checks what must be known before the host's lengths change; the operators check the rest.
+        """
         check_int(function, "layer_idx", layer_idx, 0, self.num_layers - 1)
-        row = (("num_kv_heads", self.num_kv_heads), ("head_dim", self.head_dim))
-        dims = (("batch", self.batch), ("q_len", None), *row)
-        check_tensor(function, "k", k, dims, self.dtype, self.device)
-        q_len = k.shape[1]
-        like_k = (("batch", self.batch), ("q_len", q_len), *row)
-        check_tensor(function, "v", v, like_k, self.dtype, self.device)
+        check_type(isinstance(k, Tensor), function, "k", "be a tensor", k)
+        rule = "have shape [batch, q_len, num_kv_heads, head_dim]"
+        check(k.dim() == 4, function, "k", rule, list(k.shape))
         if new_seqlens is None:
-            return [q_len] * self.batch
-        return self._sequences.counts(function, "new_seqlens", new_seqlens, q_len)
+            return [k.shape[1]] * self.batch
+        return self._sequences.counts(function, "new_seqlens", new_seqlens, k.shape[1])

@@ -1,11 +1,11 @@
-"""The settings of hash-aware top-k attention."""
+"""The budget of hash-aware top-k attention."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from hata.checks import check, check_int, check_type
+from hata.checks import check, check_int
 
 # Cached positions of all sequences and KV heads from which one sparse step is the faster one on a
 # GPU. On an H100, with top_k 1.56 % of the length and at least 32, the step with the default codes
@@ -18,19 +18,15 @@ MEASURED_SPARSE_ROWS = 65536
 
 @dataclass(frozen=True)
 class HataConfig:
-    """How keys are hashed, how positions are selected, and what stays dense.
+    """The budget: how many positions are attended to, which always are, and what stays dense.
 
-    ``num_bits`` and ``top_k`` are one int for all layers or one int for each, the dense ones
-    included, as ``hata recall --frontier`` writes them.
+    How keys are coded is said by `HashWeights`.
 
-    Source: HATA, arXiv 2506.02572, sections 3 and 4 (``query_bits=1, key_norms=True`` with 128
-    bits is what its authors run); more query bits are this package's own.
+    Source: HATA, arXiv 2506.02572, sections 3 and 4.
 
     Attributes:
-        num_bits: Bits of a key's code, a multiple of 32 from 32 to 256; or one number per layer.
-        query_bits: Bits that a query keeps per projection, 1 to 4; 1 is the paper's sign code.
-        key_norms: Whether scores are scaled by the key's norm (2 more bytes a token and KV head).
-        top_k: Positions that each KV head attends to, at least 1; or one number per layer.
+        top_k: Positions that each KV head attends to, at least 1; or one number for each layer, the
+            dense ones included, as ``hata recall --frontier`` writes them.
         num_sink: First positions that are always among them, at least 0.
         num_recent: Last positions that are always among them, at least 0;
             ``num_sink + num_recent`` is at most ``top_k``.
@@ -45,9 +41,6 @@ class HataConfig:
         ValueError: A value breaks its rule.
     """
 
-    num_bits: int | tuple[int, ...] = 64
-    query_bits: int = 4
-    key_norms: bool = False
     top_k: int | tuple[int, ...] = 512
     num_sink: int = 4
     num_recent: int = 16
@@ -57,39 +50,19 @@ class HataConfig:
     def __post_init__(self) -> None:
         """Checks every rule."""
         where = "HataConfig"
-        for name in ("num_bits", "top_k"):  # lists, as JSON has them, become tuples
-            values = getattr(self, name)
-            if isinstance(values, Sequence) and not isinstance(values, str):
-                check(len(values) > 0, where, name, "have an entry for each layer", values)
-                object.__setattr__(self, name, tuple(values))
-        for num_bits in _each(self.num_bits):
-            check_int(where, "num_bits", num_bits, 32, 256)
-            check(num_bits % 32 == 0, where, "num_bits", "be a multiple of 32", num_bits)
-        check_int(where, "query_bits", self.query_bits, 1, 4)
-        check_type(
-            isinstance(self.key_norms, bool), where, "key_norms", "be a bool", self.key_norms
-        )
-        for top_k in _each(self.top_k):
+        if isinstance(self.top_k, Sequence) and not isinstance(self.top_k, str):
+            object.__setattr__(self, "top_k", tuple(self.top_k))  # JSON has lists
+            check(self.top_k != (), where, "top_k", "have an entry for each layer", self.top_k)
+        budgets = self.top_k if isinstance(self.top_k, tuple) else (self.top_k,)
+        for top_k in budgets:
             check_int(where, "top_k", top_k, 1, 2**31 - 1)
         check_int(where, "num_sink", self.num_sink, 0)
         check_int(where, "num_recent", self.num_recent, 0)
-        always, smallest = self.num_sink + self.num_recent, min(_each(self.top_k))
-        rule = f"be at most top_k={smallest}"
-        check(always <= smallest, where, "num_sink + num_recent", rule, always)
+        always, rule = self.num_sink + self.num_recent, f"be at most top_k={min(budgets)}"
+        check(always <= min(budgets), where, "num_sink + num_recent", rule, always)
         check_int(where, "num_dense_layers", self.num_dense_layers, 0)
         if self.min_sparse_len is not None:
             check_int(where, "min_sparse_len", self.min_sparse_len, 0)
-
-    def layer_bits(self, num_layers: int) -> tuple[int, ...]:
-        """Returns the bits of each layer's codes, ``[num_layers]``.
-
-        Args:
-            num_layers: Layers of the model.
-
-        Raises:
-            ValueError: ``num_bits`` names another number of layers.
-        """
-        return _per_layer("num_bits", self.num_bits, num_layers)
 
     def layer_top_k(self, num_layers: int) -> tuple[int, ...]:
         """Returns the budget of each layer, ``[num_layers]``.
@@ -100,7 +73,11 @@ class HataConfig:
         Raises:
             ValueError: ``top_k`` names another number of layers.
         """
-        return _per_layer("top_k", self.top_k, num_layers)
+        if not isinstance(self.top_k, tuple):
+            return (self.top_k,) * num_layers
+        rule, entries = f"be one int or have num_layers={num_layers} entries", len(self.top_k)
+        check(entries == num_layers, "HataConfig", "top_k", rule, f"{entries} entries")
+        return self.top_k
 
     def resolve_min_sparse_len(self, batch: int, num_kv_heads: int, device: torch.device) -> int:
         """Returns ``min_sparse_len``, or where it is None the measured one.
@@ -117,15 +94,3 @@ class HataConfig:
         if self.min_sparse_len is not None:
             return self.min_sparse_len
         return -(-MEASURED_SPARSE_ROWS // (batch * num_kv_heads)) if device.type == "cuda" else 0
-
-
-def _each(value: int | tuple[int, ...]) -> tuple[int, ...]:
-    return value if isinstance(value, tuple) else (value,)
-
-
-def _per_layer(name: str, value: int | tuple[int, ...], num_layers: int) -> tuple[int, ...]:
-    if not isinstance(value, tuple):
-        return (value,) * num_layers
-    rule = f"be one int or have num_layers={num_layers} entries"
-    check(len(value) == num_layers, "HataConfig", name, rule, f"{len(value)} entries")
-    return value

@@ -15,7 +15,7 @@ class DecodeBuffers:
 
     Attributes:
         workspace: Scratch memory, uint8; all layers share it.
-        indices: ``[batch, q_len, num_kv_heads, top_k]``, int32; top_k is the layer's own.
+        indices: ``[batch, q_len, num_kv_heads, min(top_k, capacity)]``, int32; the layer's top_k.
         num_selected: ``[batch, q_len, num_kv_heads]``, int32.
         out: ``[batch, q_len, num_heads, head_dim]``, the cache's dtype.
         lse: ``[batch, q_len, num_heads]``, float32; of the sparse sequences alone.
@@ -114,10 +114,10 @@ class DecodeBufferPool:
             workspace = torch.empty(size, dtype=torch.uint8, device=self.device)
             self._workspaces[q_len, num_heads] = workspace
         pairs = (self.batch, q_len, self.num_kv_heads)
-        rows = (self.batch, q_len, num_heads)
+        rows, width = (self.batch, q_len, num_heads), min(top_k, self.capacity)
         return DecodeBuffers(
             workspace=self._workspaces[q_len, num_heads],
-            indices=torch.empty((*pairs, top_k), dtype=torch.int32, device=self.device),
+            indices=torch.empty((*pairs, width), dtype=torch.int32, device=self.device),
             num_selected=torch.empty(pairs, dtype=torch.int32, device=self.device),
             out=torch.empty((*rows, self.head_dim), dtype=self.dtype, device=self.device),
             lse=torch.empty(rows, dtype=torch.float32, device=self.device),

@@ -6,7 +6,15 @@ from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
 from hata.cache import HataCache
-from hata.checks import check, check_int, check_tensor
+from hata.checks import check, check_int, check_tensor, check_type
+
+
+def check_dims(function: str, q: object) -> None:
+    """Checks that queries are a tensor of four dimensions, for a public function."""
+    check_type(isinstance(q, Tensor), function, "q", "be a tensor", q)
+    assert isinstance(q, Tensor)  # what check_type has made sure of, for the type checker
+    rule = "have shape [batch, q_len, num_heads, head_dim]"
+    check(q.dim() == 4, function, "q", rule, list(q.shape))
 
 
 def check_queries(function: str, q: Tensor, cache: HataCache, q_len: int | None = None) -> int:

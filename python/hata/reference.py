@@ -21,7 +21,7 @@ def hash_encode(
     return (codes, norms.transpose(1, 2).contiguous()) if key_norms else codes
 
 
-def encode_query(q: Tensor, query_weights: Tensor, query_bits: int) -> Tensor:
+def encode_query(q: Tensor, query_weights: Tensor, *, query_bits: int) -> Tensor:
     """The bit planes of each query token and KV head's integer vector."""
     num_kv_heads = query_weights.shape[0]
     groups = q.unflatten(2, (num_kv_heads, -1))  # [batch, q_len, num_kv_heads, group, head_dim]
@@ -52,10 +52,10 @@ def cache_append(
     k_cache: Tensor,
     v_cache: Tensor,
     code_cache: Tensor,
+    norm_cache: Tensor | None,
     block_table: Tensor,
     cache_seqlens: Tensor,
     *,
-    norm_cache: Tensor | None = None,
     new_seqlens: Tensor | None = None,
 ) -> None:
     """Writes k, v, codes and norms of each new token at its position."""
@@ -79,12 +79,12 @@ def cache_append(
 def hamming_score(
     planes: Tensor,
     code_cache: Tensor,
+    norm_cache: Tensor | None,
     block_table: Tensor,
     cache_seqlens: Tensor,
     *,
     weight_sum: int,
     max_seq_len: int,
-    norm_cache: Tensor | None = None,
 ) -> Tensor:
     """The integer vectors of the planes times the signs of every visible key's code."""
     batch, q_len, num_kv_heads, _, num_words = planes.shape
@@ -115,11 +115,12 @@ def scale_by_norm(score: Tensor, num_bits: int, norms: Tensor) -> Tensor:
 
 
 def select_topk(
-    scores: Tensor, cache_seqlens: Tensor, top_k: int, *, num_sink: int = 0, num_recent: int = 0
+    scores: Tensor, cache_seqlens: Tensor, *, top_k: int, num_sink: int = 0, num_recent: int = 0
 ) -> tuple[Tensor, Tensor]:
     """The visible positions with the highest scores, by a stable sort."""
-    batch, q_len, num_kv_heads, _ = scores.shape
-    indices = torch.full((batch, q_len, num_kv_heads, top_k), -1, dtype=torch.int32)
+    batch, q_len, num_kv_heads, max_seq_len = scores.shape
+    width = min(top_k, max_seq_len)
+    indices = torch.full((batch, q_len, num_kv_heads, width), -1, dtype=torch.int32)
     num_selected = torch.zeros(batch, q_len, num_kv_heads, dtype=torch.int32)
     values = scores.cpu().double()
     for b in range(batch):
@@ -145,26 +146,26 @@ def select_topk(
 def score_select(
     planes: Tensor,
     code_cache: Tensor,
+    norm_cache: Tensor | None,
     block_table: Tensor,
     cache_seqlens: Tensor,
-    top_k: int,
     *,
     weight_sum: int,
+    top_k: int,
     num_sink: int = 0,
     num_recent: int = 0,
-    norm_cache: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """select_topk of hamming_score."""
     scores = hamming_score(
         planes,
         code_cache,
+        norm_cache,
         block_table,
         cache_seqlens,
         weight_sum=weight_sum,
         max_seq_len=block_table.shape[1] * code_cache.shape[2],
-        norm_cache=norm_cache,
     )
-    return select_topk(scores, cache_seqlens, top_k, num_sink=num_sink, num_recent=num_recent)
+    return select_topk(scores, cache_seqlens, top_k=top_k, num_sink=num_sink, num_recent=num_recent)
 
 
 def gather_attention(
@@ -219,6 +220,7 @@ def decode_step(
     k_cache: Tensor,
     v_cache: Tensor,
     code_cache: Tensor,
+    norm_cache: Tensor | None,
     block_table: Tensor,
     cache_seqlens: Tensor,
     *,
@@ -226,23 +228,19 @@ def decode_step(
     top_k: int,
     num_sink: int = 0,
     num_recent: int = 0,
-    norm_cache: Tensor | None = None,
     softmax_scale: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Appends, encodes, scores, selects and attends, one after the other."""
-    caches = (k_cache, v_cache, code_cache, block_table, cache_seqlens)
-    cache_append(k, v, key_weights, *caches, norm_cache=norm_cache)
+    codes = (code_cache, norm_cache, block_table, cache_seqlens)
+    cache_append(k, v, key_weights, k_cache, v_cache, *codes)
     group = q.shape[2] // k.shape[2]
     indices, num_selected = score_select(
-        encode_query(q, query_weights, query_bits),
-        code_cache,
-        block_table,
-        cache_seqlens,
-        top_k,
+        encode_query(q, query_weights, query_bits=query_bits),
+        *codes,
         weight_sum=group if query_bits == 1 else 2**query_bits - 1,
+        top_k=top_k,
         num_sink=num_sink,
         num_recent=num_recent,
-        norm_cache=norm_cache,
     )
     out, lse = gather_attention(
         q, k_cache, v_cache, block_table, cache_seqlens, indices, softmax_scale=softmax_scale

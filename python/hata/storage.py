@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from hata.checks import check
-from hata.config import HataConfig
+from hata.weights import HashWeights
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -31,29 +31,27 @@ class PageStorage:
     @classmethod
     def allocate(
         cls,
-        config: HataConfig,
+        weights: HashWeights,
         *,
-        num_layers: int,
         num_pages: int,
         page_size: int,
-        num_kv_heads: int,
-        head_dim: int,
         dtype: torch.dtype,
         device: torch.device | str,
     ) -> "PageStorage":
-        """Allocates the pages of all layers; norms only where the config keeps them."""
+        """Allocates the pages of all layers; norms only where the weights want them."""
+        _, num_kv_heads, head_dim, _ = weights.shape
         rows = (num_pages, page_size, num_kv_heads, head_dim)
         slots = (num_pages, num_kv_heads, page_size)
-        codes = [(*slots, num_bits // 32) for num_bits in config.layer_bits(num_layers)]
 
         def pages(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 
+        bits, norms = weights.layer_bits, weights.key_norms
         return cls(
-            k_cache=[pages(rows, dtype) for _ in codes],
-            v_cache=[pages(rows, dtype) for _ in codes],
-            code_cache=[pages(shape, torch.int32) for shape in codes],
-            norm_cache=[pages(slots, torch.float16) if config.key_norms else None for _ in codes],
+            k_cache=[pages(rows, dtype) for _ in bits],
+            v_cache=[pages(rows, dtype) for _ in bits],
+            code_cache=[pages((*slots, num_bits // 32), torch.int32) for num_bits in bits],
+            norm_cache=[pages(slots, torch.float16) if norms else None for _ in bits],
         )
 
     def gather(self, layer_idx: int, pages: Tensor) -> tuple[Tensor, Tensor]:

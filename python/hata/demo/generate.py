@@ -11,6 +11,8 @@ from torch import Tensor
 from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
+from hata.integrations.transformers import CACHE_ARGUMENT
+
 
 @dataclass
 class Generation:
@@ -87,7 +89,7 @@ def generate(
         prompt,
         attention_mask=torch.ones_like(prompt),
         generation_config=config,
-        past_key_values=cache,
+        **{CACHE_ARGUMENT: cache},
         streamer=_Clock(generation, on_token),
     )
     return generation

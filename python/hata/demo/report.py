@@ -1,7 +1,8 @@
-"""What `hata demo` prints."""
+"""What `hata demo` prints and draws."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from rich.console import Console
 from rich.progress_bar import ProgressBar
@@ -9,6 +10,9 @@ from rich.table import Table
 
 from hata.config import HataConfig
 from hata.demo.generate import Generation
+from hata.demo.options import WHERE
+from hata.pictures import picture
+from hata.weights import HashWeights
 
 
 @dataclass(frozen=True)
@@ -27,20 +31,19 @@ class Bytes:
     def of_step(
         cls,
         config: HataConfig,
+        weights: HashWeights,
         *,
-        num_layers: int,
-        num_kv_heads: int,
-        head_dim: int,
         itemsize: int,
         seq_len: int,
     ) -> "Bytes":
         """Counts the bytes of one step at ``seq_len`` positions, which the demo selects from."""
+        num_layers, num_kv_heads, head_dim, _ = weights.shape
         row = num_kv_heads * 2 * head_dim * itemsize
         dense_layer = seq_len * row
         dense_layers = min(config.num_dense_layers, num_layers)
-        layers = zip(config.layer_bits(num_layers), config.layer_top_k(num_layers), strict=True)
+        layers = zip(weights.layer_bits, config.layer_top_k(num_layers), strict=True)
         sparse_layers = [
-            seq_len * num_kv_heads * (num_bits // 8 + 2 * config.key_norms)
+            seq_len * num_kv_heads * (num_bits // 8 + 2 * weights.key_norms)
             + min(top_k, seq_len) * row
             for num_bits, top_k in layers
         ]
@@ -94,3 +97,21 @@ def print_mass(console: Console, mass: Mapping[int, float], num_layers: int) -> 
     if mass:
         mean = sum(mass.values()) / len(mass)
         console.print(f"mean over the {len(mass)} sparse layers: {mean:.1%}")
+
+
+def plot_mass(path: Path, mass: Mapping[int, float], num_layers: int, title: str) -> None:
+    """Writes a bar for each layer: the share of the dense attention mass that was selected.
+
+    Args:
+        path: The PNG file to write.
+        mass: Share by layer, 0 to 1; layers that are not in it attend densely.
+        num_layers: Layers of the model.
+        title: The line above the bars.
+    """
+    layers = range(num_layers)
+    with picture(path, WHERE, 7, 3) as figure:
+        axes = figure.subplots()
+        colors = ["tab:blue" if layer in mass else "lightgray" for layer in layers]
+        axes.bar(layers, [mass.get(layer, 1.0) for layer in layers], color=colors)
+        axes.set(xlabel="layer (gray: dense)", ylabel="share of attention mass", ylim=(0, 1))
+        axes.set_title(title)

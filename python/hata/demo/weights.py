@@ -1,10 +1,9 @@
 """Which hash weights `hata demo` uses."""
 
-import dataclasses
-from pathlib import Path
+from dataclasses import replace
 
-from hata.config import HataConfig
-from hata.demo.options import DemoOptions
+from hata.checks import check
+from hata.demo.options import WHERE, DemoOptions
 from hata.integrations.model_shape import ModelShape
 from hata.pretrained import find_pretrained
 from hata.weights import HashWeights, load_weights
@@ -25,23 +24,17 @@ def choose_weights(options: DemoOptions, model: str, shape: ModelShape) -> HashW
     Raises:
         ValueError: The file holds no weights for a model and codes of these sizes.
     """
+    weights = None
     if options.weights is None:
         weights = find_pretrained(model)
-        if weights is not None and options.num_bits in (None, weights.num_bits):
-            return weights
+        if weights is not None and options.num_bits not in (None, weights.num_bits):
+            weights = None
     elif options.weights != RANDOM:
-        return load_weights(Path(options.weights), **shape, num_bits=options.num_bits)
-    num_bits = options.num_bits or _RANDOM_BITS
-    return HashWeights.random(**shape, num_bits=num_bits, seed=options.seed)
-
-
-def config_for(options: DemoOptions, weights: HashWeights) -> HataConfig:
-    """Returns hata's settings: what the weights were trained for, and what the options say."""
-    trained_for = weights.metadata.get("query_bits")
-    query_bits = options.query_bits or (int(trained_for) if trained_for else None)
-    return dataclasses.replace(
-        options.config(),
-        num_bits=weights.num_bits,
-        key_norms=weights.metadata.get("key_norms") == "true",
-        **({"query_bits": query_bits} if query_bits else {}),
-    )
+        weights = load_weights(options.weights)
+        weights.check_model(WHERE, **shape)
+        num_bits, rule = weights.num_bits, f"hold codes of --num-bits={options.num_bits}"
+        check(options.num_bits in (None, num_bits), WHERE, "--weights", rule, num_bits)
+    if weights is None:
+        num_bits = options.num_bits or _RANDOM_BITS
+        weights = HashWeights.random(**shape, num_bits=num_bits, seed=options.seed)
+    return replace(weights, query_bits=options.query_bits or weights.query_bits)

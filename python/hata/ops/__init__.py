@@ -1,14 +1,17 @@
 """The operators of torch.ops.hata, in the order in which one decoding step calls them.
 
 Each module holds an operator's wrapper, whose docstring is the operator's contract, and below it
-the fake kernels, which give torch.compile the outputs' shapes and dtypes.
+the fake kernel, which gives torch.compile the outputs' shapes and dtypes. Arguments have one order
+everywhere, ``torch.ops.hata`` and ``hata.reference`` included: new data, weights, caches, tables,
+settings; wrappers and reference take settings by keyword.
 
 Every operator names its caches alike (docs/layout.md):
 
 * ``k_cache``, ``v_cache`` ``[num_pages, page_size, num_kv_heads, head_dim]``: any strides, last
   dimension contiguous.
 * ``code_cache`` ``[num_pages, num_kv_heads, page_size, num_words]``, int32: last two dimensions
-  contiguous. ``norm_cache`` ``[num_pages, num_kv_heads, page_size]``, float16: last one contiguous.
+  contiguous. ``norm_cache`` ``[num_pages, num_kv_heads, page_size]``, float16: last one contiguous;
+  None where scores do not count norms.
 * ``block_table`` ``[batch, max_pages]``, int32: position ``t`` of sequence ``b`` is row
   ``t % page_size`` of page ``block_table[b, t // page_size]``. ``page_size`` is a power of two, or
   anything when ``max_pages`` is 1 (a contiguous cache).
@@ -17,6 +20,9 @@ Every operator names its caches alike (docs/layout.md):
 
 Both lie on the device. On CPU a length or page out of range raises; on CUDA, where looking would
 stall the device, nothing out of range is read or written.
+
+Inference only: a wrapper refuses tensors that require a gradient while autograd is on, and
+``torch.ops.hata`` builds no graph.
 """
 
 from hata.ops.cache_append import cache_append

@@ -3,7 +3,10 @@
 import torch
 from torch import Tensor
 
+from hata.ops.inference import inference_only
 
+
+@inference_only
 def cache_append(
     k: Tensor,
     v: Tensor,
@@ -11,10 +14,10 @@ def cache_append(
     k_cache: Tensor,
     v_cache: Tensor,
     code_cache: Tensor,
+    norm_cache: Tensor | None,
     block_table: Tensor,
     cache_seqlens: Tensor,
     *,
-    norm_cache: Tensor | None = None,
     new_seqlens: Tensor | None = None,
 ) -> None:
     """Writes new keys and values, the keys' codes and their norms to the last positions.
@@ -33,13 +36,14 @@ def cache_append(
             too on CPU). Written.
         v_cache: The same. Written.
         code_cache: ``[num_pages, num_kv_heads, page_size, num_bits // 32]``, int32. Written.
+        norm_cache: ``[num_pages, num_kv_heads, page_size]``, float16, written; or None.
         block_table: ``[batch, max_pages]``, int32. No page may be another sequence's as well.
         cache_seqlens: ``[batch]``, int32: lengths after this call.
-        norm_cache: ``[num_pages, num_kv_heads, page_size]``, float16. Written, if given.
         new_seqlens: ``[batch]``, int32: only the last ``new_seqlens[b]`` of the ``q_len`` tokens
             are new, the others are padding. Default: all are new.
 
     Raises:
+        ValueError: A tensor requires a gradient while autograd is on.
         RuntimeError: A shape, dtype, stride or device is not as above; on CPU also a length or page
             out of range. Nothing has been written then.
     """
@@ -68,6 +72,6 @@ def _(
     norm_cache: Tensor | None,
     block_table: Tensor,
     cache_seqlens: Tensor,
-    new_seqlens: Tensor | None,
+    new_seqlens: Tensor | None = None,
 ) -> None:
     return None

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hata.ops.workspace_size import workspace_size
+from hata.ops.inference import inference_only
 
 
 class DecodeStepOutput(NamedTuple):
@@ -14,7 +14,8 @@ class DecodeStepOutput(NamedTuple):
     Attributes:
         out: ``[batch, q_len, num_heads, head_dim]``, dtype of ``q``.
         lse: ``[batch, q_len, num_heads]``, float32, natural logarithm.
-        indices: ``[batch, q_len, num_kv_heads, top_k]``, int32: ascending, then -1.
+        indices: ``[batch, q_len, num_kv_heads, min(top_k, max_pages * page_size)]``, int32:
+            ascending, then -1.
         num_selected: ``[batch, q_len, num_kv_heads]``, int32.
     """
 
@@ -24,6 +25,7 @@ class DecodeStepOutput(NamedTuple):
     num_selected: Tensor
 
 
+@inference_only
 def decode_step(
     q: Tensor,
     k: Tensor,
@@ -33,6 +35,7 @@ def decode_step(
     k_cache: Tensor,
     v_cache: Tensor,
     code_cache: Tensor,
+    norm_cache: Tensor | None,
     block_table: Tensor,
     cache_seqlens: Tensor,
     *,
@@ -40,7 +43,6 @@ def decode_step(
     top_k: int,
     num_sink: int = 0,
     num_recent: int = 0,
-    norm_cache: Tensor | None = None,
     softmax_scale: float | None = None,
     workspace: Tensor | None = None,
     indices: Tensor | None = None,
@@ -70,6 +72,8 @@ def decode_step(
             too on CPU). Written.
         v_cache: The same. Written.
         code_cache: ``[num_pages, num_kv_heads, page_size, num_bits // 32]``, int32. Written.
+        norm_cache: ``[num_pages, num_kv_heads, page_size]``, float16, written and used in the
+            scores; or None.
         block_table: ``[batch, max_pages]``, int32.
         cache_seqlens: ``[batch]``, int32: lengths with the ``q_len`` new tokens.
         query_bits: 1 to 4, see ``encode_query``.
@@ -77,8 +81,6 @@ def decode_step(
         num_sink: Positions at the start that are always selected.
         num_recent: Visible positions at the end that are always selected;
             ``num_sink + num_recent <= top_k``.
-        norm_cache: ``[num_pages, num_kv_heads, page_size]``, float16. Written and used in the
-            scores, if given.
         softmax_scale: Default: ``head_dim ** -0.5``.
         workspace: uint8, 1-D, contiguous, at least ``workspace_size(batch, q_len, num_heads,
             num_kv_heads, head_dim, max_pages * page_size, top_k)`` bytes; allocated where missing.
@@ -91,33 +93,21 @@ def decode_step(
         The outputs; buffers that were given are returned as they are.
 
     Raises:
+        ValueError: A tensor requires a gradient while autograd is on.
         RuntimeError: A shape, dtype, stride, device or size is not as above; on CPU also a length
             or page out of range. Nothing has been written then.
-        ValueError: ``q`` or ``k`` does not have 4 dimensions, or ``top_k`` is not in
-            1..2**31 - 1.
     """
-    if q.dim() != 4 or k.dim() != 4:
-        raise ValueError(
-            f"hata.decode_step: q and k must have 4 dimensions, got {q.dim()} and {k.dim()}"
-        )
-    if not 1 <= top_k < 2**31:
-        raise ValueError(f"hata.decode_step: top_k must be in 1..{2**31 - 1}, got {top_k}")
-    batch, q_len, num_heads, head_dim = q.shape
-    num_kv_heads = k.shape[2]
-    if softmax_scale is None:
-        softmax_scale = head_dim**-0.5
-    if workspace is None:
-        capacity = block_table.shape[1] * k_cache.shape[1]
-        size = workspace_size(batch, q_len, num_heads, num_kv_heads, head_dim, capacity, top_k)
-        workspace = q.new_empty((size,), dtype=torch.uint8)
+    # Shapes that the operator rejects come to buffers that are not used.
     if indices is None:
-        indices = q.new_empty((batch, q_len, num_kv_heads, top_k), dtype=torch.int32)
+        capacity = block_table.shape[-1] * k_cache.shape[1]
+        width = max(min(top_k, capacity), 0)
+        indices = q.new_empty((*k.shape[:-1], width), dtype=torch.int32)
     if num_selected is None:
-        num_selected = q.new_empty((batch, q_len, num_kv_heads), dtype=torch.int32)
+        num_selected = q.new_empty(k.shape[:-1], dtype=torch.int32)
     if out is None:
-        out = q.new_empty((batch, q_len, num_heads, head_dim))
+        out = q.new_empty(q.shape)
     if lse is None:
-        lse = q.new_empty((batch, q_len, num_heads), dtype=torch.float32)
+        lse = q.new_empty(q.shape[:-1], dtype=torch.float32)
     torch.ops.hata.decode_step.default(
         q,
         k,
@@ -159,11 +149,11 @@ def _(
     cache_seqlens: Tensor,
     query_bits: int,
     top_k: int,
-    num_sink: int,
-    num_recent: int,
-    softmax_scale: float,
+    num_sink: int = 0,
+    num_recent: int = 0,
+    softmax_scale: float | None = None,
     *,
-    workspace: Tensor,
+    workspace: Tensor | None = None,
     indices: Tensor,
     num_selected: Tensor,
     out: Tensor,

@@ -3,10 +3,11 @@
 import torch
 from torch import Tensor
 
+from hata.ops.inference import inference_only
 
-def encode_query(
-    q: Tensor, query_weights: Tensor, query_bits: int, *, out: Tensor | None = None
-) -> Tensor:
+
+@inference_only
+def encode_query(q: Tensor, query_weights: Tensor, *, query_bits: int) -> Tensor:
     """Turns each query token and KV head into one integer vector c, packed as bit planes.
 
     With ``W = query_weights[h]`` and the query heads ``g`` of KV head ``h``'s group:
@@ -28,19 +29,16 @@ def encode_query(
         query_weights: ``[num_kv_heads, head_dim, num_bits]``, dtype of ``q``, contiguous;
             ``num_bits`` is a multiple of 32 up to 256.
         query_bits: 1 to 4.
-        out: Tensor to write into, shaped like the return value; contiguous.
 
     Returns:
         ``planes`` ``[batch, q_len, num_kv_heads, num_planes, num_bits // 32]``, int32, where
         ``num_planes = num_planes(plane_weight_sum(query_bits, group))``; bits as in a key code.
 
     Raises:
+        ValueError: A tensor requires a gradient while autograd is on.
         RuntimeError: A shape, dtype, stride, device or ``query_bits`` is not as above.
     """
-    if out is None:
-        return torch.ops.hata.encode_query.default(q, query_weights, query_bits)
-    torch.ops.hata.encode_query.out(q, query_weights, query_bits, planes=out)
-    return out
+    return torch.ops.hata.encode_query.default(q, query_weights, query_bits)
 
 
 @torch.library.register_fake("hata::encode_query")
@@ -49,11 +47,6 @@ def _(q: Tensor, query_weights: Tensor, query_bits: int) -> Tensor:
     num_kv_heads, _, num_bits = query_weights.shape
     planes = num_planes(plane_weight_sum(query_bits, int(num_heads // num_kv_heads)))
     return q.new_empty((batch, q_len, num_kv_heads, planes, num_bits // 32), dtype=torch.int32)
-
-
-@torch.library.register_fake("hata::encode_query.out")
-def _(q: Tensor, query_weights: Tensor, query_bits: int, *, planes: Tensor) -> None:
-    return None
 
 
 def plane_weight_sum(query_bits: int, group: int) -> int:

@@ -3,9 +3,10 @@
 import torch
 from torch import Tensor
 
-from hata.ops.workspace_size import workspace_size
+from hata.ops.inference import inference_only
 
 
+@inference_only
 def gather_attention(
     q: Tensor,
     k_cache: Tensor,
@@ -15,8 +16,6 @@ def gather_attention(
     indices: Tensor,
     *,
     softmax_scale: float | None = None,
-    workspace: Tensor | None = None,
-    out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attends to the positions in ``indices`` alone, whoever selected them.
 
@@ -38,46 +37,19 @@ def gather_attention(
         indices: ``[batch, q_len, num_kv_heads, top_k]``, int32, contiguous; each position at most
             once.
         softmax_scale: Default: ``head_dim ** -0.5``.
-        workspace: uint8, 1-D, contiguous, at least ``workspace_size(batch, q_len, num_heads,
-            num_kv_heads, head_dim, 0, top_k)`` bytes; used with ``out``, and allocated where it is
-            missing.
-        out: ``(out, lse)`` to write into; contiguous.
 
     Returns:
         ``out`` ``[batch, q_len, num_heads, head_dim]``, dtype of ``q``; and ``lse`` ``[batch,
         q_len, num_heads]``, float32, natural logarithm.
 
     Raises:
+        ValueError: A tensor requires a gradient while autograd is on.
         RuntimeError: A shape, dtype, stride or device is not as above; on CPU also a length or page
             out of range.
-        ValueError: ``workspace`` comes without ``out``.
     """
-    if softmax_scale is None:
-        softmax_scale = q.shape[-1] ** -0.5
-    if out is None:
-        if workspace is not None:
-            raise ValueError("hata.gather_attention: workspace must come with out, got out=None")
-        return torch.ops.hata.gather_attention.default(
-            q, k_cache, v_cache, block_table, cache_seqlens, indices, softmax_scale
-        )
-    if workspace is None:
-        batch, q_len, num_heads, head_dim = q.shape
-        num_kv_heads, top_k = indices.shape[2:]
-        size = workspace_size(batch, q_len, num_heads, num_kv_heads, head_dim, 0, top_k)
-        workspace = q.new_empty((size,), dtype=torch.uint8)
-    torch.ops.hata.gather_attention.out(
-        q,
-        k_cache,
-        v_cache,
-        block_table,
-        cache_seqlens,
-        indices,
-        softmax_scale,
-        workspace=workspace,
-        out=out[0],
-        lse=out[1],
+    return torch.ops.hata.gather_attention.default(
+        q, k_cache, v_cache, block_table, cache_seqlens, indices, softmax_scale
     )
-    return out
 
 
 @torch.library.register_fake("hata::gather_attention")
@@ -88,23 +60,6 @@ def _(
     block_table: Tensor,
     cache_seqlens: Tensor,
     indices: Tensor,
-    softmax_scale: float,
+    softmax_scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), q.new_empty(q.shape[:-1], dtype=torch.float32)
-
-
-@torch.library.register_fake("hata::gather_attention.out")
-def _(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    block_table: Tensor,
-    cache_seqlens: Tensor,
-    indices: Tensor,
-    softmax_scale: float,
-    *,
-    workspace: Tensor,
-    out: Tensor,
-    lse: Tensor,
-) -> None:
-    return None

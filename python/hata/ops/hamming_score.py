@@ -3,17 +3,19 @@
 import torch
 from torch import Tensor
 
+from hata.ops.inference import inference_only
 
+
+@inference_only
 def hamming_score(
     planes: Tensor,
     code_cache: Tensor,
+    norm_cache: Tensor | None,
     block_table: Tensor,
     cache_seqlens: Tensor,
     *,
     weight_sum: int,
     max_seq_len: int,
-    norm_cache: Tensor | None = None,
-    out: Tensor | None = None,
 ) -> Tensor:
     """Scores every cached key code against the queries' planes; larger means nearer.
 
@@ -27,34 +29,24 @@ def hamming_score(
         planes: ``[batch, q_len, num_kv_heads, num_planes, num_words]``, int32, contiguous, of
             ``encode_query``.
         code_cache: ``[num_pages, num_kv_heads, page_size, num_words]``, int32.
+        norm_cache: ``[num_pages, num_kv_heads, page_size]``, float16; or None.
         block_table: ``[batch, max_pages]``, int32.
         cache_seqlens: ``[batch]``, int32, the ``q_len`` query tokens included.
         weight_sum: ``plane_weight_sum(query_bits, group)`` of the planes, 1..255.
         max_seq_len: Width of the scores; positions from here on are not scored.
-        norm_cache: ``[num_pages, num_kv_heads, page_size]``, float16.
-        out: Tensor to write into, shaped like the return value; contiguous.
 
     Returns:
         ``scores`` ``[batch, q_len, num_kv_heads, max_seq_len]``: int32, or float16 with norms.
         Positions that query token ``j`` does not see hold -2**31, or -infinity.
 
     Raises:
+        ValueError: A tensor requires a gradient while autograd is on.
         RuntimeError: A shape, dtype, stride, device or ``weight_sum`` is not as above; on CPU also
             a length or page out of range.
-        ValueError: ``out`` is not ``max_seq_len`` wide.
     """
-    if out is None:
-        return torch.ops.hata.hamming_score.default(
-            planes, code_cache, norm_cache, block_table, cache_seqlens, weight_sum, max_seq_len
-        )
-    if out.shape[-1] != max_seq_len:
-        raise ValueError(
-            f"hata.hamming_score: out must be max_seq_len={max_seq_len} wide, got {out.shape[-1]}"
-        )
-    torch.ops.hata.hamming_score.out(
-        planes, code_cache, norm_cache, block_table, cache_seqlens, weight_sum, scores=out
+    return torch.ops.hata.hamming_score.default(
+        planes, code_cache, norm_cache, block_table, cache_seqlens, weight_sum, max_seq_len
     )
-    return out
 
 
 @torch.library.register_fake("hata::hamming_score")
@@ -70,17 +62,3 @@ def _(
     batch, q_len, num_kv_heads, _, _ = planes.shape
     dtype = torch.int32 if norm_cache is None else torch.float16
     return planes.new_empty((batch, q_len, num_kv_heads, max_seq_len), dtype=dtype)
-
-
-@torch.library.register_fake("hata::hamming_score.out")
-def _(
-    planes: Tensor,
-    code_cache: Tensor,
-    norm_cache: Tensor | None,
-    block_table: Tensor,
-    cache_seqlens: Tensor,
-    weight_sum: int,
-    *,
-    scores: Tensor,
-) -> None:
-    return None

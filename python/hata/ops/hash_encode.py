@@ -5,25 +5,20 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
+from hata.ops.inference import inference_only
+
 
 @overload
 def hash_encode(
-    keys: Tensor, key_weights: Tensor, *, key_norms: Literal[False] = ..., out: Tensor | None = ...
+    keys: Tensor, key_weights: Tensor, *, key_norms: Literal[False] = ...
 ) -> Tensor: ...
 @overload
 def hash_encode(
-    keys: Tensor,
-    key_weights: Tensor,
-    *,
-    key_norms: Literal[True],
-    out: tuple[Tensor, Tensor] | None = ...,
+    keys: Tensor, key_weights: Tensor, *, key_norms: Literal[True]
 ) -> tuple[Tensor, Tensor]: ...
+@inference_only
 def hash_encode(
-    keys: Tensor,
-    key_weights: Tensor,
-    *,
-    key_norms: bool = False,
-    out: Tensor | tuple[Tensor, Tensor] | None = None,
+    keys: Tensor, key_weights: Tensor, *, key_norms: bool = False
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Encodes keys as packed signs of their projections.
 
@@ -39,7 +34,6 @@ def hash_encode(
         key_weights: ``[num_kv_heads, head_dim, num_bits]``, dtype of ``keys``, contiguous;
             ``num_bits`` is a multiple of 32 up to 256.
         key_norms: Whether to return the keys' Euclidean norms as well.
-        out: Tensors to write into, in the structure of the return value; contiguous.
 
     Returns:
         ``codes`` ``[batch, num_kv_heads, seq_len, num_bits // 32]``, int32. With ``key_norms`` a
@@ -47,26 +41,18 @@ def hash_encode(
         rounded to float16; norms saturate at 65504.
 
     Raises:
+        ValueError: A tensor requires a gradient while autograd is on.
         RuntimeError: A shape, dtype, stride or device is not as above.
     """
-    if out is None:
-        codes, norms = torch.ops.hata.hash_encode.default(keys, key_weights, key_norms)
-        return (codes, norms) if key_norms else codes
-    codes, norms = out if key_norms else (out, None)
-    torch.ops.hata.hash_encode.out(keys, key_weights, codes=codes, norms=norms)
-    return out
+    codes, norms = torch.ops.hata.hash_encode.default(keys, key_weights, key_norms)
+    return (codes, norms) if key_norms else codes
 
 
 @torch.library.register_fake("hata::hash_encode")
-def _(keys: Tensor, key_weights: Tensor, key_norms: bool) -> tuple[Tensor, Tensor]:
+def _(keys: Tensor, key_weights: Tensor, key_norms: bool = False) -> tuple[Tensor, Tensor]:
     batch, seq_len, num_kv_heads, _ = keys.shape
     num_words = key_weights.shape[2] // 32
     return (
         keys.new_empty((batch, num_kv_heads, seq_len, num_words), dtype=torch.int32),
         keys.new_empty((batch, num_kv_heads, seq_len if key_norms else 0), dtype=torch.float16),
     )
-
-
-@torch.library.register_fake("hata::hash_encode.out")
-def _(keys: Tensor, key_weights: Tensor, *, codes: Tensor, norms: Tensor | None) -> None:
-    return None

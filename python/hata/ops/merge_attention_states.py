@@ -3,14 +3,12 @@
 import torch
 from torch import Tensor
 
+from hata.ops.inference import inference_only
 
+
+@inference_only
 def merge_attention_states(
-    out_a: Tensor,
-    lse_a: Tensor,
-    out_b: Tensor,
-    lse_b: Tensor,
-    *,
-    out: tuple[Tensor, Tensor] | None = None,
+    out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Merges the attention over two disjoint sets of keys into that over both.
 
@@ -23,27 +21,17 @@ def merge_attention_states(
         lse_a: ``[batch, q_len, num_heads]``, float32, natural logarithm, contiguous.
         out_b: Like ``out_a``.
         lse_b: Like ``lse_a``.
-        out: ``(out, lse)`` to write into; contiguous.
 
     Returns:
         ``out`` like ``out_a`` and ``lse`` like ``lse_a``.
 
     Raises:
+        ValueError: A tensor requires a gradient while autograd is on.
         RuntimeError: A shape, dtype, stride or device is not as above.
     """
-    if out is None:
-        return torch.ops.hata.merge_attention_states.default(out_a, lse_a, out_b, lse_b)
-    torch.ops.hata.merge_attention_states.out(out_a, lse_a, out_b, lse_b, out=out[0], lse=out[1])
-    return out
+    return torch.ops.hata.merge_attention_states.default(out_a, lse_a, out_b, lse_b)
 
 
 @torch.library.register_fake("hata::merge_attention_states")
 def _(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
     return torch.empty_like(out_a), torch.empty_like(lse_a)
-
-
-@torch.library.register_fake("hata::merge_attention_states.out")
-def _(
-    out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, *, out: Tensor, lse: Tensor
-) -> None:
-    return None

@@ -3,15 +3,17 @@
 import torch
 from torch import Tensor
 
+from hata.ops.inference import inference_only
 
+
+@inference_only
 def select_topk(
     scores: Tensor,
     cache_seqlens: Tensor,
-    top_k: int,
     *,
+    top_k: int,
     num_sink: int = 0,
     num_recent: int = 0,
-    out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Selects the ``top_k`` visible positions with the highest scores, exactly.
 
@@ -28,54 +30,26 @@ def select_topk(
         num_sink: Positions at the start that are always selected.
         num_recent: Visible positions at the end that are always selected;
             ``num_sink + num_recent <= top_k``.
-        out: ``(indices, num_selected)`` to write into; contiguous.
 
     Returns:
-        ``indices`` ``[batch, q_len, num_kv_heads, top_k]``, int32: ascending, then -1; and
-        ``num_selected`` ``[batch, q_len, num_kv_heads]``, int32: the smaller of ``top_k`` and the
-        number of visible positions.
+        ``indices`` ``[batch, q_len, num_kv_heads, min(top_k, max_seq_len)]``, int32: ascending,
+        then -1; and ``num_selected`` ``[batch, q_len, num_kv_heads]``, int32: the smaller of
+        ``top_k`` and the number of visible positions.
 
     Raises:
+        ValueError: A tensor requires a gradient while autograd is on.
         RuntimeError: A shape, dtype, stride, device or size is not as above; on CPU also a length
             that is negative or above ``max_seq_len``.
     """
-    if out is None:
-        return torch.ops.hata.select_topk.default(
-            scores, cache_seqlens, top_k, num_sink, num_recent
-        )
-    indices, num_selected = out
-    torch.ops.hata.select_topk.out(
-        scores,
-        cache_seqlens,
-        top_k,
-        num_sink,
-        num_recent,
-        indices=indices,
-        num_selected=num_selected,
-    )
-    return out
+    return torch.ops.hata.select_topk.default(scores, cache_seqlens, top_k, num_sink, num_recent)
 
 
 @torch.library.register_fake("hata::select_topk")
 def _(
-    scores: Tensor, cache_seqlens: Tensor, top_k: int, num_sink: int, num_recent: int
+    scores: Tensor, cache_seqlens: Tensor, top_k: int, num_sink: int = 0, num_recent: int = 0
 ) -> tuple[Tensor, Tensor]:
-    batch, q_len, num_kv_heads, _ = scores.shape
+    *rows, max_seq_len = scores.shape
     return (
-        scores.new_empty((batch, q_len, num_kv_heads, top_k), dtype=torch.int32),
-        scores.new_empty((batch, q_len, num_kv_heads), dtype=torch.int32),
+        scores.new_empty((*rows, min(top_k, max_seq_len)), dtype=torch.int32),
+        scores.new_empty(rows, dtype=torch.int32),
     )
-
-
-@torch.library.register_fake("hata::select_topk.out")
-def _(
-    scores: Tensor,
-    cache_seqlens: Tensor,
-    top_k: int,
-    num_sink: int,
-    num_recent: int,
-    *,
-    indices: Tensor,
-    num_selected: Tensor,
-) -> None:
-    return None

@@ -14,9 +14,7 @@ def workspace_size(
     max_seq_len: int,
     top_k: int,
 ) -> int:
-    """Returns the bytes of workspace that decode_step, score_select and gather_attention need.
-
-    One buffer serves all three, one after the other; a larger one is always accepted.
+    """Returns the bytes of workspace that decode_step needs; a larger one is always accepted.
 
     Args:
         batch: Sequences.
@@ -25,7 +23,7 @@ def workspace_size(
         num_kv_heads: KV heads.
         head_dim: Size of a head.
         max_seq_len: Positions that a sequence can have, ``max_pages * page_size``.
-        top_k: Positions selected.
+        top_k: Positions to select; above ``max_seq_len`` it stands for that.
     """
     # index() makes a number that torch.compile took for dynamic a constant of its graph.
     return _workspace_size(

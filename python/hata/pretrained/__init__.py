@@ -1,4 +1,4 @@
-"""Hash weights that come with the package, and the settings to use them with."""
+"""Hash weights that come with the package, and the budget to use them with."""
 
 import json
 from importlib.resources import as_file, files
@@ -41,8 +41,7 @@ def find_pretrained(model: str) -> HashWeights | None:
 def pretrained_weights(model: str) -> HashWeights:
     """Loads hash weights that come with the package.
 
-    They were trained by recipe `hata` (docs/training.md); their metadata says on which texts, and
-    with which ``query_bits`` and ``key_norms`` they are to be used.
+    They were trained by recipe `hata` (docs/training.md); their metadata says on which texts.
 
     Args:
         model: As for `find_pretrained`.
@@ -70,7 +69,7 @@ def pretrained_frontier(model: str) -> dict[str, Any]:
     Returns:
         What ``hata recall --frontier`` wrote: "model", "context", "commit", "command" and others,
         and "levels", cheapest first; each has "bytes_per_step" (of a layer and KV head), "uniform"
-        and "per_layer", which `HataConfig` takes, and the attention mass that either selects.
+        and "per_layer", whose "top_k" `HataConfig` takes, and the attention mass either selects.
 
     Raises:
         ValueError: There are no weights for this model.
@@ -83,9 +82,9 @@ def pretrained_frontier(model: str) -> dict[str, Any]:
 def pretrained_config(model: str, top_k: int = 512) -> HataConfig:
     """Returns the settings that go with `pretrained_weights`, as the frontier chose them.
 
-    ``num_bits``, ``query_bits``, ``key_norms``, ``num_sink`` and ``num_recent`` are those that the
-    weights were trained with. Every layer has a ``top_k`` of its own: those that find most
-    attention while the layers together read no more than with one ``top_k`` for all.
+    ``num_sink`` and ``num_recent`` are those that the weights were trained with. Every layer has a
+    ``top_k`` of its own: those that find most attention while the layers together read no more
+    than with one ``top_k`` for all.
 
     Args:
         model: As for `find_pretrained`.
@@ -104,9 +103,7 @@ def pretrained_config(model: str, top_k: int = 512) -> HataConfig:
     levels = {level["uniform"]["top_k"]: level["per_layer"] for level in frontier["levels"]}
     check(top_k in levels, where, "top_k", f"be one of {', '.join(map(str, levels))}", top_k)
     return HataConfig(
-        **levels[top_k],
-        query_bits=int(weights.metadata["query_bits"]),
-        key_norms=weights.metadata["key_norms"] == "true",
+        top_k=tuple(levels[top_k]["top_k"]),
         num_sink=int(weights.metadata["num_sink"]),
         num_recent=int(weights.metadata["num_recent"]),
         num_dense_layers=frontier["num_dense_layers"],

@@ -1,6 +1,7 @@
 """Which selectors ``hata recall`` compares."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -24,11 +25,11 @@ _WHERE = "recall"
 def trained_selectors(
     info: CaptureInfo, files: Sequence[Path], query_bits: int | None, key_norms: bool | None
 ) -> list[HataSelector]:
-    """Loads hash weights, to be used as they were trained.
+    """Loads hash weights, to be used as they were made unless told otherwise.
 
     Args:
         info: Of the captures that will be measured; the weights must fit their model.
-        files: What `hata.save_weights` wrote. Their metadata names "query_bits" and "key_norms".
+        files: What `hata.save_weights` wrote.
         query_bits: Overrides what the files say.
         key_norms: Likewise.
 
@@ -36,21 +37,18 @@ def trained_selectors(
         One selector for each file.
 
     Raises:
-        ValueError: A file holds no weights for the model, or says nothing of query_bits or
-            key_norms where no argument does.
+        ValueError: A file holds no weights for the model.
     """
-    shape = {name: getattr(info, name) for name in ("num_layers", "num_kv_heads", "head_dim")}
     found = []
     for file in files:
-        weights = load_weights(file, **shape)
-        bits = weights.metadata.get("query_bits") if query_bits is None else str(query_bits)
-        norms = weights.metadata.get("key_norms") if key_norms is None else str(key_norms)
-        rule = "be 1 to 4 in the metadata (--query-bits overrides it)"
-        check(bits in ("1", "2", "3", "4"), _WHERE, f"query_bits of {file}", rule, bits)
-        known = str(norms).lower() in ("true", "false")
-        rule = "be True or False in the metadata (--key-norms overrides it)"
-        check(known, _WHERE, f"key_norms of {file}", rule, norms)
-        found.append(HataSelector(weights, int(bits or 0), str(norms).lower() == "true"))
+        weights = load_weights(file)
+        weights.check_model(_WHERE, info.num_layers, info.num_kv_heads, info.head_dim)
+        weights = replace(
+            weights,
+            query_bits=weights.query_bits if query_bits is None else query_bits,
+            key_norms=weights.key_norms if key_norms is None else key_norms,
+        )
+        found.append(HataSelector(weights))
     return found
 
 
@@ -84,7 +82,8 @@ def baseline_selectors(
     found: list[Selector] = [ExactSelector(sum_logits=True)]
     for num_bits in random_bits:
         weights = HashWeights.random(**shape, num_bits=num_bits)
-        found += [HataSelector(weights, 1, True), HataSelector(weights, 4, False)]
+        papers = replace(weights, query_bits=1, key_norms=True)
+        found += [HataSelector(papers), HataSelector(weights)]
     if calibration is not None:
         same = all(getattr(calibration.info, name) == size for name, size in shape.items())
         rule = f"be captures of a model with {shape}"

@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from hata.checks import check, check_int
+from hata.checks import check
 from hata.reference import MAX_NORM, quantize, scale_by_norm
 from hata.selectors.selector import Score, Selector
 from hata.weights import HashWeights
@@ -25,22 +25,16 @@ class HataSelector(Selector):
 
     Attributes:
         weights: The hash weights; ``metadata["recipe"]``, where set, names how they were made.
-        query_bits: Bits that a query keeps per projection, 1 to 4.
-        key_norms: Whether scores are scaled by the key's norm.
 
     Raises:
-        TypeError: ``query_bits`` is no int.
-        ValueError: ``query_bits`` is out of range, or layers have codes of different lengths.
+        ValueError: Layers have codes of different lengths.
     """
 
     name: ClassVar[str] = "hata"
     weights: HashWeights
-    query_bits: int
-    key_norms: bool
 
     def __post_init__(self) -> None:
-        """Checks every rule."""
-        check_int("HataSelector", "query_bits", self.query_bits, 1, 4)
+        """Checks the rule."""
         bits = self.weights.layer_bits
         rule = "have one num_bits for all layers"
         check(len(set(bits)) == 1, "HataSelector", "weights", rule, bits)
@@ -59,8 +53,8 @@ class HataSelector(Selector):
     @property
     def variant(self) -> str:
         """Recipe, bits and norms."""
-        norms = ", norms" if self.key_norms else ""
-        return f"{self.recipe}, {self.num_bits} bits, query {self.query_bits}{norms}"
+        norms = ", norms" if self.weights.key_norms else ""
+        return f"{self.recipe}, {self.num_bits} bits, query {self.weights.query_bits}{norms}"
 
     @property
     def settings(self) -> dict[str, object]:
@@ -68,8 +62,8 @@ class HataSelector(Selector):
         return {
             "recipe": self.recipe,
             "num_bits": self.num_bits,
-            "query_bits": self.query_bits,
-            "key_norms": self.key_norms,
+            "query_bits": self.weights.query_bits,
+            "key_norms": self.weights.key_norms,
         }
 
     def index(self, layer_idx: int, k: Tensor, softmax_scale: float) -> Score:
@@ -84,20 +78,22 @@ class HataSelector(Selector):
             # Integers below 2**24: exact in float32, in any order.
             code = self._query_code(q, query_weights)
             scores = torch.einsum("qhi,shi->qhs", code, signs.float())
-            return scale_by_norm(scores, self.num_bits, norms).float() if self.key_norms else scores
+            if self.weights.key_norms:
+                return scale_by_norm(scores, self.num_bits, norms).float()
+            return scores
 
         return score
 
     def _query_code(self, q: Tensor, query_weights: Tensor) -> Tensor:
         """The integer vectors c, ``[num_queries, num_kv_heads, num_bits]``, float32."""
         weights = query_weights.float()
-        if self.query_bits == 1:
+        if self.weights.query_bits == 1:
             z = torch.einsum("qhgd,hdi->qhgi", q, weights)
             return torch.where(z > 0, 1.0, -1.0).sum(2)
-        weight_sum = 2**self.query_bits - 1
+        weight_sum = 2**self.weights.query_bits - 1
         z = torch.einsum("qhd,hdi->qhi", q.sum(2), weights)
         return (2 * quantize(z, weight_sum) - weight_sum).float()
 
     def bytes_per_token(self, head_dim: int) -> float:
         """The code's bytes, and the norm's."""
-        return self.num_bits / 8 + 2 * self.key_norms
+        return self.num_bits / 8 + 2 * self.weights.key_norms

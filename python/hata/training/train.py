@@ -97,12 +97,12 @@ def train(
     weights = HashWeights(
         torch.stack([part.key_weights for part in found]),
         torch.stack(query_weights) if query_weights else None,
+        recipe.query_bits,
+        recipe.key_norms,
         {
             **metadata,
             "origin": f"recipe {recipe.name}, seed {recipe.seed}",
             "recipe": recipe.name,
-            "query_bits": str(recipe.query_bits),
-            "key_norms": str(recipe.key_norms).lower(),
             "seed": str(recipe.seed),
             "config": json.dumps(dataclasses.asdict(recipe)),
         },

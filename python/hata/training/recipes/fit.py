@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hata.checks import check_int
 from hata.training.data import TrainingData
-from hata.weights import HashWeights
+from hata.weights import HashWeights, check_format
 
 
 class Fit(torch.nn.Module, ABC):
@@ -73,7 +73,8 @@ class Recipe(ABC):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Checks the seed; `hata.HataConfig` checks the rest."""
+        """Checks every rule."""
+        check_format("train", self.num_bits, self.query_bits, self.key_norms)
         check_int("train", "seed", self.seed, 0)
 
     @abstractmethod
@@ -94,13 +95,21 @@ class Recipe(ABC):
         return 0
 
 
+def sign(x: Tensor) -> Tensor:
+    """+1 where x > 0, else -1: the bits of a code."""
+    return torch.where(x > 0, 1.0, -1.0)
+
+
 def orthogonal(data: TrainingData, num_columns: int, seed: int) -> Tensor:
     """Draws random rotations: ``[heads, head_dim, num_columns]``, orthonormal in blocks."""
-    shape = {"num_kv_heads": data.num_kv_heads, "head_dim": data.head_dim}
     num_bits = 32 * math.ceil(num_columns / 32)
     drawn = [
         HashWeights.random(
-            num_layers=1, num_bits=num_bits, seed=seed * 1_000_003 + layer_idx, **shape
+            num_layers=1,
+            num_kv_heads=data.num_kv_heads,
+            head_dim=data.head_dim,
+            num_bits=num_bits,
+            seed=seed * 1_000_003 + layer_idx,
         ).key_weights[0, ..., :num_columns]
         for layer_idx in data.layers
     ]

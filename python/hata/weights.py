@@ -1,0 +1,377 @@
+"""Hash weights: the projections whose signs are the bits of a key's code, in memory and on disk.
+
+On disk they are one safetensors file. Where all layers have codes of one length it holds
+``key_weights`` ``[num_layers, num_kv_heads, head_dim, num_bits]``; else ``key_weights.0``,
+``key_weights.1``, ..., one ``[num_kv_heads, head_dim, num_bits]`` a layer. The same for
+``query_weights``, where they are not the key weights. Tensors are float32, or float16 in half the
+space. The metadata names the shape, where ``num_bits`` lists the layers' numbers if they differ
+("32,64,64"), and ``query_bits`` and ``key_norms``.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from os import PathLike
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn.functional import pad
+
+from hata.checks import check, check_int, check_type
+from hata.outputs import whole_file
+
+_FORMAT = "hata.hash_weights"
+_FILE_DTYPES = (torch.float32, torch.float16)
+_SHAPE_NAMES = ("num_layers", "num_kv_heads", "head_dim", "num_bits")
+_RESERVED = ("format", *_SHAPE_NAMES, "query_bits", "key_norms")  # in a file's metadata
+_BOOLS = {"true": True, "false": False}
+
+
+@dataclass(frozen=True, eq=False)
+class HashWeights:
+    """The hash weights of a model, and the code format that they were made for.
+
+    Source: HATA, arXiv 2506.02572, section 3; ``query_bits=1, key_norms=True`` with 128 bits is
+    what its authors run, more query bits are this package's own (docs/algorithm.md).
+
+    Attributes:
+        key_weights: ``[num_layers, num_kv_heads, head_dim, num_bits]``, float32. Bit i of a key's
+            code is 1 iff ``k @ key_weights[layer, head, :, i] > 0``, k after the rotary embedding.
+        query_weights: The same shape and dtype, for queries; None uses the key weights.
+        query_bits: Bits that a query keeps per projection, 1 to 4; 1 is the paper's sign code.
+        key_norms: Whether scores are scaled by the key's norm (2 more bytes a token and KV head).
+        metadata: Where the weights come from, strings by name; saved with them.
+        layer_bits: Bits of each layer's codes, ``[num_layers]``: a layer uses its first columns.
+            By default all layers use all of them.
+
+    Raises:
+        TypeError: An argument has another type.
+        ValueError: A shape, dtype, number of bits or metadata name is not as above.
+    """
+
+    key_weights: Tensor = field(repr=False)
+    query_weights: Tensor | None = field(default=None, repr=False)
+    query_bits: int = 4
+    key_norms: bool = False
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    layer_bits: tuple[int, ...] = ()
+    _layers: dict[tuple[int, torch.dtype, torch.device], tuple[Tensor, Tensor]] = field(
+        default_factory=dict, init=False, repr=False
+    )
+
+    def __post_init__(self) -> None:
+        """Checks every rule."""
+        where = "HashWeights"
+        _check_projections(where, "key_weights", self.key_weights)
+        num_layers, num_bits = self.key_weights.shape[0], self.num_bits
+        check_format(where, num_bits, self.query_bits, self.key_norms)
+        if self.query_weights is not None:
+            _check_projections(where, "query_weights", self.query_weights)
+            shape = list(self.query_weights.shape)
+            rule = f"have the shape of key_weights, {list(self.shape)}"
+            check(shape == list(self.shape), where, "query_weights", rule, shape)
+        for name, text in self.metadata.items():
+            strings = isinstance(name, str) and isinstance(text, str)
+            check_type(strings, where, "metadata", "hold strings by name", text)
+            check(name not in _RESERVED, where, "metadata", f"not name any of {_RESERVED}", name)
+        object.__setattr__(self, "layer_bits", tuple(self.layer_bits) or (num_bits,) * num_layers)
+        rule = f"have num_layers={num_layers} entries"
+        check(len(self.layer_bits) == num_layers, where, "layer_bits", rule, self.layer_bits)
+        for bits in self.layer_bits:
+            _check_bits(where, "layer_bits", bits, num_bits)
+
+    @classmethod
+    def from_layers(
+        cls,
+        key_weights: Sequence[Tensor],
+        query_weights: Sequence[Tensor] | None = None,
+        *,
+        query_bits: int = 4,
+        key_norms: bool = False,
+        metadata: Mapping[str, str] | None = None,
+    ) -> "HashWeights":
+        """Puts together layers whose codes may have different numbers of bits.
+
+        Args:
+            key_weights: Per layer ``[num_kv_heads, head_dim, num_bits]``, float32; num_bits is the
+                layer's own.
+            query_weights: The same shapes, for queries; None uses the key weights.
+            query_bits: Bits that a query keeps per projection.
+            key_norms: Whether scores are scaled by the key's norm.
+            metadata: Where the weights come from.
+
+        Returns:
+            The weights; columns that a layer does not use are zeros.
+
+        Raises:
+            TypeError: A layer is no tensor.
+            ValueError: There is no layer, or their shapes or dtypes are not as above.
+        """
+        where = "HashWeights.from_layers"
+        queries = None if query_weights is None else _pad(where, "query_weights", query_weights)
+        keys, bits = _pad(where, "key_weights", key_weights), _widths(key_weights)
+        if query_weights is not None:
+            rule = f"have the num_bits of key_weights, {bits}"
+            got = _widths(query_weights)
+            check(got == bits, where, "query_weights", rule, got)
+        return cls(keys, queries, query_bits, key_norms, metadata or {}, bits)
+
+    @classmethod
+    def random(
+        cls,
+        *,
+        num_layers: int,
+        num_kv_heads: int,
+        head_dim: int,
+        num_bits: int | Sequence[int] = 64,
+        query_bits: int = 4,
+        key_norms: bool = False,
+        seed: int = 0,
+    ) -> "HashWeights":
+        """Draws untrained weights: random orthogonal projections, the same for keys and queries.
+
+        The columns are orthonormal in blocks of ``head_dim``, uniformly distributed (the QR
+        decomposition of Gaussian matrices).
+
+        Args:
+            num_layers: Layers of the model, at least 1.
+            num_kv_heads: KV heads of each layer, at least 1.
+            head_dim: Channels of a head, at least 1.
+            num_bits: Bits of a code, a multiple of 32 from 32 to 256; or one number for each layer.
+            query_bits: Bits that a query keeps per projection.
+            key_norms: Whether scores are scaled by the key's norm.
+            seed: Seed of the generator; the same seed gives the same weights.
+
+        Returns:
+            The weights, on the CPU; ``metadata["origin"]`` names method and seed.
+
+        Raises:
+            TypeError: An argument has another type.
+            ValueError: An argument is out of range.
+        """
+        where = "HashWeights.random"
+        check_int(where, "num_layers", num_layers, 1)
+        check_int(where, "num_kv_heads", num_kv_heads, 1)
+        check_int(where, "head_dim", head_dim, 1)
+        layer_bits = (num_bits,) * num_layers if isinstance(num_bits, int) else tuple(num_bits)
+        for bits in layer_bits:
+            _check_bits(where, "num_bits", bits)
+        check_int(where, "seed", seed, 0)
+        generator = torch.Generator().manual_seed(seed)
+        longest = max(layer_bits)
+        blocks = math.ceil(longest / head_dim)
+        shape = (num_layers, num_kv_heads, blocks, head_dim, head_dim)
+        q, r = torch.linalg.qr(torch.randn(shape, generator=generator))
+        q = q * r.diagonal(dim1=-2, dim2=-1).sign()[..., None, :]  # makes the decomposition unique
+        key_weights = q.transpose(2, 3).flatten(3)[..., :longest].contiguous()
+        metadata = {"origin": f"random orthogonal, seed {seed}"}
+        return cls(key_weights, None, query_bits, key_norms, metadata, layer_bits)
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """``(num_layers, num_kv_heads, head_dim, num_bits)``."""
+        num_layers, num_kv_heads, head_dim, num_bits = self.key_weights.shape
+        return num_layers, num_kv_heads, head_dim, num_bits
+
+    @property
+    def num_bits(self) -> int:
+        """Bits of a key's code; those of the longest where the layers' differ."""
+        return self.key_weights.shape[3]
+
+    def check_model(self, function: str, num_layers: int, num_kv_heads: int, head_dim: int) -> None:
+        """Raises ValueError unless the weights are for a model of these sizes.
+
+        Args:
+            function: The public function that checks, for the error message.
+            num_layers: Layers of the model.
+            num_kv_heads: KV heads of each layer.
+            head_dim: Channels of a head.
+        """
+        wanted, got = (num_layers, num_kv_heads, head_dim), self.shape[:3]
+        rule = f"be for the model's (num_layers, num_kv_heads, head_dim), {wanted}"
+        check(got == wanted, function, "weights", rule, got)
+
+    def __deepcopy__(self, memo: object) -> "HashWeights":
+        """Returns itself: weights do not change, so copies of a cache share them."""
+        return self
+
+    def layer(
+        self, layer_idx: int, dtype: torch.dtype, device: torch.device
+    ) -> tuple[Tensor, Tensor]:
+        """Returns one layer's weights as the operators take them; copies are kept for later calls.
+
+        Args:
+            layer_idx: The layer, 0 to ``num_layers - 1``.
+            dtype: The dtype of the keys.
+            device: The device of the keys.
+
+        Returns:
+            Key and query weights, each ``[num_kv_heads, head_dim, num_bits]``, contiguous; num_bits
+            is ``layer_bits[layer_idx]``.
+
+        Raises:
+            TypeError: ``layer_idx`` is no int.
+            ValueError: There is no such layer.
+        """
+        found = self._layers.get((layer_idx, dtype, device))
+        if found is None:
+            check_int("HashWeights.layer", "layer_idx", layer_idx, 0, self.shape[0] - 1)
+            used = (layer_idx, ..., slice(self.layer_bits[layer_idx]))
+            key_weights = self.key_weights[used].to(device, dtype).contiguous()
+            query_weights = key_weights
+            if self.query_weights is not None:
+                query_weights = self.query_weights[used].to(device, dtype).contiguous()
+            found = self._layers[layer_idx, dtype, device] = (key_weights, query_weights)
+        return found
+
+
+def save_weights(
+    path: str | PathLike[str], weights: HashWeights, *, dtype: torch.dtype = torch.float32
+) -> None:
+    """Saves hash weights as safetensors.
+
+    An existing file is replaced only once the new one is complete.
+
+    Args:
+        path: The file to write, in an existing folder.
+        weights: The weights; columns that a layer does not use are left out.
+        dtype: torch.float32, or torch.float16 to round them to half the space.
+
+    Raises:
+        TypeError: ``weights`` is no HashWeights.
+        ValueError: The folder does not exist or has no room, or the dtype is another one.
+    """
+    where = "save_weights"
+    check_type(isinstance(weights, HashWeights), where, "weights", "be HashWeights", weights)
+    path = Path(path)
+    check(path.parent.is_dir(), where, "path", "lie in an existing folder", path)
+    check(not path.is_dir(), where, "path", "name a file", path)
+    check(dtype in _FILE_DTYPES, where, "dtype", f"be one of {_FILE_DTYPES}", dtype)
+    tensors = _file_tensors("key_weights", weights.key_weights, weights.layer_bits)
+    if weights.query_weights is not None:
+        tensors |= _file_tensors("query_weights", weights.query_weights, weights.layer_bits)
+    tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+    metadata = {
+        **weights.metadata,
+        "format": _FORMAT,
+        **_shape_metadata(weights),
+        "query_bits": str(weights.query_bits),
+        "key_norms": str(weights.key_norms).lower(),
+    }
+    with whole_file(path, where) as partial:
+        save_file(tensors, partial, metadata=metadata)
+
+
+def load_weights(path: str | PathLike[str]) -> HashWeights:
+    """Loads hash weights that `save_weights` wrote.
+
+    Files of before ``query_bits`` and ``key_norms`` were always saved are read as 4 and False where
+    their metadata names neither, the settings that they were used with by default.
+
+    Args:
+        path: The file to read.
+
+    Returns:
+        The weights, on the CPU, in float32.
+
+    Raises:
+        ValueError: There is no such file, it is no safetensors file with hash weights, or its
+            tensors do not have the shape that its metadata names.
+    """
+    where = "load_weights"
+    path = Path(path)
+    check(path.is_file(), where, "path", "name an existing file", path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata: dict[str, str] = dict(file.metadata() or {})
+            stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(
+            f"hata.{where}: path must be a safetensors file, got {path}: {error}"
+        ) from error
+
+    kind = metadata.get("format")
+    check(kind == _FORMAT, where, "path", f'have "format": "{_FORMAT}" in its metadata', kind)
+    tensors = {name: x.float() if x.dtype in _FILE_DTYPES else x for name, x in stored.items()}
+    key_layers = _layers("key_weights", tensors)
+    check(bool(key_layers), where, "path", "hold key_weights", sorted(tensors))
+    query_bits = metadata.get("query_bits", "4")
+    check(query_bits in ("1", "2", "3", "4"), where, "query_bits", "be 1 to 4", query_bits)
+    key_norms = metadata.get("key_norms", "false").lower()
+    check(key_norms in _BOOLS, where, "key_norms", "be true or false", key_norms)
+    weights = HashWeights.from_layers(
+        key_layers,
+        _layers("query_weights", tensors) or None,
+        query_bits=int(query_bits),
+        key_norms=_BOOLS[key_norms],
+        metadata={name: text for name, text in metadata.items() if name not in _RESERVED},
+    )
+    for name, size in _shape_metadata(weights).items():
+        rule = f"be {size} in the metadata"
+        check(metadata.get(name) == size, where, name, rule, metadata.get(name))
+    return weights
+
+
+def check_format(function: str, num_bits: int, query_bits: int, key_norms: bool) -> None:
+    """Raises TypeError or ValueError unless this is a code format, for a public function."""
+    _check_bits(function, "num_bits", num_bits)
+    check_int(function, "query_bits", query_bits, 1, 4)
+    check_type(isinstance(key_norms, bool), function, "key_norms", "be a bool", key_norms)
+
+
+def _check_bits(function: str, name: str, bits: int, longest: int = 256) -> None:
+    check_int(function, name, bits, 32, longest)
+    check(bits % 32 == 0, function, name, "be a multiple of 32", bits)
+
+
+def _check_projections(function: str, name: str, tensor: object) -> None:
+    check_type(isinstance(tensor, Tensor), function, name, "be a tensor", tensor)
+    assert isinstance(tensor, Tensor)  # check_type has made sure of it, for the type checker
+    rule = "have shape [num_layers, num_kv_heads, head_dim, num_bits]"
+    check(tensor.dim() == 4, function, name, rule, list(tensor.shape))
+    check(tensor.dtype == torch.float32, function, name, "be torch.float32", tensor.dtype)
+    check(bool(tensor.isfinite().all()), function, name, "be finite", "infinite values or NaN")
+
+
+def _pad(function: str, name: str, layers: Sequence[Tensor]) -> Tensor:
+    """Stacks ``[num_kv_heads, head_dim, num_bits]`` tensors, with zero columns up to the widest."""
+    tensors = all(isinstance(layer, Tensor) for layer in layers)
+    check_type(tensors, function, name, "hold tensors", layers)
+    shapes = [list(layer.shape) for layer in layers]
+    fits = bool(shapes) and all(len(s) == 3 and s[:2] == shapes[0][:2] for s in shapes)
+    rule = "hold [num_kv_heads, head_dim, num_bits] tensors, num_bits alone varying"
+    check(fits, function, name, rule, shapes)
+    longest = max(_widths(layers))
+    return torch.stack([pad(layer, (0, longest - layer.shape[2])) for layer in layers])
+
+
+def _widths(layers: Sequence[Tensor]) -> tuple[int, ...]:
+    return tuple(layer.shape[2] for layer in layers)
+
+
+def _shape_metadata(weights: HashWeights) -> dict[str, str]:
+    bits = weights.layer_bits
+    listed = str(bits[0]) if len(set(bits)) == 1 else ",".join(map(str, bits))
+    return dict(zip(_SHAPE_NAMES, (*map(str, weights.shape[:3]), listed), strict=True))
+
+
+def _file_tensors(name: str, weights: Tensor, layer_bits: Sequence[int]) -> dict[str, Tensor]:
+    """The file's tensors; clones, since safetensors writes no memory twice."""
+    weights = weights.detach().cpu()
+    if len(set(layer_bits)) == 1:
+        return {name: weights[..., : layer_bits[0]].clone().contiguous()}
+    return {
+        f"{name}.{i}": weights[i, ..., :bits].clone().contiguous()
+        for i, bits in enumerate(layer_bits)
+    }
+
+
+def _layers(name: str, tensors: dict[str, Tensor]) -> list[Tensor]:
+    """One tensor a layer, in order; none where the file has no such weights."""
+    if name in tensors:
+        return list(tensors[name])
+    numbered = (f"{name}.{i}" for i in range(len(tensors)))
+    return [tensors[key] for key in numbered if key in tensors]
