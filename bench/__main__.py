@@ -1,8 +1,6 @@
 """The command ``python -m bench``: each operator alone, and the whole decoding step."""
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
@@ -11,33 +9,21 @@ import torch
 import typer
 from rich.console import Console
 from rich.progress import Progress
+from typer import Option
 
 from hata.checks import check
 from hata.cli import run_app
+from hata.commands.options import with_options
+from hata.device import ModelFolder
 from hata.provenance import origin
 
 from . import decode, ops, variants
-from .baselines import Baselines
 from .capture import capture
 from .cases import CONFIGS
 from .grids import GRIDS, plan_for
 from .inputs import Captured
 from .options import (
-    AppendOption,
-    BaselinesOption,
-    CodesOption,
-    DeviceOption,
-    FileOption,
-    FolderOption,
-    GridOption,
-    InputsOption,
-    MemoryOption,
-    OpOption,
     Options,
-    QuickOption,
-    ResultsDeviceOption,
-    ResultsOption,
-    ShapeOption,
     check_output,
     check_rows,
     checked_device,
@@ -48,6 +34,7 @@ from .report import RESULTS, ROOT, Report, slug
 from .run import Run
 from .tables import all_tables
 from .timing import Timer, measure_bandwidth
+from .vllm import measure_vllm
 
 app = typer.Typer(
     help="Measures each operator and the whole decoding step against what their bytes allow.",
@@ -55,122 +42,62 @@ app = typer.Typer(
 )
 
 
-@dataclass(frozen=True)
-class Bench:
-    """One of the benchmarks: what runs, and the columns of its file and of its table."""
-
-    title: str
-    run: Callable[[Run, Report, Progress], None]
-    columns: Sequence[str]
-    shown: dict[str, str]
-
-
-BENCHES = {
-    "ops": Bench("Operators alone", ops.bench_ops, ops.COLUMNS, ops.SHOWN),
-    "decode": Bench(
-        "Decoding step of one layer", decode.bench_decode, decode.COLUMNS, decode.SHOWN
-    ),
-    "variants": Bench(
-        "Unusual settings", variants.bench_variants, variants.COLUMNS, variants.SHOWN
-    ),
-}
+BENCHES = {"ops": ops, "decode": decode, "variants": variants}
 BUDGET_S = {"cuda": 0.03, "cpu": 0.5}  # of one measurement
 QUICK_BUDGET_S = 0.01
 BANDWIDTH_BYTES = (2 << 30) - (1 << 20)  # PyTorch sums up to 2 GiB in one kernel
 QUICK_BANDWIDTH_BYTES = 128 << 20
+CHOICES = ("grid", "op", "shape", "codes", "baselines", "inputs")  # of some commands alone
+
+RowsOf = Annotated[str, Option(help="Whose rows: decode_<device>.csv in --results.")]
+ResultsFolder = Annotated[Path, Option(help="Folder of the CSV files.")]
 
 
 @app.callback(invoke_without_command=True)
-def default(
-    ctx: typer.Context,
-    device: DeviceOption = None,
-    quick: QuickOption = False,
-    output: FolderOption = None,
-    append: AppendOption = False,
-    memory_limit_gb: MemoryOption = None,
-) -> None:
+@with_options(without=CHOICES)
+def default(ctx: typer.Context, options: Options) -> None:
     """Measures each operator and the whole decoding step; without a subcommand, everything."""
-    options = Options(device, quick, output, append, memory_limit_gb)
     if ctx.invoked_subcommand is None:
-        measure("all", list(BENCHES), options)
+        measure("all", options)
     elif options != Options():
         rule = f"follow the subcommand {ctx.invoked_subcommand}"
         check(False, "bench", "options", rule, "some before it")
 
 
 @app.command("ops")
-def measure_ops(
-    device: DeviceOption = None,
-    quick: QuickOption = False,
-    output: FileOption = None,
-    append: AppendOption = False,
-    memory_limit_gb: MemoryOption = None,
-    op: OpOption = None,
-    shape: ShapeOption = None,
-    baselines: BaselinesOption = Baselines.ALL,
-    inputs: InputsOption = None,
-) -> None:
+@with_options(without=("grid", "codes"))
+def measure_ops(options: Options) -> None:
     """Measures each operator alone, against generic ways to do the same."""
-    options = Options(device, quick, output, append, memory_limit_gb)
-    chosen = dict(baselines=baselines, inputs=inputs, ops=op or (), shapes=shape or ())
-    measure("ops", ["ops"], replace(options, **chosen))
+    measure("ops", options)
 
 
 @app.command("decode")
-def measure_decode(
-    device: DeviceOption = None,
-    quick: QuickOption = False,
-    output: FileOption = None,
-    append: AppendOption = False,
-    memory_limit_gb: MemoryOption = None,
-    grid: GridOption = None,
-    shape: ShapeOption = None,
-    codes: CodesOption = None,
-    baselines: BaselinesOption = Baselines.ALL,
-    inputs: InputsOption = None,
-) -> None:
+@with_options(without=("op",))
+def measure_decode(options: Options) -> None:
     """Measures the whole decoding step against dense attention."""
-    options = Options(device, quick, output, append, memory_limit_gb)
-    chosen = dict(grids=grid or (), shapes=shape or (), codes=codes or ())
-    measure("decode", ["decode"], replace(options, **chosen, baselines=baselines, inputs=inputs))
+    measure("decode", options)
 
 
 @app.command("variants")
-def measure_variants(
-    device: DeviceOption = None,
-    quick: QuickOption = False,
-    output: FileOption = None,
-    append: AppendOption = False,
-    memory_limit_gb: MemoryOption = None,
-) -> None:
+@with_options(without=CHOICES)
+def measure_variants(options: Options) -> None:
     """Measures unusual settings of the step against what their bytes predict."""
-    measure("variants", ["variants"], Options(device, quick, output, append, memory_limit_gb))
+    measure("variants", options)
 
 
 @app.command("all")
-def measure_all(
-    device: DeviceOption = None,
-    quick: QuickOption = False,
-    output: FolderOption = None,
-    append: AppendOption = False,
-    memory_limit_gb: MemoryOption = None,
-    grid: GridOption = None,
-    baselines: BaselinesOption = Baselines.ALL,
-) -> None:
+@with_options(without=("op", "shape", "codes", "inputs"))
+def measure_all(options: Options) -> None:
     """Measures the operators, the step and its variants in one run."""
-    options = Options(device, quick, output, append, memory_limit_gb, grid or (), baselines)
-    measure("all", list(BENCHES), options)
+    measure("all", options)
 
 
 @app.command("capture")
 def capture_inputs(
-    output: Annotated[Path, typer.Option("--output", help="The safetensors file to write.")],
-    model: Annotated[
-        Path | None,
-        typer.Option(help="Local transformers folder; by default SmolLM2-135M-Instruct."),
-    ] = None,
-    tokens: Annotated[int, typer.Option(help="Length of the text.")] = 4096,
-    layer: Annotated[int, typer.Option(help="Which layer, from 0.")] = 14,
+    output: Annotated[Path, Option(help="The safetensors file to write.")],
+    model: ModelFolder = None,
+    tokens: Annotated[int, Option(help="Length of the text.")] = 4096,
+    layer: Annotated[int, Option(help="Which layer, from 0.")] = 14,
 ) -> None:
     """Writes a real layer's queries and keys to a file for --inputs; half a minute on a CPU."""
     check_output(output)
@@ -180,12 +107,10 @@ def capture_inputs(
 
 @app.command("plot")
 def plot_results(
-    device: ResultsDeviceOption = "h100",
-    results: ResultsOption = RESULTS,
-    output: Annotated[
-        Path, typer.Option("--output", help="Folder of the pictures; by default docs/plots.")
-    ] = ROOT / "docs" / "plots",
-    png: Annotated[bool, typer.Option("--png", help="PNG instead of SVG.")] = False,
+    device: RowsOf = "h100",
+    results: ResultsFolder = RESULTS,
+    output: Annotated[Path, Option(help="Folder of the pictures.")] = ROOT / "docs" / "plots",
+    png: Annotated[bool, Option("--png", help="PNG instead of SVG.")] = False,
 ) -> None:
     """Draws the results as pictures; those whose rows are missing are left out."""
     check_rows(results, device)
@@ -198,33 +123,37 @@ def plot_results(
 
 
 @app.command("tables")
-def print_tables(device: ResultsDeviceOption = "h100", results: ResultsOption = RESULTS) -> None:
+def print_tables(device: RowsOf = "h100", results: ResultsFolder = RESULTS) -> None:
     """Prints the results as Markdown tables."""
     check_rows(results, device)
     print(all_tables(results, device))
 
 
-def measure(command: str, names: list[str], options: Options) -> None:
-    """Runs the benchmarks ``names``; several write into the folder ``output``, one to the file."""
+app.command("vllm")(measure_vllm)
+
+
+def measure(command: str, options: Options) -> None:
+    """Runs one benchmark, or all; several write into the folder ``output``, one to the file."""
+    names = list(BENCHES) if command == "all" else [command]
     device = checked_device(options.device)
-    grids = checked_names("--grid", options.grids, GRIDS, default=("table",))
-    chosen_ops = checked_names("--op", options.ops, ops.OPS, default=ops.OPS)
+    grids = checked_names("--grid", options.grid, GRIDS, default=("table",))
+    chosen_ops = checked_names("--op", options.op, ops.OPS, default=ops.OPS)
     codes = checked_names("--codes", options.codes, [config.name for config in CONFIGS], ())
-    plan = plan_for(device, grids, options.quick).only(options.shapes, codes)
+    plan = plan_for(device, grids, options.quick).only(options.shape, codes)
     memory_limit = checked_memory_limit(options.memory_limit_gb, device)
     captured = Captured.load(options.inputs) if options.inputs else None
     quick = options.quick
     files = {name: f"{name}_{slug(device)}{'_quick' * quick}.csv" for name in names}
-    if command == "all":
-        paths = {name: (options.output or RESULTS) / file for name, file in files.items()}
-    else:
-        paths = {name: options.output or RESULTS / file for name, file in files.items()}
+    folder = options.output if options.output and command == "all" else RESULTS
+    paths = {name: folder / file for name, file in files.items()}
+    if options.output and command != "all":
+        paths = {command: options.output}
     for path in paths.values():
         check_output(path)
     words = ["python -m bench", command, f"--device {device.type}", *options.words()]
     common = origin(device, " ".join(words))
     reports = {
-        name: Report(path, BENCHES[name].columns, common, options.append)
+        name: Report(path, BENCHES[name].COLUMNS, common, options.append)
         for name, path in paths.items()
     }
 
@@ -248,13 +177,13 @@ def measure(command: str, names: list[str], options: Options) -> None:
     with torch.no_grad(), Progress(console=run.console, transient=True) as progress:
         for name, report in reports.items():
             start = time.perf_counter()
-            BENCHES[name].run(run, report, progress)
+            BENCHES[name].bench(run, report, progress)
             run.note(f"{name}: {len(report.rows)} rows, {time.perf_counter() - start:.0f} s")
     caption = "; ".join(str(config) for config in run.plan.configs)
     for name, report in reports.items():
         if not report.rows:
             continue
-        report.show(Console(), BENCHES[name].shown, BENCHES[name].title, caption)
+        report.show(Console(), BENCHES[name].SHOWN, BENCHES[name].TITLE, caption)
         print(f"{len(report.rows)} rows in {report.path}")
     if run.errors:
         run.note(f"{len(run.errors)} cases failed")

@@ -9,6 +9,7 @@ from torch import Tensor
 
 import hata
 from hata.checks import check, check_int
+from hata.outputs import whole_file
 
 NUM_BITS = 256  # of the hash weights; a case takes the first bits
 NUM_QUERIES = 64  # the last positions of the text
@@ -46,28 +47,22 @@ def capture(path: Path, folder: Path | None, num_tokens: int, layer_idx: int) ->
     weights = hata.HashWeights.random(
         num_layers=1, num_kv_heads=num_kv_heads, head_dim=head_dim, num_bits=NUM_BITS
     )
-    tensors = {"queries": q[-NUM_QUERIES:], "keys": k, "key_weights": weights.key_weights[0]}
+    tensors = {"queries": q, "keys": k, "key_weights": weights.key_weights[0]}
     metadata = {"model": folder.name, "layer": str(layer_idx), "text": "pydoc_data.topics"}
     halves = {name: tensor.half().contiguous() for name, tensor in tensors.items()}
-    save_file(halves, path, metadata)
+    with whole_file(path, "bench") as partial:
+        save_file(halves, partial, metadata)
 
 
 def attention_inputs(model: Any, token_ids: list[int], layer_idx: int) -> tuple[Tensor, Tensor]:
-    """Returns q ``[tokens, num_heads, head_dim]`` and k after the rotary embedding."""
-    from transformers import AttentionInterface
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+    """Returns q of the last positions and all of k, as `capture` writes them."""
+    from hata.training.record import Recorder  # transformers is an extra
 
-    seen: dict[str, Tensor] = {}
+    layers: dict[int, tuple[Tensor, Tensor]] = {}
+    positions = torch.arange(len(token_ids))[-NUM_QUERIES:]
 
-    def attend(module: Any, query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if module.layer_idx == layer_idx:
-            seen["q"], seen["k"] = query[0].transpose(0, 1), key[0].transpose(0, 1)
-        return sdpa_attention_forward(module, query, key, *args, **kwargs)
+    def keep(layer_idx: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> None:
+        layers[layer_idx] = (q, k)
 
-    AttentionInterface.register("hata_capture", attend)
-    AttentionMaskInterface.register("hata_capture", sdpa_mask)
-    model.set_attn_implementation("hata_capture")
-    with torch.no_grad():
-        model.model(torch.tensor([token_ids]), use_cache=False)
-    return seen["q"], seen["k"]
+    Recorder(model, len(token_ids)).run(token_ids, positions, keep)
+    return layers[layer_idx]

@@ -39,6 +39,10 @@ class Shape:
         return self.num_heads // self.num_kv_heads
 
     @property
+    def heads(self) -> str:
+        return f"{self.num_heads}/{self.num_kv_heads}"
+
+    @property
     def top_k(self) -> int:
         return max(MIN_TOP_K, round(self.seq_len * self.budget))
 
@@ -63,8 +67,7 @@ class Shape:
 
     def __str__(self) -> str:
         """Returns batch, heads and length, "8 x 32/8 x 128K", and what is unusual."""
-        heads = f"{self.num_heads}/{self.num_kv_heads}"
-        parts = [f"{self.batch} x {heads} x {tokens(self.seq_len)}"]
+        parts = [f"{self.batch} x {self.heads} x {tokens(self.seq_len)}"]
         if self.capacity:
             parts.append(f"capacity {tokens(self.capacity)}")
         if self.head_dim != 128:

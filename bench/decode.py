@@ -8,38 +8,15 @@ from .cases import Case, Shape
 from .checks import check_step
 from .grids import Sweep
 from .report import Report, Row
-from .run import Run
+from .run import CASE_COLUMNS, Run
 
 PARTS = ("encode_append", "score_select", "gather_attention")
+TITLE = "Decoding step of one layer"
 COLUMNS = (
-    "dtype",
-    "batch",
-    "num_heads",
-    "num_kv_heads",
-    "head_dim",
-    "seq_len",
-    "top_k",
-    "num_bits",
-    "query_bits",
-    "key_norms",
-    "q_len",
-    "page_size",
-    "hata_us",
-    "encode_append_us",
-    "score_select_us",
-    "gather_attention_us",
-    *DENSE,
-    "floor_us",
-    "read_tbps",
-    *DENSE_MORE,
-    "spread_us",
-    "bytes",
-    "gbps",
-    "percent_of_read",
-    "speedup",
-    "max_seq_len",
-    "inputs",
-)
+    "dtype", *CASE_COLUMNS, "hata_us", *(f"{part}_us" for part in PARTS), *DENSE,
+    "floor_us", "read_tbps", *DENSE_MORE, "spread_us", "bytes", "gbps", "percent_of_read",
+    "speedup", "max_seq_len", "inputs",
+)  # fmt: skip
 
 SHOWN = {
     "shape": "batch x heads x seq_len",
@@ -64,7 +41,7 @@ SHOWN = {
 }
 
 
-def bench_decode(run: Run, report: Report, progress: Progress) -> None:
+def bench(run: Run, report: Report, progress: Progress) -> None:
     """Adds one row per shape and code setting; what several grids share is measured once."""
     total = sum(len(sweep.shapes) for sweep in run.plan.sweeps)
     task = progress.add_task("decode", total=total)

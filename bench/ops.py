@@ -17,41 +17,15 @@ from .bench_score import hamming_score, score_select, select_topk
 from .buffers import CodePool
 from .cases import CONTIGUOUS, Case, Shape
 from .report import Report, Row
-from .run import Run
+from .run import CASE_COLUMNS, Run
 
+TITLE = "Operators alone"
 COLUMNS = (
-    "dtype",
-    "op",
-    "batch",
-    "num_heads",
-    "num_kv_heads",
-    "head_dim",
-    "seq_len",
-    "top_k",
-    "num_bits",
-    "query_bits",
-    "key_norms",
-    "q_len",
-    "page_size",
-    "us",
-    "spread_us",
-    "bytes",
-    "floor_us",
-    "gbps",
-    "percent_of_read",
-    "percent_of_copy",
-    "baseline",
-    "baseline_us",
-    "speedup",
-    "read_tbps",
-    "copy_tbps",
-    "torch_us",
-    "flashinfer_us",
-    "prefill_us",
-    "percent_of_prefill",
-    "max_seq_len",
+    "dtype", "op", *CASE_COLUMNS, "us", "spread_us", "bytes", "floor_us", "gbps",
+    "percent_of_read", "percent_of_copy", "baseline", "baseline_us", "speedup", "read_tbps",
+    "copy_tbps", "torch_us", "flashinfer_us", "prefill_us", "percent_of_prefill", "max_seq_len",
     "inputs",
-)
+)  # fmt: skip
 
 SHOWN = {
     "op": "operator",
@@ -97,10 +71,10 @@ def benches(run: Run, case: Case) -> list[OpBench]:
         del chosen["gather_attention"]
     if paged or not first:
         del chosen["merge_attention_states"]
-    return [bench for name, bench in chosen.items() if name in run.ops]
+    return [measure for name, measure in chosen.items() if name in run.ops]
 
 
-def bench_ops(run: Run, report: Report, progress: Progress) -> None:
+def bench(run: Run, report: Report, progress: Progress) -> None:
     """Adds one row per operator, shape and code setting that it depends on."""
     total = 1 + sum(len(run.plan.layouts(shape)) for shape in run.plan.shapes)
     task = progress.add_task("operators", total=total)
@@ -134,6 +108,6 @@ def bench_shape(run: Run, report: Report, progress: Progress, task: TaskID, shap
         if not chosen:
             continue
         pool = run.code_pool(kv, case)
-        for bench in chosen:
-            with run.case(f"{bench.__name__}: {case}"):
-                report.add(bench(run, pool))
+        for measure in chosen:
+            with run.case(f"{measure.__name__}: {case}"):
+                report.add(measure(run, pool))

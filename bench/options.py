@@ -2,12 +2,12 @@
 
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
 import torch
-import typer
+from typer import Option
 
 import hata
 from hata.checks import check
@@ -18,102 +18,72 @@ from .baselines import Baselines
 
 MEMORY_LIMIT_GB = {"cuda": 40.0, "cpu": 8.0}
 
-DeviceOption = Annotated[
-    str | None, typer.Option("--device", help="cpu or cuda; by default cuda where there is one.")
-]
-QuickOption = Annotated[
-    bool,
-    typer.Option("--quick", help="Few small shapes with warm caches: a check, no figure."),
-]
-FileOption = Annotated[
-    Path | None,
-    typer.Option("--output", help="CSV file; by default bench/results/<command>_<device>.csv."),
-]
-FolderOption = Annotated[
-    Path | None,
-    typer.Option("--output", help="Folder of the CSV files; by default bench/results."),
-]
-AppendOption = Annotated[
-    bool, typer.Option("--append", help="Keep the rows that the CSV files have.")
-]
-MemoryOption = Annotated[
-    float | None,
-    typer.Option(
-        "--memory-limit-gb",
-        help="For the rotated K and V caches; by default 40 on a GPU, 8 on a CPU, and never more "
-        "than half of the memory.",
-    ),
-]
-GridOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--grid",
-        help="Shapes of the decoding step; may be repeated. table (the default): eight shapes. "
-        "figure5: the axes of the paper's figure 5. budget: top_k from 0.4 to 12.5 %. crossover: "
-        "from 512 tokens until hata wins. docs/benchmarks.md says how long each takes.",
-    ),
-]
-ShapeOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--shape", help='Only this one, as it is printed: "8 x 32/8 x 128K"; may be repeated.'
-    ),
-]
-CodesOption = Annotated[
-    list[str] | None,
-    typer.Option("--codes", help="Only this setting: A, B or C; may be repeated."),
-]
-BaselinesOption = Annotated[
-    Baselines,
-    typer.Option(
-        "--baselines",
-        help="What is measured beside hata: all that is installed, torch's own, or no dense "
-        "attention and top-k. FlashInfer may compile for a minute when it is first called.",
-    ),
-]
-InputsOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--inputs",
-        help="Queries and keys from a file of python -m bench capture; by default random.",
-    ),
-]
-OpOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--op",
-        help=f"Which: {', '.join(ops.OPS)}; may be repeated; by default all.",
-    ),
-]
-ResultsDeviceOption = Annotated[
-    str, typer.Option("--device", help="Whose rows: decode_<device>.csv in --results.")
-]
-ResultsOption = Annotated[Path, typer.Option("--results", help="Folder of the CSV files.")]
-
 
 @dataclass(frozen=True)
 class Options:
     """What the command line chose, the same for every benchmark of a run."""
 
-    device: str | None = None
-    quick: bool = False
-    output: Path | None = None
-    append: bool = False
-    memory_limit_gb: float | None = None
-    grids: Sequence[str] = ()
-    baselines: Baselines = Baselines.ALL
-    inputs: Path | None = None
-    ops: Sequence[str] = ()
-    shapes: Sequence[str] = ()
-    codes: Sequence[str] = ()
+    device: Annotated[
+        str | None, Option(help="cpu or cuda; by default cuda where there is one.")
+    ] = None
+    quick: Annotated[
+        bool, Option("--quick", help="Few small shapes with warm caches: a check, no figure.")
+    ] = False
+    output: Annotated[
+        Path | None,
+        Option(
+            help="CSV file, or the folder of several; by default in bench/results, "
+            "<command>_<device>.csv."
+        ),
+    ] = None
+    append: Annotated[bool, Option("--append", help="Keep the rows that the CSV files have.")] = (
+        False
+    )
+    memory_limit_gb: Annotated[
+        float | None,
+        Option(
+            help="For the rotated K and V caches; by default 40 on a GPU, 8 on a CPU, and never "
+            "more than half of the memory."
+        ),
+    ] = None
+    grid: Annotated[
+        list[str],
+        Option(
+            help="Shapes of the decoding step; may be repeated. table (the default): eight shapes. "
+            "figure5: the axes of the paper's figure 5. budget: top_k from 0.4 to 12.5 %. "
+            "crossover: from 512 tokens until hata wins. docs/benchmarks.md says how long each "
+            "takes."
+        ),
+    ] = field(default_factory=list)
+    op: Annotated[
+        list[str], Option(help=f"Which: {', '.join(ops.OPS)}; may be repeated; by default all.")
+    ] = field(default_factory=list)
+    shape: Annotated[
+        list[str],
+        Option(help='Only this one, as it is printed: "8 x 32/8 x 128K"; may be repeated.'),
+    ] = field(default_factory=list)
+    codes: Annotated[list[str], Option(help="Only this setting: A, B or C; may be repeated.")] = (
+        field(default_factory=list)
+    )
+    baselines: Annotated[
+        Baselines,
+        Option(
+            help="What is measured beside hata: all that is installed, torch's own, or no dense "
+            "attention and top-k. FlashInfer may compile for a minute when it is first called."
+        ),
+    ] = Baselines.ALL
+    inputs: Annotated[
+        Path | None,
+        Option(help="Queries and keys from a file of python -m bench capture; by default random."),
+    ] = None
 
     def words(self) -> list[str]:
         """Returns the options that decide what a row holds, as they are typed."""
         return [
             *["--quick"] * self.quick,
-            *repeated("--grid", self.grids),
-            *repeated("--op", self.ops),
-            *repeated("--shape", [f"'{name}'" for name in self.shapes]),
+            *repeated("--grid", self.grid),
+            *repeated("--op", self.op),
+            *repeated("--shape", [f"'{name}'" for name in self.shape]),
             *repeated("--codes", self.codes),
             *["--baselines", self.baselines.value] * (self.baselines is not Baselines.ALL),
             *(["--inputs", self.inputs.name] if self.inputs else []),

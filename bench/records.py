@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .baselines import DENSE, DENSE_MORE
-from .cases import CONFIGS, MIN_TOP_K, PAPER_BUDGET, tokens
+from .cases import CONFIGS, Shape
 from .decode import PARTS
 from .grids import LAYOUTS, TABLE
 
@@ -21,25 +21,9 @@ DENSE_NAMES = {
 }
 
 
-@dataclass(frozen=True)
-class Layer:
-    """What rows of different files have in common."""
-
-    batch: int
-    num_heads: int
-    num_kv_heads: int
-    seq_len: int
-
-    @classmethod
-    def of(cls, row: dict[str, str]) -> "Layer":
-        return cls(*(int(row[name]) for name in cls.__dataclass_fields__))
-
-    @property
-    def heads(self) -> str:
-        return f"{self.num_heads}/{self.num_kv_heads}"
-
-    def __str__(self) -> str:
-        return f"{self.batch} x {self.heads} x {tokens(self.seq_len)}"
+def shape_of(row: dict[str, str]) -> Shape:
+    """Returns what rows of different files have in common."""
+    return Shape(*(int(row[name]) for name in ("batch", "num_heads", "num_kv_heads", "seq_len")))
 
 
 @dataclass(frozen=True)
@@ -47,7 +31,7 @@ class Step:
     """One row of ``decode_<device>.csv``, times in microseconds."""
 
     gpu: str
-    layer: Layer
+    shape: Shape
     config: str  # A, B or C
     top_k: int
     captured: bool
@@ -80,7 +64,7 @@ def load_steps(path: Path) -> list[Step]:
             continue
         step = Step(
             gpu=row["gpu"],
-            layer=Layer.of(row),
+            shape=shape_of(row),
             config=names[codes],
             top_k=int(row["top_k"]),
             captured=row.get("inputs") == "captured",
@@ -89,30 +73,13 @@ def load_steps(path: Path) -> list[Step]:
             parts={part: float(row[f"{part}_us"]) for part in PARTS},
             dense={name: float(row[name]) for name in (*DENSE, *DENSE_MORE) if row[name]},
         )
-        steps[step.layer, step.config, step.top_k, step.captured] = step
+        steps[step.shape, step.config, step.top_k, step.captured] = step
     return list(steps.values())
 
 
 def usual(steps: Iterable[Step], captured: bool = False) -> list[Step]:
     """Returns the steps with the paper's budget."""
-    return [
-        step
-        for step in steps
-        if step.captured == captured
-        and step.top_k == max(MIN_TOP_K, round(step.layer.seq_len * PAPER_BUDGET))
-    ]
-
-
-def at(
-    steps: list[Step], heads: tuple[int, int], batch: int | None = None, seq_len: int | None = None
-) -> list[Step]:
-    return [
-        step
-        for step in usual(steps)
-        if (step.layer.num_heads, step.layer.num_kv_heads) == heads
-        and batch in (None, step.layer.batch)
-        and seq_len in (None, step.layer.seq_len)
-    ]
+    return [step for step in steps if step.captured == captured and step.top_k == step.shape.top_k]
 
 
 def by_heads(
@@ -120,19 +87,25 @@ def by_heads(
 ) -> list[tuple[str, list[Step]]]:
     """Returns, per head layout, its name and those steps of one batch or length, if several."""
     found = []
-    for heads in LAYOUTS:
-        chosen = at(steps, heads, batch, seq_len)
-        if len({step.layer for step in chosen}) > 1:
-            found.append((f"{heads[0]}/{heads[1]} heads", chosen))
+    for layout in LAYOUTS:
+        name = "{}/{}".format(*layout)
+        chosen = [
+            step
+            for step in usual(steps)
+            if step.shape.heads == name
+            and batch in (None, step.shape.batch)
+            and seq_len in (None, step.shape.seq_len)
+        ]
+        if len({step.shape for step in chosen}) > 1:
+            found.append((name, chosen))
     return found
 
 
-def table_steps(steps: list[Step], captured: bool = False) -> dict[Layer, dict[str, Step]]:
+def table_steps(steps: list[Step], captured: bool = False) -> dict[Shape, dict[str, Step]]:
     """Returns the steps of the main table's shapes, by shape and setting."""
-    found: dict[Layer, dict[str, Step]] = {}
+    found: dict[Shape, dict[str, Step]] = {}
     for shape in TABLE:
-        layer = Layer(shape.batch, shape.num_heads, shape.num_kv_heads, shape.seq_len)
-        chosen = {step.config: step for step in usual(steps, captured) if step.layer == layer}
+        chosen = {step.config: step for step in usual(steps, captured) if step.shape == shape}
         if chosen:
-            found[layer] = chosen
+            found[shape] = chosen
     return found

@@ -16,6 +16,11 @@ from .report import Row
 from .timing import Bandwidth, Timer, Timing, first_line
 
 MAX_FAILURE_S = 10.0
+# Of a case, in the order in which the CSV files have them.
+CASE_COLUMNS = (
+    "batch", "num_heads", "num_kv_heads", "head_dim", "seq_len", "top_k", "num_bits", "query_bits",
+    "key_norms", "q_len", "page_size",
+)  # fmt: skip
 
 
 @dataclass
@@ -83,13 +88,8 @@ class Run:
         """Returns the columns that describe a case; without a config no code is involved."""
         return {
             "dtype": str(shape.dtype).removeprefix("torch."),
-            "batch": shape.batch,
-            "num_heads": shape.num_heads,
-            "num_kv_heads": shape.num_kv_heads,
-            "head_dim": shape.head_dim,
-            "seq_len": shape.seq_len,
+            **{name: getattr(shape, name) for name in CASE_COLUMNS[:6]},
             "max_seq_len": shape.max_seq_len,
-            "top_k": shape.top_k,
             "num_bits": config and config.num_bits,
             "query_bits": config and config.query_bits,
             "key_norms": config and config.key_norms,

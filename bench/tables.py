@@ -4,8 +4,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from .cases import CONFIGS, tokens
-from .grids import LAYOUTS
-from .records import Step, at, load_steps, read, table_steps, usual
+from .records import Step, by_heads, load_steps, read, table_steps, usual
 
 NAMES = [config.name for config in CONFIGS]
 
@@ -25,10 +24,10 @@ def step_table(steps: list[Step], captured: bool) -> str:
     header = ["batch", "heads/kv", "seq_len", "dense"]
     header += [column for name in NAMES for column in (name, "")]
     rows = []
-    for layer, chosen in table_steps(steps, captured).items():
+    for shape, chosen in table_steps(steps, captured).items():
         first = next(iter(chosen.values()))
         dense = number(first.best_dense) if first.best_dense else ""
-        row = [str(layer.batch), layer.heads, tokens(layer.seq_len), dense]
+        row = [str(shape.batch), shape.heads, tokens(shape.seq_len), dense]
         for name in NAMES:
             step = chosen.get(name)
             speedup = f"{step.speedup:.1f}x" if step and step.speedup else ""
@@ -40,23 +39,21 @@ def step_table(steps: list[Step], captured: bool) -> str:
 def crossover_table(steps: list[Step]) -> str:
     """The shortest length from which on every measured length is faster than dense."""
     rows = []
-    for batch in sorted({step.layer.batch for step in usual(steps)}):
-        for heads in LAYOUTS:
-            chosen = at(steps, heads, batch=batch)
-            if len({step.layer for step in chosen}) > 1:
-                cells = [crossover(s for s in chosen if s.config == name) for name in NAMES]
-                rows.append([str(batch), f"{heads[0]}/{heads[1]}", *cells])
+    for batch in sorted({step.shape.batch for step in usual(steps)}):
+        for heads, chosen in by_heads(steps, batch=batch):
+            cells = [crossover(s for s in chosen if s.config == name) for name in NAMES]
+            rows.append([str(batch), heads, *cells])
     return markdown(["batch", "heads/kv", *NAMES], rows)
 
 
 def crossover(steps: Iterable[Step]) -> str:
     """Returns "8K"; "up to 512" if no shorter length was slower; "" if none is faster."""
-    by_length = sorted(steps, key=lambda step: step.layer.seq_len)
+    by_length = sorted(steps, key=lambda step: step.shape.seq_len)
     slower = [i for i, step in enumerate(by_length) if (step.speedup or 0) <= 1]
     first = slower[-1] + 1 if slower else 0
     if first == len(by_length):
         return ""
-    length = tokens(by_length[first].layer.seq_len)
+    length = tokens(by_length[first].shape.seq_len)
     return length if slower else f"{length} or less"
 
 

@@ -13,6 +13,7 @@ from .report import Report, Row
 from .run import Run
 
 RATIOS = ("ratio", "score_select_ratio", "gather_attention_ratio")
+TITLE = "Unusual settings"
 COLUMNS = ("variant", "expected_us", *RATIOS, *DECODE_COLUMNS)
 SHOWN = {
     "variant": "variant",
@@ -24,7 +25,7 @@ SHOWN = {
 }
 
 
-def bench_variants(run: Run, report: Report, progress: Progress) -> None:
+def bench(run: Run, report: Report, progress: Progress) -> None:
     """Adds one row per reference case and one per variant, shape by shape."""
     cases = list(dict.fromkeys(in_order(run.plan.variants)))
     expectations = {variant.case: variant for variant in run.plan.variants}

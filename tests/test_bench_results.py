@@ -24,8 +24,8 @@ def run(*args: str) -> int:
 
 
 def step(seq_len: int, us: float, dense: float = 10.0) -> records.Step:
-    layer = records.Layer(1, 32, 8, seq_len)
-    return records.Step("gpu", layer, "B", seq_len // 64, False, us, 1.0, {}, {"fa2_us": dense})
+    shape = Shape(1, 32, 8, seq_len)
+    return records.Step("gpu", shape, "B", seq_len // 64, False, us, 1.0, {}, {"fa2_us": dense})
 
 
 @pytest.fixture
@@ -40,7 +40,10 @@ def results(tmp_path) -> Path:
         case = Case(shape, config)
         report.add(
             {
-                **{name: getattr(shape, name) for name in records.Layer.__dataclass_fields__},
+                "batch": shape.batch,
+                "num_heads": shape.num_heads,
+                "num_kv_heads": shape.num_kv_heads,
+                "seq_len": shape.seq_len,
                 **{f"{part}_us": 3.0 for part in decode.PARTS},
                 "top_k": shape.top_k,
                 "num_bits": config.num_bits,

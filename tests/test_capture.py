@@ -67,9 +67,9 @@ def test_queries_and_keys_are_those_that_attention_sees(tmp_path, name):
 
     model = tiny(name)
     found = run(tmp_path, model)
-    files = text_files([tmp_path / "texts"], "test")
+    files = text_files([tmp_path / "texts"])
     sequences = token_sequences(
-        bytewise_tokenizer(), files, num_sequences=2, seq_len=SEQ_LEN, seed=0, where="test"
+        bytewise_tokenizer(), files, num_sequences=2, seq_len=SEQ_LEN, seed=0
     )
     AttentionInterface.register("spy", spy)
     for i, sequence in enumerate(sequences):
@@ -151,7 +151,10 @@ def test_a_full_disk_is_said_and_loses_nothing(tmp_path, monkeypatch):
     save_file = hata.training.captures.save_file
     monkeypatch.setattr(hata.training.captures, "save_file", fail)
     model = tiny()
-    with pytest.raises(ValueError, match=r"folder must have room .* No space left .* continue"):
+    with pytest.raises(
+        ValueError,
+        match=r"captures must have room for sequence-0000-layer-001.* No space left .* continue",
+    ):
         run(tmp_path, model)
     left = [file.name for file in (tmp_path / "captures").glob("sequence*")]
     assert left == ["sequence-0000-layer-000.safetensors"]
@@ -163,7 +166,22 @@ def test_short_text_is_an_error(tmp_path):
     with pytest.raises(ValueError, match=r"hata\.capture: texts must hold 900 x 96 tokens, got"):
         run(tmp_path, tiny(), dataclasses.replace(OPTIONS, num_sequences=900))
     with pytest.raises(ValueError, match="texts must name existing files or folders, got no/such"):
-        text_files([Path("no/such")], "capture")
+        text_files([Path("no/such")])
+
+
+@pytest.mark.parametrize(
+    ("content", "got"),
+    [
+        ("Übung macht den Meister. ".encode("latin-1") * 40, "'utf-8' codec can't decode"),
+        (b"\x7fELF\x02\x01\x01" + bytes(400), "NUL bytes"),
+    ],
+)
+def test_a_file_that_is_no_text_is_named(tmp_path, content, got):
+    write_texts(tmp_path, count=4, words=10)
+    file = tmp_path / "kind0" / "other.txt"
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"hata\.capture: {file} must be UTF-8 text, got {got}"):
+        token_sequences(bytewise_tokenizer(), [file], num_sequences=1, seq_len=100, seed=0)
 
 
 def test_nan_is_an_error(tmp_path):
@@ -246,10 +264,8 @@ def test_long_documents_come_first_and_folders_take_turns(tmp_path):
     write_texts(tmp_path, count=4, words=10)
     for kind in (0, 1):
         (tmp_path / f"kind{kind}" / "long.txt").write_text("word " * 200)
-    files = text_files([tmp_path], "test")
-    sequences = token_sequences(
-        bytewise_tokenizer(), files, num_sequences=2, seq_len=100, seed=0, where="test"
-    )
+    files = text_files([tmp_path])
+    sequences = token_sequences(bytewise_tokenizer(), files, num_sequences=2, seq_len=100, seed=0)
     assert all(sequence.text.startswith("long.txt[") for sequence in sequences)
     assert all(len(sequence.token_ids) == 100 for sequence in sequences)
 
@@ -264,9 +280,9 @@ def test_rotated_keys_are_captured(tmp_path):
     # The first token stands at position 0, where the rotary embedding is the identity.
     model = tiny("llama-group1")
     found = run(tmp_path, model)
-    files = text_files([tmp_path / "texts"], "test")
+    files = text_files([tmp_path / "texts"])
     sequence = token_sequences(
-        bytewise_tokenizer(), files, num_sequences=1, seq_len=SEQ_LEN, seed=0, where="test"
+        bytewise_tokenizer(), files, num_sequences=1, seq_len=SEQ_LEN, seed=0
     )[0]
     ids = torch.tensor([sequence.token_ids])
     decoder = model.model

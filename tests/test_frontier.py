@@ -10,8 +10,7 @@ import torch
 from capture_cases import HEAD_DIM, NUM_LAYERS, SEQ_LEN, SHAPE, make_captures
 from hata import HashWeights, HataConfig
 from hata.recall.frontier import Frontier
-from hata.recall.measure import Measurement
-from hata.recall.results import Results
+from hata.recall.measure import Measurement, Results
 from hata.selectors import ExactSelector, HataSelector
 from hata.selectors.quality import Quality
 

@@ -141,6 +141,7 @@ def test_the_corpus_has_train_and_heldout_of_different_sources(tmp_path, monkeyp
             file.parent.mkdir(parents=True, exist_ok=True)
             text = b"<p>text of some length</p>\n" * 100
             file.write_bytes(gzip.compress(text) if file.name.endswith("z") else text)
+        file.with_name("x.dat").write_bytes(bytes(9999))  # as the fortunes' indices
         return scratch, source.name
 
     monkeypatch.setattr(hata.training.corpus, "_fetch", fetch)
@@ -155,6 +156,7 @@ def test_the_corpus_has_train_and_heldout_of_different_sources(tmp_path, monkeyp
     assert split["train"] == {"python", "perl", "linux", "essays", "quotations"}
     assert split["heldout"] == {"bible", "handbook", "dictionary", "licences"}
     assert not list((tmp_path / "corpus" / "train").rglob("*pydoc_data*"))
+    assert not list((tmp_path / "corpus").rglob("*x.dat*"))
     essay = next((tmp_path / "corpus" / "train" / "essays").iterdir()).read_text()
     assert essay.startswith("text of some length\n")
     notes = (tmp_path / "corpus" / "SOURCES.txt").read_text()

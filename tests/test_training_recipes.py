@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from hata import reference
-from hata.training.codes import quantize, sign
 from hata.training.data import TrainingData
 from hata.training.evaluate import evaluate
 from hata.training.recipes import RECIPES, Recipe
+from hata.training.recipes.fit import sign
 from hata.training.recipes.hata import HataRecipe
 from hata.training.recipes.paper import PaperFit, PaperRecipe
 from hata.training.recipes.pca_itq import PcaItqRecipe
@@ -91,16 +91,6 @@ def test_evaluation_selects_as_the_reference_operators_do(
     # float32 sums of 90 probabilities
     for got, wanted in zip((found.lost, found.lost_exact, found.recall), means, strict=True):
         torch.testing.assert_close(got, wanted, rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize("query_bits", [2, 3, 4])
-def test_quantized_queries_are_those_of_the_reference(query_bits):
-    z = torch.randn(50, 64)
-    z[3] = 0
-    weight_sum = 2**query_bits - 1
-    wanted = 2 * reference.quantize(z, weight_sum) - weight_sum
-    assert torch.equal(quantize(z, query_bits).long(), wanted)
-    assert sign(torch.tensor([-1.0, 0.0, 2.0])).tolist() == [-1, -1, 1]
 
 
 @pytest.mark.parametrize("name", RECIPES)

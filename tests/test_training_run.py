@@ -11,22 +11,14 @@ import hata
 import hata.training.parts
 from closeness import assert_equal
 from hata.training.data import TrainingData
+from hata.training.options import CaptureOptions
 from hata.training.recipes import RECIPES
 from hata.training.recipes.hata import HataRecipe
-from hata.training.source import SyntheticSource
+from hata.training.source import Source, random_source
 from hata.training.train import TrainOptions, layer_bytes, train
 
-SOURCE = SyntheticSource(
-    num_layers=3,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=32,
-    num_sequences=2,
-    seq_len=128,
-    num_queries=16,
-    num_sink=2,
-    num_recent=4,
-)
+SIZES = CaptureOptions(num_sequences=2, seq_len=128, num_queries=16)
+SOURCE = random_source("3x4x2x32", SIZES, num_sink=2, num_recent=4)
 RECIPE = HataRecipe(num_bits=32, num_steps=12, num_queries=8, num_keys=64)
 
 
@@ -103,7 +95,7 @@ def test_a_killed_run_resumes_bit_for_bit(tmp_path, name, killed_at):
 
 def test_finished_layers_are_not_trained_again(tmp_path):
     @dataclass(frozen=True)
-    class Counting(SyntheticSource):
+    class Counting(Source):
         def load(self, layers: Any, device: torch.device) -> TrainingData:
             loaded.extend(layers)
             return super().load(layers, device)
@@ -123,35 +115,10 @@ def test_layers_do_not_depend_on_how_many_are_trained_at_once(tmp_path):
     for path, count in zip(paths, (1.5, 4), strict=True):
         limit = count * layer_bytes(SOURCE, RECIPE) / 1e9
         recipe = replace(RECIPE, num_steps=3)
-        fixed = Fixed(SOURCE)
-        train(fixed, None, path, options(recipe=recipe, memory_limit_gb=limit), {})
+        train(SOURCE, None, path, options(recipe=recipe, memory_limit_gb=limit), {})
     one, every = (hata.load_weights(path).key_weights for path in paths)
     # float32 products in batches of another size; Adam's first steps amplify them
     torch.testing.assert_close(one, every, rtol=1e-2, atol=1e-3)
-
-
-@dataclass(frozen=True)
-class Fixed:
-    """A source whose layers are the same numbers whatever is loaded beside them."""
-
-    inner: SyntheticSource
-
-    @property
-    def num_layers(self) -> int:
-        return self.inner.num_layers
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.inner.shape
-
-    def load(self, layers: Any, device: torch.device) -> TrainingData:
-        alone = [self.inner.load([layer_idx], device) for layer_idx in layers]
-        return replace(
-            alone[0],
-            layers=tuple(layers),
-            q=torch.cat([data.q for data in alone], 1),
-            k=torch.cat([data.k for data in alone], 1),
-        )
 
 
 def test_other_settings_do_not_continue_a_run(tmp_path):
@@ -179,7 +146,7 @@ def test_a_full_disk_is_said_and_finished_layers_stay(tmp_path, monkeypatch):
 
 
 def test_nan_in_captures_is_an_error(tmp_path):
-    class Broken(Fixed):
+    class Broken(Source):
         def load(self, layers: Any, device: torch.device) -> TrainingData:
             data = super().load(layers, device)
             data.k[0, 1, 5] = torch.nan
@@ -187,20 +154,20 @@ def test_nan_in_captures_is_an_error(tmp_path):
 
     out = tmp_path / "weights.safetensors"
     with pytest.raises(ValueError, match=r"captures of layers \[0, 1\] must be finite, got NaN"):
-        train(Broken(SOURCE), None, out, options(), {})
+        train(Broken(**vars(SOURCE)), None, out, options(), {})
 
 
 def test_an_infinite_loss_names_its_layer(tmp_path):
-    class Large(Fixed):
+    class Large(Source):
         def load(self, layers: Any, device: torch.device) -> TrainingData:
             data = super().load(layers, device)
-            data.k[:, SOURCE.num_kv_heads :] *= 1e30  # of layer 1: its logits overflow float32
-            data.q[:, SOURCE.num_kv_heads :] *= 1e20
+            data.k[:, 2:] *= 1e30  # of layer 1: its logits overflow float32
+            data.q[:, 2:] *= 1e20
             return data
 
     out = tmp_path / "weights.safetensors"
     with pytest.raises(ValueError, match=r"the loss of layers \[1\] at step 0 must stay finite"):
-        train(Large(SOURCE), None, out, options(), {})
+        train(Large(**vars(SOURCE)), None, out, options(), {})
 
 
 def test_too_little_memory_for_one_layer_is_an_error(tmp_path):

@@ -1,10 +1,35 @@
-"""The options --device and --dtype."""
+"""The options --model, --device and --dtype."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
 
 import torch
+from typer import Option
 
 from hata.checks import check
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+ModelFolder = Annotated[
+    Path | None, Option(help="Local transformers folder; by default SmolLM2-135M-Instruct.")
+]
+DeviceName = Annotated[
+    str | None, Option(help="cpu, cuda or cuda:N; by default a GPU where there is one.")
+]
+DtypeName = Annotated[
+    str | None,
+    Option(help="float32, bfloat16 or float16; by default float32, on a GPU bfloat16."),
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """Which model to run, where and in which dtype."""
+
+    model: ModelFolder = None
+    device: DeviceName = None
+    dtype: DtypeName = None
 
 
 def torch_device(name: str | None, command: str) -> torch.device:

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from hata.checks import check, check_int, check_type
+from hata.outputs import whole_file
 
 _FORMAT = "hata.hash_weights"
 _FILE_DTYPES = (torch.float32, torch.float16)
@@ -241,7 +242,7 @@ def save_weights(
 
     Raises:
         TypeError: ``weights`` is no HashWeights.
-        ValueError: The folder does not exist, or the dtype is another one.
+        ValueError: The folder does not exist or has no room, or the dtype is another one.
     """
     where = "save_weights"
     check_type(isinstance(weights, HashWeights), where, "weights", "be HashWeights", weights)
@@ -260,9 +261,8 @@ def save_weights(
         "query_bits": str(weights.query_bits),
         "key_norms": str(weights.key_norms).lower(),
     }
-    partial = path.with_name(path.name + ".partial")
-    save_file(tensors, partial, metadata=metadata)
-    partial.replace(path)
+    with whole_file(path, where) as partial:
+        save_file(tensors, partial, metadata=metadata)
 
 
 def load_weights(path: str | PathLike[str]) -> HashWeights:

@@ -2,65 +2,59 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
+from typer import Option
 
 from hata.checks import check
 from hata.config import HataConfig
-from hata.device import torch_device, torch_dtype
+from hata.device import ModelOptions, torch_device, torch_dtype
+from hata.weights import check_format
 
 WHERE = "demo"
 
 
-@dataclass(frozen=True)
-class DemoOptions:
+@dataclass(frozen=True, kw_only=True)
+class DemoOptions(ModelOptions):
     """The options of `hata demo`, checked as far as no model is needed for it.
-
-    Attributes:
-        model: A local transformers folder of a Llama-family model; None is the bundled model.
-        context: Tokens of prompt and answer together.
-        depth: Where in the prose the fact stands, 0 to 1.
-        top_k: Positions that each KV head attends to.
-        weights: File of hash weights, or "random"; None is the package's own for the model.
-        num_bits: Bits of a key's code; None is what the weights have.
-        query_bits: Bits of a query's projection; None is what the weights were trained for.
-        seed: Seed of random hash weights and of the fact.
-        max_new_tokens: The longest answer.
-        device: Where to run; None is a GPU where there is one.
-        dtype: float32, bfloat16 or float16; None is float32 on a CPU and bfloat16 on a GPU.
-        plot: PNG file for the attention mass.
 
     Raises:
         ValueError: An option breaks its rule.
     """
 
-    model: Path | None = None
-    context: int = 2048
-    depth: float = 0.5
-    top_k: int = 128
-    weights: str | None = None
-    num_bits: int | None = None
-    query_bits: int | None = None
-    seed: int = 0
-    max_new_tokens: int = 32
-    device: str | None = None
-    dtype: str | None = None
-    plot: Path | None = None
+    context: Annotated[int, Option(help="Tokens of prompt and answer together.")] = 2048
+    depth: Annotated[
+        float, Option(help="Where in the prose the fact stands, 0 (first) to 1 (last).")
+    ] = 0.5
+    top_k: Annotated[int, Option(help="Positions each KV head attends to.")] = 128
+    weights: Annotated[
+        str | None, Option(help="File of hash weights, or random; by default the package's own.")
+    ] = None
+    num_bits: Annotated[
+        int | None, Option(help="Bits of a key's code; by default what the weights have.")
+    ] = None
+    query_bits: Annotated[
+        int | None, Option(help="Bits of a query's projection, 1 to 4; by default as trained.")
+    ] = None
+    seed: Annotated[int, Option(help="Seed of random hash weights and of the fact.")] = 0
+    max_new_tokens: Annotated[int, Option(help="The longest answer, in tokens.")] = 32
+    plot: Annotated[
+        Path | None, Option(help="Write the attention mass per layer to this PNG file.")
+    ] = None
 
     def __post_init__(self) -> None:
         """Checks every rule."""
         check(0.0 <= self.depth <= 1.0, WHERE, "--depth", "be in 0..1", self.depth)
         check(self.seed >= 0, WHERE, "--seed", "be at least 0", self.seed)
-        check(
-            self.max_new_tokens >= 2,
-            WHERE,
-            "--max-new-tokens",
-            "be at least 2",
-            self.max_new_tokens,
-        )
-        rule = f"be more than --max-new-tokens={self.max_new_tokens}"
-        check(self.context > self.max_new_tokens, WHERE, "--context", rule, self.context)
+        longest = self.max_new_tokens
+        check(longest >= 2, WHERE, "--max-new-tokens", "be at least 2", longest)
+        rule = f"be more than --max-new-tokens={longest}"
+        check(self.context > longest, WHERE, "--context", rule, self.context)
         self.config()
+        num_bits = 32 if self.num_bits is None else self.num_bits
+        query_bits = 1 if self.query_bits is None else self.query_bits
+        check_format(WHERE, num_bits, query_bits, key_norms=False)
         self.torch_dtype()
         if self.plot is not None:
             png = self.plot.suffix == ".png"

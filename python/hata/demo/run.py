@@ -2,12 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from transformers.utils import logging as transformers_logging
 
 from hata.config import HataConfig
@@ -15,13 +13,13 @@ from hata.demo.generate import Generation, generate
 from hata.demo.mass import MassRecorder
 from hata.demo.model import bundled_model, check_model_folder, load_model
 from hata.demo.options import WHERE, DemoOptions
-from hata.demo.plot import plot_mass
 from hata.demo.prompt import NEEDLE, Prompt, build_prompt
-from hata.demo.report import Bytes, agreement, print_answers, print_mass
+from hata.demo.report import Bytes, agreement, plot_mass, print_answers, print_mass
 from hata.demo.weights import choose_weights
 from hata.integrations.model_shape import model_shape, softmax_scale
 from hata.integrations.transformers import enable
 from hata.outputs import make_room_for
+from hata.progress import progress_bar
 from hata.weights import HashWeights
 
 
@@ -61,22 +59,16 @@ def run_demo(options: DemoOptions) -> DemoResult:
     console = Console(highlight=False)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    terminal = Console(stderr=True)
-    shown = terminal.is_terminal
-    with Progress(*columns, console=terminal, transient=True, disable=not shown) as progress:
-        task = progress.add_task("the model (its first conversion takes half a minute)", total=None)
+    with progress_bar("the model (its first conversion takes half a minute)", None):
         folder = options.model or bundled_model()
         check_model_folder(folder, options.context)
         model, tokenizer = load_model(folder, options.torch_device(), options.torch_dtype())
-        weights = choose_weights(options, folder.name, model_shape(model))
-        config = options.config()
-        prompt = build_prompt(
-            tokenizer, options.context - options.max_new_tokens, options.depth, options.seed
-        )
-        _describe(console, options, folder.name, model, prompt, weights, config)
-        progress.remove_task(task)
-        dense, hata, mass = _generate_both(progress, options, model, prompt, weights, config)
+    weights = choose_weights(options, folder.name, model_shape(model))
+    config = options.config()
+    prompt_len = options.context - options.max_new_tokens
+    prompt = build_prompt(tokenizer, prompt_len, options.depth, options.seed)
+    _describe(console, options, folder.name, model, prompt, weights, config)
+    dense, hata, mass = _generate_both(options, model, prompt, weights, config)
 
     generations = {"dense": dense, "hata": hata}
     texts = {
@@ -98,7 +90,6 @@ def run_demo(options: DemoOptions) -> DemoResult:
 
 
 def _generate_both(
-    progress: Progress,
     options: DemoOptions,
     model: Any,
     prompt: Prompt,
@@ -110,11 +101,9 @@ def _generate_both(
 
     def run(attention: str, name: str, cache: Any) -> Generation:
         model.set_attn_implementation(attention)
-        task = progress.add_task(f"{name}: prompt, then answer", total=options.max_new_tokens)
-        on_token = partial(progress.advance, task)
-        answer = generate(model, prompt.token_ids, options.max_new_tokens, on_token, cache)
-        progress.remove_task(task)
-        return answer
+        most = options.max_new_tokens
+        with progress_bar(f"{name}: prompt, then answer", most) as on_token:
+            return generate(model, prompt.token_ids, most, on_token, cache)
 
     model.set_attn_implementation("sdpa")
     generate(model, prompt.token_ids[:16], 2, lambda: None)  # pages the weights in, off the clock

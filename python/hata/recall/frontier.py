@@ -1,12 +1,11 @@
 """The frontier: which num_bits and top_k hold most attention for the bytes that a step reads."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
 
 from hata.checks import check
-from hata.recall.results import Results
+from hata.recall.measure import Results
 from hata.selectors import HataSelector
 from hata.selectors.selector import CACHE_ITEMSIZE
 
@@ -87,6 +86,19 @@ class Frontier:
         check(same and distinct, where, "--weights", rule, got)
         self._mass = torch.cat(mass, 1)  # [num_sparse_layers, num_pairs]
 
+    def levels(self, chosen_on: "Frontier") -> list[tuple[Allocation, Allocation]]:
+        """Returns, for each number of bytes read, one pair for all layers and one for each.
+
+        Args:
+            chosen_on: Measured on the text that they are chosen by; the masses are this one's.
+        """
+        found = []
+        for uniform in chosen_on.uniform():
+            chosen = (uniform, chosen_on.per_layer(uniform.bytes_per_step))
+            alike, own = (replace(x, attention_mass=self.mass_of(x)) for x in chosen)
+            found.append((alike, own))
+        return found
+
     def mass_of(self, allocation: Allocation) -> float:
         """Returns the mean attention mass of settings that were chosen elsewhere."""
         chosen = [self.pairs.index(pair) for pair in allocation.pairs]
@@ -129,10 +141,8 @@ class Frontier:
             left = bytes_per_step * num_layers - float(cost[now].sum())
             useful = (gain > 0) & (more <= left)
             if not bool(useful.any()):
-                return Allocation(tuple(self.pairs[i] for i in chosen), self._mean(now))
+                mass = float(self._mass[rows, now].mean())
+                return Allocation(tuple(self.pairs[i] for i in chosen), mass)
             rate = torch.where(useful, gain / more.clamp(min=1e-9), -torch.inf)
             layer, pair = divmod(int(rate.argmax()), len(self.pairs))
             chosen[layer] = pair
-
-    def _mean(self, chosen: Tensor) -> float:
-        return float(self._mass[torch.arange(len(chosen)), chosen].mean())

@@ -6,51 +6,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hata.checks import check, check_int
+from hata.recall.options import MeasureOptions
 from hata.selectors import ExactSelector, Selector, rank
 from hata.selectors.quality import DenseAttention, Quality
-from hata.training.captures import Captures, LayerCapture
-
-
-@dataclass(frozen=True)
-class MeasureOptions:
-    """How to measure.
-
-    Attributes:
-        budgets: Positions that each KV head may select, ascending.
-        device: Where to compute.
-        num_sink: First positions that every selector takes, inside the budget.
-        num_recent: Last visible positions, likewise.
-        num_queries: Query tokens of each sequence, evenly spaced among the captured ones; None
-            takes all.
-        memory_limit_gb: GB for the numbers of the queries that are measured at once.
-
-    Raises:
-        TypeError: A value has another type.
-        ValueError: A value breaks its rule.
-    """
-
-    budgets: tuple[int, ...]
-    device: torch.device
-    num_sink: int = 4
-    num_recent: int = 16
-    num_queries: int | None = None
-    memory_limit_gb: float = 0.25
-
-    def __post_init__(self) -> None:
-        """Checks every rule."""
-        where = "recall"
-        check_int(where, "num_sink", self.num_sink, 0)
-        check_int(where, "num_recent", self.num_recent, 0)
-        ascending = list(self.budgets) == sorted(set(self.budgets)) and len(self.budgets) > 0
-        check(ascending, where, "top_k", "be one or more ascending numbers", self.budgets)
-        low = max(1, self.num_sink + self.num_recent)
-        rule = f"be at least num_sink + num_recent={low}"
-        check(self.budgets[0] >= low, where, "top_k", rule, self.budgets[0])
-        if self.num_queries is not None:
-            check_int(where, "num_queries", self.num_queries, 1)
-        rule = "be positive"
-        check(self.memory_limit_gb > 0, where, "memory_limit_gb", rule, self.memory_limit_gb)
+from hata.training.captures import CaptureInfo, Captures, LayerCapture
 
 
 @dataclass(frozen=True)
@@ -64,6 +23,57 @@ class Measurement:
 
     selector: Selector
     layers: tuple[Quality, ...]
+
+
+@dataclass(frozen=True)
+class Results:
+    """Measurements of several selectors on the same captures.
+
+    Attributes:
+        info: Of the captures.
+        measurements: One for each selector.
+        budgets: Theirs, ascending.
+        num_dense_layers: Leading layers that means leave out.
+    """
+
+    info: CaptureInfo
+    measurements: Sequence[Measurement]
+    budgets: Sequence[int]
+    num_dense_layers: int
+
+    @property
+    def shown(self) -> int:
+        """The index of the budget that is shown where there is room for one: about 3.1 %."""
+        context = self.info.seq_len
+        return min(range(len(self.budgets)), key=lambda i: abs(32 * self.budgets[i] - context))
+
+    def means(self, measurement: Measurement, metric: str) -> list[float] | None:
+        """Returns means over KV heads and the layers after the dense ones, for each budget.
+
+        Args:
+            measurement: One of them.
+            metric: A field of `hata.selectors.quality.Quality`.
+
+        Returns:
+            The means; None where the metric was not measured.
+        """
+        found = [getattr(layer, metric) for layer in measurement.layers[self.num_dense_layers :]]
+        if found[0] is None:
+            return None
+        means: list[float] = torch.stack(found).mean((0, 1)).tolist()
+        return means
+
+    def lost(self, measurement: Measurement) -> list[float]:
+        """Returns the attention mass lost, means as `means` takes them, for each budget."""
+        return [1 - mass for mass in self.means(measurement, "attention_mass") or ()]
+
+    def mass_of_heads(self, measurement: Measurement) -> Tensor:
+        """Returns the attention mass at the shown budget, ``[num_layers, num_kv_heads]``."""
+        return torch.stack([x.attention_mass[:, self.shown] for x in measurement.layers])
+
+    def only(self, measurements: Sequence[Measurement]) -> "Results":
+        """Returns the same with these measurements alone."""
+        return Results(self.info, measurements, self.budgets, self.num_dense_layers)
 
 
 @torch.inference_mode()
@@ -91,10 +101,12 @@ def measure(
         ValueError: The captures' files are damaged, or a selector does not fit the model.
     """
     info = captures.info
+    budgets = options.budgets(info.seq_len)
     layers = []
     for layer_idx in range(info.num_layers):
         layer = captures.layer(layer_idx, with_values=info.has_values)
-        layers.append(_measure_layer(layer, layer_idx, info.softmax_scale, selectors, options))
+        measured = _measure_layer(layer, layer_idx, info.softmax_scale, selectors, budgets, options)
+        layers.append(measured)
         on_layer()
     by_selector = zip(*layers, strict=True)
     return [Measurement(*pair) for pair in zip(selectors, by_selector, strict=True)]
@@ -105,39 +117,32 @@ def _measure_layer(
     layer_idx: int,
     softmax_scale: float,
     selectors: Sequence[Selector],
+    budgets: Sequence[int],
     options: MeasureOptions,
 ) -> list[Quality]:
+    device = options.torch_device()
+    always = {"num_sink": options.num_sink, "num_recent": options.num_recent}
     exact_selector = ExactSelector()
-    chunk = _queries_at_once(layer, options)
+    chunk = _queries_at_once(layer, budgets[-1], options)
     sums: list[Quality] = []
     num_tokens = 0
     for sequence_idx in range(layer.k.shape[0]):
-        k = layer.k[sequence_idx].to(options.device)
-        v = None if layer.v is None else layer.v[sequence_idx].to(options.device)
+        k = layer.k[sequence_idx].to(device)
+        v = None if layer.v is None else layer.v[sequence_idx].to(device)
         q, positions = _queries(layer, sequence_idx, options)
         exact = exact_selector.index(layer_idx, k, softmax_scale)
         scores = [selector.index(layer_idx, k, softmax_scale) for selector in selectors]
         for q_some, seen in zip(q.split(chunk), positions.split(chunk), strict=True):
             dense = DenseAttention(q_some, k, v, seen, softmax_scale)
-            exact_ranks = dense.ranks(_order(exact(q_some, seen), seen, 1, options))
+            exact_ranks = dense.ranks(rank(exact(q_some, seen), seen, budgets[-1], **always))
             found = []
             for selector, score in zip(selectors, scores, strict=True):
-                order = _order(score(q_some, seen), seen, selector.page_size, options)
-                found.append(dense.quality(order, exact_ranks, options.budgets, selector.page_size))
+                scored, page_size = score(q_some, seen), selector.page_size
+                order = rank(scored, seen, budgets[-1], page_size=page_size, **always)
+                found.append(dense.quality(order, exact_ranks, budgets, page_size))
             sums = [a + b for a, b in zip(sums, found, strict=True)] if sums else found
         num_tokens += len(q)
     return [total.mean(num_tokens) for total in sums]
-
-
-def _order(scores: Tensor, positions: Tensor, page_size: int, options: MeasureOptions) -> Tensor:
-    return rank(
-        scores,
-        positions,
-        options.budgets[-1],
-        num_sink=options.num_sink,
-        num_recent=options.num_recent,
-        page_size=page_size,
-    )
 
 
 def _queries(
@@ -149,14 +154,15 @@ def _queries(
         wanted = torch.linspace(0, len(q) - 1, options.num_queries).round().long()
         q, positions = q[wanted], positions[wanted]
     q = q.unflatten(1, (layer.k.shape[2], -1)).float()
-    return q.to(options.device), positions.to(options.device)
+    device = options.torch_device()
+    return q.to(device), positions.to(device)
 
 
-def _queries_at_once(layer: LayerCapture, options: MeasureOptions) -> int:
+def _queries_at_once(layer: LayerCapture, largest: int, options: MeasureOptions) -> int:
     """How many queries fit into the memory limit, at least one."""
     seq_len, num_kv_heads, head_dim = layer.k.shape[1:]
     num_heads = layer.q.shape[2]
-    count = min(options.budgets[-1], seq_len)
+    count = min(largest, seq_len)
     # float32 for each head: the dense shares, and logits, mask and softmax of a selector; for each
     # KV head: scores, the int64 keys of `rank` with their intermediates, ranks, gathered values.
     num_bytes = seq_len * (num_heads * 4 * 4 + num_kv_heads * 48)

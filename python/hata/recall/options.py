@@ -1,76 +1,135 @@
 """What ``hata recall`` is asked for."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 import torch
+from typer import Argument, Option
 
 from hata.checks import check, check_int
+from hata.config import HataConfig
+from hata.device import DeviceName, torch_device
 from hata.outputs import make_output_folder, make_room_for
-from hata.recall.measure import MeasureOptions
-from hata.training.captures import CaptureInfo
 
 WHERE = "recall"
+_DEFAULT = HataConfig()
 _SHARES = (256, 128, 64, 32, 16, 8)  # default budgets are these parts of the context: 0.4 to 12.5 %
 # Between them the frontier also looks at multiples of 2 ** 0.5.
 _FRONTIER_SHARES = (256, 181, 128, 90.5, 64, 45.25, 32, 22.6, 16, 11.3, 8)
 
 
-@dataclass(frozen=True)
-class RecallOptions:
-    """The options of ``hata recall``, checked as far as no captures are needed for it.
+@dataclass(frozen=True, kw_only=True)
+class MeasureOptions:
+    """How to measure selectors.
 
-    Attributes:
-        captures: Captures of held-out text.
-        device: Where to compute.
-        weights: Files of hash weights.
-        query_bits: Overrides what the files say; None does not.
-        key_norms: Likewise.
-        baselines: Whether to measure more selectors than these and the exact one.
-        calibration: Captures of other text; None leaves Loki out.
-        random_bits: Bits of random codes.
-        channels: Channels of Loki and SparQ; empty for head_dim / 4 and / 2.
-        page_size: Of Quest's pages.
-        top_k: Budgets; empty for 0.4 to 12.5 % of the context.
-        num_sink: First positions that every selector takes.
-        num_recent: Last positions that every selector takes.
-        num_dense_layers: Leading layers that the means leave out.
-        num_queries: Queries of each sequence; None for all.
-        frontier: JSON file for the frontier, or None.
-        csv: CSV file for the means, or None.
-        per_head: CSV file for every layer and head, or None.
-        plot: Folder for pictures, or None.
-        memory_limit_gb: GB for the queries that are measured at once.
-        command: The command line, noted in the files.
+    Raises:
+        TypeError: A value has another type.
+        ValueError: A value breaks its rule.
+    """
+
+    top_k: Annotated[
+        list[int], Option(help="Budgets, by default 0.4 to 12.5 % of the context.")
+    ] = field(default_factory=list)
+    num_sink: Annotated[int, Option(help="First positions that all take, inside the budget.")] = (
+        _DEFAULT.num_sink
+    )
+    num_recent: Annotated[int, Option(help="Last positions that all take, inside the budget.")] = (
+        _DEFAULT.num_recent
+    )
+    num_queries: Annotated[
+        int | None,
+        Option(help="Queries of each sequence, evenly spaced; by default all captured ones."),
+    ] = None
+    memory_limit_gb: Annotated[
+        float, Option(help="GB for the queries that are measured at once.")
+    ] = 0.25
+    device: DeviceName = None
+
+    def __post_init__(self) -> None:
+        """Checks every rule."""
+        check_int(WHERE, "num_sink", self.num_sink, 0)
+        check_int(WHERE, "num_recent", self.num_recent, 0)
+        if self.num_queries is not None:
+            check_int(WHERE, "num_queries", self.num_queries, 1)
+        limit = self.memory_limit_gb
+        check(limit > 0, WHERE, "memory_limit_gb", "be positive", limit)
+        self.torch_device()
+
+    def torch_device(self) -> torch.device:
+        """Returns the device to measure on."""
+        return torch_device(self.device, WHERE)
+
+    def budgets(self, seq_len: int, shares: Sequence[float] = _SHARES) -> tuple[int, ...]:
+        """Returns the positions that each KV head may select, ascending.
+
+        Args:
+            seq_len: Tokens of the context, which the default budgets are shares of.
+            shares: One over each of them.
+
+        Raises:
+            ValueError: One leaves no room for the sink and recent positions.
+        """
+        budgets = sorted(set(self.top_k or (round(seq_len / share) for share in shares)))
+        low = max(1, self.num_sink + self.num_recent)
+        rule = f"be at least num_sink + num_recent={low}"
+        check(budgets[0] >= low, WHERE, "top_k", rule, budgets[0])
+        return tuple(budgets)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecallOptions(MeasureOptions):
+    """The options of ``hata recall``, checked as far as no captures are needed for it.
 
     Raises:
         ValueError: An option breaks its rule.
     """
 
-    captures: Path
-    device: torch.device
-    weights: tuple[Path, ...] = ()
-    query_bits: int | None = None
-    key_norms: bool | None = None
-    baselines: bool = True
-    calibration: Path | None = None
-    random_bits: tuple[int, ...] = (128,)
-    channels: tuple[int, ...] = ()
-    page_size: int = 16
-    top_k: tuple[int, ...] = ()
-    num_sink: int = 4
-    num_recent: int = 16
-    num_dense_layers: int = 2
-    num_queries: int | None = None
-    frontier: Path | None = None
-    csv: Path | None = None
-    per_head: Path | None = None
-    plot: Path | None = None
-    memory_limit_gb: float = 0.25
-    command: str = ""
+    captures: Annotated[Path, Argument(help="Captures of held-out text (hata capture --values).")]
+    weights: Annotated[list[Path], Option(help="Hash weights to measure; repeat it for more.")] = (
+        field(default_factory=list)
+    )
+    query_bits: Annotated[
+        int | None, Option(help="Bits of a query's projection, if not as trained.")
+    ] = None
+    key_norms: Annotated[
+        bool | None,
+        Option("--key-norms/--no-key-norms", help="Whether to use norms, if not as trained."),
+    ] = None
+    baselines: Annotated[bool, Option(help="Measure random codes, Loki, Quest and SparQ too.")] = (
+        True
+    )
+    calibration: Annotated[
+        Path | None,
+        Option(help="Captures of training text: to fit Loki and to choose the frontier on."),
+    ] = None
+    random_bits: Annotated[list[int], Option(help="Bits of random codes; repeatable.")] = field(
+        default_factory=lambda: [128]
+    )
+    channels: Annotated[
+        list[int], Option(help="Channels of Loki and SparQ, by default head_dim / 4 and / 2.")
+    ] = field(default_factory=list)
+    page_size: Annotated[int, Option(help="Keys of one of Quest's pages.")] = 16
+    num_dense_layers: Annotated[int, Option(help="Leading layers that the means leave out.")] = (
+        _DEFAULT.num_dense_layers
+    )
+    frontier: Annotated[
+        Path | None,
+        Option(
+            help="Find the best num_bits and top_k for the bytes read, overall and per layer, "
+            "among weights that differ in num_bits alone; write them to this JSON file."
+        ),
+    ] = None
+    csv: Annotated[Path | None, Option(help="Write the means to this CSV file.")] = None
+    per_head: Annotated[
+        Path | None, Option(help="Write every layer and KV head to this CSV file.")
+    ] = None
+    plot: Annotated[Path | None, Option(help="Write PNG files into this folder.")] = None
 
     def __post_init__(self) -> None:
         """Checks every rule."""
+        super().__post_init__()
         check_int(WHERE, "--num-dense-layers", self.num_dense_layers, 0)
         if self.query_bits is not None:
             check_int(WHERE, "--query-bits", self.query_bits, 1, 4)
@@ -92,25 +151,6 @@ class RecallOptions:
         if self.plot is not None:
             make_output_folder(self.plot, WHERE, "--plot")
 
-    def measure_options(self, info: CaptureInfo) -> MeasureOptions:
-        """Returns how to measure these captures.
-
-        Args:
-            info: Of the captures.
-
-        Raises:
-            ValueError: A number does not fit them.
-        """
-        shares = _FRONTIER_SHARES if self.frontier else _SHARES
-        budgets = self.top_k or [round(info.seq_len / share) for share in shares]
-        rule = f"be less than the model's {info.num_layers} layers"
-        sparse = self.num_dense_layers < info.num_layers
-        check(sparse, WHERE, "--num-dense-layers", rule, self.num_dense_layers)
-        return MeasureOptions(
-            budgets=tuple(sorted(set(budgets))),
-            device=self.device,
-            num_sink=self.num_sink,
-            num_recent=self.num_recent,
-            num_queries=self.num_queries,
-            memory_limit_gb=self.memory_limit_gb,
-        )
+    def budgets(self, seq_len: int, shares: Sequence[float] = _SHARES) -> tuple[int, ...]:
+        """Returns the budgets; the frontier looks at more."""
+        return super().budgets(seq_len, _FRONTIER_SHARES if self.frontier else shares)

@@ -3,13 +3,13 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib as mpl
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
+from hata.pictures import picture
 from hata.recall.frontier import Frontier
-from hata.recall.measure import Measurement
-from hata.recall.results import Results
+from hata.recall.measure import Measurement, Results
+from hata.recall.options import WHERE
+from hata.recall.report import Levels
 from hata.selectors import HataSelector
 from hata.training.captures import CaptureInfo
 
@@ -27,8 +27,7 @@ _MARKERS = "osv^D*"
 def plot_budgets(path: Path, results: Results) -> None:
     """Draws the attention mass that every selector loses, over the budget, into a PNG file."""
     info = results.info
-    with mpl.rc_context({"font.size": 9}):
-        figure = Figure(figsize=(9, 5), layout="constrained")
+    with picture(path, WHERE, 9, 5) as figure:
         axes = figure.subplots()
         shares = [100 * budget / info.seq_len for budget in results.budgets]
         seen: dict[str, int] = {}
@@ -53,7 +52,6 @@ def plot_budgets(path: Path, results: Results) -> None:
         axes.set(xlabel="budget, % of the context", title=f"{info.model}, {info.seq_len} tokens")
         title = "selector (bytes read per token and KV head)"
         figure.legend(title=title, loc="outside right upper")
-        figure.savefig(path, dpi=130)
 
 
 def plot_bits(path: Path, results: Results) -> None:
@@ -66,8 +64,7 @@ def plot_bits(path: Path, results: Results) -> None:
     shown = results.shown
     curves: dict[str, list[tuple[int, float]]] = {}
     drawn: set[str] = set()
-    with mpl.rc_context({"font.size": 9}):
-        figure = Figure(figsize=(9, 4.5), layout="constrained")
+    with picture(path, WHERE, 9, 4.5) as figure:
         axes = figure.subplots()
         for measurement in results.measurements:
             selector, lost = measurement.selector, results.lost(measurement)[shown]
@@ -88,7 +85,6 @@ def plot_bits(path: Path, results: Results) -> None:
         _loss_axis(axes)
         axes.set(xlabel="num_bits", title=_title(results))
         figure.legend(loc="outside right upper")
-        figure.savefig(path, dpi=130)
 
 
 def plot_heat_map(path: Path, results: Results) -> None:
@@ -105,9 +101,8 @@ def plot_heat_map(path: Path, results: Results) -> None:
     drawn = [x for x in codes if not _family(x).startswith(_UNTRAINED)] or codes
     excess = [exact - results.mass_of_heads(measurement) for measurement in drawn]
     highest = max(float(x.max()) for x in excess)
-    with mpl.rc_context({"font.size": 9}):
-        height = 0.8 + 0.16 * info.num_kv_heads
-        figure = Figure(figsize=(9, 0.8 + height * len(drawn)), layout="constrained")
+    height = 0.8 + 0.16 * info.num_kv_heads
+    with picture(path, WHERE, 9, 0.8 + height * len(drawn)) as figure:
         grid = figure.subplots(len(drawn), squeeze=False, sharex=True)[:, 0]
         for axes, measurement, values in zip(grid, drawn, excess, strict=True):
             image = axes.imshow(
@@ -118,29 +113,19 @@ def plot_heat_map(path: Path, results: Results) -> None:
         grid[-1].set(xlabel="layer", xticks=range(0, info.num_layers, 2))
         figure.colorbar(image, ax=list(grid))
         figure.suptitle(f"Attention mass lost beyond exact top-k: {_title(results)}")
-        figure.savefig(path, dpi=130)
 
 
-def plot_frontier(path: Path, info: CaptureInfo, chosen_on: Frontier, frontier: Frontier) -> None:
-    """Draws the attention mass that pairs of num_bits and top_k lose, over the bytes they read.
-
-    Args:
-        path: The PNG file to write.
-        info: Of the captures.
-        chosen_on: Measured on the text that each layer's own pair is chosen by.
-        frontier: Measured on held-out text.
-    """
-    with mpl.rc_context({"font.size": 9}):
-        figure = Figure(figsize=(8, 5), layout="constrained")
+def plot_frontier(path: Path, info: CaptureInfo, frontier: Frontier, levels: Levels) -> None:
+    """Draws the attention mass that pairs of num_bits and top_k lose, over the bytes they read."""
+    with picture(path, WHERE, 8, 5) as figure:
         axes = figure.subplots()
         for num_bits in sorted({pair.num_bits for pair in frontier.pairs}):
             found = [frontier.everywhere(x) for x in frontier.pairs if x.num_bits == num_bits]
             lost = [1 - x.attention_mass for x in found]
             kib = [x.bytes_per_step / 1024 for x in found]
             axes.plot(kib, lost, marker="o", markersize=4, label=f"{num_bits} bits")
-        own = [chosen_on.per_layer(x.bytes_per_step) for x in chosen_on.uniform()]
-        kib = [x.bytes_per_step / 1024 for x in own]
-        lost = [1 - frontier.mass_of(x) for x in own]
+        kib = [own.bytes_per_step / 1024 for _, own in levels]
+        lost = [1 - own.attention_mass for _, own in levels]
         axes.plot(kib, lost, color="black", linestyle="--", label="each layer its own pair")
         axes.set_xscale("log")
         ticks = [2**n for n in range(20) if min(kib) <= 2**n <= max(kib)]
@@ -149,7 +134,6 @@ def plot_frontier(path: Path, info: CaptureInfo, chosen_on: Frontier, frontier: 
         label = "KiB read per step, layer and KV head: all codes, selected keys and values"
         axes.set(xlabel=label, title=f"{info.model}, {info.seq_len} tokens")
         axes.legend()
-        figure.savefig(path, dpi=130)
 
 
 def _loss_axis(axes: Axes) -> None:

@@ -1,25 +1,29 @@
 """``hata recall`` from options to printed results, files and pictures."""
 
+import shlex
+import sys
 from collections.abc import Sequence
 
 from rich.console import Console
 
-from hata.progress import terminal_progress
+from hata.checks import check
+from hata.progress import progress_bar
 from hata.provenance import origin
 from hata.recall.frontier import Frontier
-from hata.recall.frontier_report import print_frontier, write_frontier
 from hata.recall.lineup import baseline_selectors, trained_selectors
-from hata.recall.measure import Measurement, MeasureOptions, measure
-from hata.recall.options import RecallOptions
-from hata.recall.results import Results
-from hata.recall.rows import (
+from hata.recall.measure import Measurement, Results, measure
+from hata.recall.options import WHERE, RecallOptions
+from hata.recall.report import (
     HEAD_COLUMNS,
     MEAN_COLUMNS,
     head_rows,
     mean_rows,
+    print_frontier,
+    print_layers,
+    print_means,
+    write_frontier,
     write_rows,
 )
-from hata.recall.table import print_layers, print_means
 from hata.selectors import ExactSelector, Selector
 from hata.training.captures import Captures
 
@@ -40,59 +44,52 @@ def run_recall(options: RecallOptions) -> Results:
     """
     captures = Captures.open(options.captures)
     info = captures.info
-    how = options.measure_options(info)
+    dense = options.num_dense_layers
+    rule = f"be less than the model's {info.num_layers} layers"
+    check(dense < info.num_layers, WHERE, "--num-dense-layers", rule, dense)
+    budgets = options.budgets(info.seq_len)
     calibration = None if options.calibration is None else Captures.open(options.calibration)
-    trained = trained_selectors(info, options.weights, options.query_bits, options.key_norms)
-    selectors: list[Selector] = [ExactSelector(), *trained]
-    if options.baselines:
-        others = baseline_selectors(
-            info,
-            calibration,
-            how.device,
-            random_bits=options.random_bits,
-            channels=options.channels or (info.head_dim // 4, info.head_dim // 2),
-            page_size=options.page_size,
-        )
-        selectors = [ExactSelector(), *others, *trained]
+    trained = trained_selectors(info, options)
+    others = baseline_selectors(info, calibration, options) if options.baselines else []
+    selectors = [ExactSelector(), *others, *trained]
     options.make_folders()
 
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = _FILE_WIDTH
-    measurements = _measure(captures, selectors, how, "held-out text")
-    results = Results(info, measurements, how.budgets, options.num_dense_layers)
+    measurements = _measure(captures, selectors, options, "held-out text")
+    results = Results(info, measurements, budgets, dense)
     print_means(console, results)
     codes = [x for x in measurements if x.selector.name in ("exact", "hata")]
     print_layers(console, results.only(codes))
 
-    made = origin(options.device, options.command)
+    made = origin(options.torch_device(), shlex.join(["hata", *sys.argv[1:]]))
     if options.csv is not None:
         write_rows(options.csv, MEAN_COLUMNS, mean_rows(results), made)
     if options.per_head is not None:
         write_rows(options.per_head, HEAD_COLUMNS, head_rows(results), made)
-    frontiers = None
+    levels = None
     if options.frontier is not None:
         frontier = chosen_on = Frontier(results.only(measurements[-len(trained) :]))
         if calibration is not None:
-            found = _measure(calibration, trained, how, "calibration text")
+            found = _measure(calibration, trained, options, "calibration text")
             chosen_on = Frontier(results.only(found))
-        print_frontier(console, chosen_on, frontier)
-        write_frontier(options.frontier, info, chosen_on, frontier, made)
-        frontiers = chosen_on, frontier
+        levels = frontier.levels(chosen_on)
+        print_frontier(console, levels)
+        write_frontier(options.frontier, results, levels, made)
     if options.plot is not None:
         from hata.recall import plots  # matplotlib is an extra
 
         plots.plot_budgets(options.plot / "budgets.png", results)
         plots.plot_bits(options.plot / "num_bits.png", results)
         plots.plot_heat_map(options.plot / "heat_map.png", results)
-        if frontiers is not None:
-            plots.plot_frontier(options.plot / "frontier.png", info, *frontiers)
+        if levels is not None:
+            plots.plot_frontier(options.plot / "frontier.png", info, frontier, levels)
     return results
 
 
 def _measure(
-    captures: Captures, selectors: Sequence[Selector], how: MeasureOptions, text: str
+    captures: Captures, selectors: Sequence[Selector], options: RecallOptions, text: str
 ) -> list[Measurement]:
-    with terminal_progress() as progress:
-        task = progress.add_task(f"{text}: layers", total=captures.info.num_layers)
-        return measure(captures, selectors, how, lambda: progress.advance(task))
+    with progress_bar(f"{text}: layers", captures.info.num_layers) as on_layer:
+        return measure(captures, selectors, options, on_layer)

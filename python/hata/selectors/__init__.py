@@ -1,17 +1,16 @@
 """Selectors to compare with: which positions a query attends to, in plain PyTorch.
 
-Each is one file and one dataclass: `ExactSelector` is the bound, `HataSelector` this package's,
+Each is a dataclass: `ExactSelector` is the bound, `HataSelector` this package's,
 `LokiSelector`, `QuestSelector` and `SparqSelector` are published ones. ``hata recall`` measures
 them.
 """
 
+from hata.selectors.channels import LokiSelector, SparqSelector, key_components
 from hata.selectors.exact import ExactSelector
 from hata.selectors.hata import HataSelector
-from hata.selectors.loki import LokiSelector, key_components
 from hata.selectors.quest import QuestSelector
 from hata.selectors.ranking import rank
 from hata.selectors.selector import Score, Selector
-from hata.selectors.sparq import SparqSelector
 
 __all__ = [
     "ExactSelector",

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from hata.checks import check, check_int
+from hata.outputs import CONTINUE, make_output_folder, whole_file
 
 _FORMAT = "hata.captures"
 _INFO_FILE = "captures.json"
@@ -120,12 +121,11 @@ class CaptureWriter:
             rule = "be new, or hold a capture with these settings"
             check(not differing, where, "folder", rule, f"{self.folder} with {differing}")
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_output_folder(self.folder, where, "folder")
         check(not any(self.folder.iterdir()), where, "folder", "be empty", self.folder)
         text = json.dumps({"format": _FORMAT, **dataclasses.asdict(self.info)}, indent=2)
-        partial = file.with_suffix(".partial")
-        partial.write_text(text + "\n")
-        partial.replace(file)
+        with whole_file(file, where) as partial:
+            partial.write_text(text + "\n")
 
     def has(self, sequence_idx: int, layer_idx: int) -> bool:
         """Whether this file stands already."""
@@ -163,16 +163,8 @@ class CaptureWriter:
             check(finite, where, name, f"be finite in {self.info.dtype}", got)
         tensors = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
         path = shard_path(self.folder, sequence_idx, layer_idx)
-        partial = path.with_suffix(".partial")
-        try:
+        with whole_file(path, where, CONTINUE) as partial:
             save_file({**tensors, "positions": positions}, partial)
-            partial.replace(path)
-        except (OSError, SafetensorError) as error:
-            partial.unlink(missing_ok=True)
-            raise ValueError(
-                f"hata.{where}: folder must have room for {path.name}, got {error}; "
-                "run the same command again to continue"
-            ) from error
 
 
 @dataclass(frozen=True)

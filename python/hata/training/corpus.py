@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from html.parser import HTMLParser
 from pathlib import Path
 
-from rich.progress import Progress
-
 from hata.checks import check
+from hata.outputs import make_output_folder
+from hata.progress import progress_bar
 
 TRAIN, HELDOUT = "train", "heldout"
 _MIN_CHARACTERS = 2000  # shorter files are tables of contents and stubs
@@ -60,7 +60,7 @@ def _html(path: Path) -> str:
 
 
 @dataclass(frozen=True)
-class Source:
+class TextSource:
     """Documents of one origin.
 
     Attributes:
@@ -81,15 +81,11 @@ class Source:
 
 
 SOURCES = (
-    Source("python", TRAIN, "PSF-2.0", (), "**/*.py"),
-    Source(
-        "perl",
-        TRAIN,
-        "GPL-1.0-or-later or Artistic",
-        ("perl-doc",),
-        "usr/share/perl/*/pod/*.pod",
+    TextSource("python", TRAIN, "PSF-2.0", (), "**/*.py"),
+    TextSource(
+        "perl", TRAIN, "GPL-1.0-or-later or Artistic", ("perl-doc",), "usr/share/perl/*/pod/*.pod"
     ),
-    Source(
+    TextSource(
         "linux",
         TRAIN,
         "GPL-2.0",
@@ -97,7 +93,7 @@ SOURCES = (
         "usr/share/doc/linux-doc-*/Documentation/**/*.rst.gz",
         _gzipped,
     ),
-    Source(
+    TextSource(
         "essays",
         TRAIN,
         "GFDL-1.1-or-later or GPL-2.0-or-later (An Anarchist FAQ)",
@@ -105,15 +101,15 @@ SOURCES = (
         "usr/share/doc/anarchism/html/*.html",
         _html,
     ),
-    Source(
+    TextSource(
         "quotations",
         TRAIN,
         "BSD-style collection; short quotations of many authors",
         ("fortunes",),
         "usr/share/games/fortunes/*",
     ),
-    Source("bible", HELDOUT, "public domain", ("bible-kjv", "bible-kjv-text"), "usr/bin/bible"),
-    Source(
+    TextSource("bible", HELDOUT, "public domain", ("bible-kjv", "bible-kjv-text"), "usr/bin/bible"),
+    TextSource(
         "handbook",
         HELDOUT,
         "GPL-2.0-or-later or CC-BY-SA-3.0",
@@ -121,7 +117,7 @@ SOURCES = (
         "usr/share/doc/debian-handbook/html/en-US/*.html",
         _html,
     ),
-    Source(
+    TextSource(
         "dictionary",
         HELDOUT,
         "GPL-3.0-or-later (GCIDE)",
@@ -129,12 +125,8 @@ SOURCES = (
         "usr/share/dictd/gcide.dict.dz",
         _gzipped,
     ),
-    Source(
-        "licences",
-        HELDOUT,
-        "verbatim copying",
-        ("base-files",),
-        "usr/share/common-licenses/*",
+    TextSource(
+        "licences", HELDOUT, "verbatim copying", ("base-files",), "usr/share/common-licenses/*"
     ),
 )
 
@@ -159,13 +151,15 @@ def build_corpus(folder: Path) -> dict[str, int]:
     where = "corpus"
     empty = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
     check(empty, where, "folder", "be empty or not exist", folder)
+    make_output_folder(folder, where, "folder")
     for program in ("apt-get", "dpkg-deb"):
         got = f"no {program}"
         check(shutil.which(program) is not None, where, "the machine", "be Debian's kind", got)
     sizes = {TRAIN: 0, HELDOUT: 0}
     notes = []
-    with tempfile.TemporaryDirectory() as scratch, Progress(transient=True) as progress:
-        for source in progress.track(SOURCES, description="fetching texts"):
+    bar = progress_bar("fetching texts", len(SOURCES))
+    with tempfile.TemporaryDirectory() as scratch, bar as advance:
+        for source in SOURCES:
             root, origin = _fetch(source, Path(scratch) / source.name)
             home = folder / source.split / source.name
             home.mkdir(parents=True)
@@ -175,14 +169,14 @@ def build_corpus(folder: Path) -> dict[str, int]:
                 sizes[source.split] += len(text)
                 count += 1
             check(count > 0, where, source.name, "have documents", origin)
-            notes.append(
-                f"{source.split}: {source.name}, {count} files, {source.licence}: {origin}"
-            )
+            said = f"{source.name}, {count} files, {source.licence}: {origin}"
+            notes.append(f"{source.split}: {said}")
+            advance()
     (folder / "SOURCES.txt").write_text("\n".join(notes) + "\n")
     return sizes
 
 
-def _fetch(source: Source, scratch: Path) -> tuple[Path, str]:
+def _fetch(source: TextSource, scratch: Path) -> tuple[Path, str]:
     """Returns the folder with a source's files, and where they come from."""
     if not source.packages:
         return Path(sysconfig.get_path("stdlib")), "Python's standard library"
@@ -198,7 +192,7 @@ def _fetch(source: Source, scratch: Path) -> tuple[Path, str]:
     return scratch, ", ".join(archive.stem for archive in archives)
 
 
-def _documents(source: Source, root: Path) -> Iterator[tuple[str, str]]:
+def _documents(source: TextSource, root: Path) -> Iterator[tuple[str, str]]:
     """Yields name and text of each document that is long enough."""
     if source.name == "bible":
         yield "kjv", _scripture(root)
@@ -208,17 +202,12 @@ def _documents(source: Source, root: Path) -> Iterator[tuple[str, str]]:
         if path.is_symlink() or path.relative_to(root).parts[0] in _LEFT_OUT:
             continue
         text = source.read(path)
-        if len(text) >= _MIN_CHARACTERS:
+        if len(text) >= _MIN_CHARACTERS and "\0" not in text:  # fortunes have binary indices
             yield f"{number:04d}-{path.name}", text
 
 
 def _scripture(root: Path) -> str:
     """Returns the whole text, which only the package's own program can read."""
-    command: list[Path | str] = [
-        root / "usr/bin/bible",
-        "-f",
-        "-p",
-        root / "usr/lib",
-        "Gen1:1-Rev22:21",
-    ]
+    bible: list[Path | str] = [root / "usr/bin/bible", "-f", "-p", root / "usr/lib"]
+    command = [*bible, "Gen1:1-Rev22:21"]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout

@@ -1,12 +1,9 @@
 """What recipes learn from: queries and keys of several layers, all their KV heads side by side."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-
-from hata.training.captures import Captures
 
 
 @dataclass(frozen=True)
@@ -32,34 +29,6 @@ class TrainingData:
     softmax_scale: float
     num_sink: int
     num_recent: int
-
-    @classmethod
-    def load(
-        cls,
-        captures: Captures,
-        layers: Sequence[int],
-        sequences: range,
-        *,
-        num_sink: int,
-        num_recent: int,
-        device: torch.device,
-    ) -> "TrainingData":
-        """Reads these layers and sequences of a capture."""
-        info = captures.info
-        width = info.num_kv_heads
-        shape = (len(sequences), len(layers) * width)
-        q = torch.empty(*shape, info.num_queries, info.group, info.head_dim, device=device)
-        k = torch.empty(*shape, info.seq_len, info.head_dim, device=device)
-        positions = torch.empty(len(sequences), info.num_queries, dtype=torch.int64, device=device)
-        for row, sequence_idx in enumerate(sequences):
-            for i, layer_idx in enumerate(layers):
-                found = captures.shard(sequence_idx, layer_idx, device)
-                heads = slice(i * width, (i + 1) * width)
-                groups = found["q"].unflatten(1, (width, info.group))
-                q[row, heads].copy_(groups.permute(1, 0, 2, 3))
-                k[row, heads].copy_(found["k"].transpose(0, 1))
-                positions[row].copy_(found["positions"])
-        return cls(tuple(layers), q, k, positions, info.softmax_scale, num_sink, num_recent)
 
     @property
     def heads(self) -> int:

@@ -6,11 +6,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hata.reference import MAX_NORM, scale_by_norm
-from hata.selectors import rank
+from hata.selectors import HataSelector, rank
 from hata.selectors.quality import DenseAttention
-from hata.training.codes import query_vector, sign
 from hata.training.data import TrainingData
+from hata.weights import HashWeights
 
 _LOGITS_AT_ONCE = 2**26  # of query tokens, heads and keys: bounds memory to about 2 GB
 
@@ -54,26 +53,22 @@ def evaluate(
     Returns:
         Means over all queries, float64, on the CPU.
     """
+    layers_as_one = HashWeights(key_weights[None], query_weights[None], query_bits, key_norms)
+    selector = HataSelector(layers_as_one)
+    always = {"num_sink": data.num_sink, "num_recent": data.num_recent}
     sums = torch.zeros(3, data.heads, len(budgets), dtype=torch.float64, device=data.k.device)
     num_queries, group = data.q.shape[2:4]
     at_once = max(1, _LOGITS_AT_ONCE // (data.heads * group * data.seq_len))
     for sequence_idx in range(data.num_sequences):
-        k = data.k[sequence_idx]
-        signs = sign(torch.bmm(k, key_weights))
-        norms = k.norm(dim=-1).clamp(max=MAX_NORM).half()[:, None] if key_norms else None
+        k = data.k[sequence_idx].transpose(0, 1)
+        score = selector.index(0, k, data.softmax_scale)
         for start in range(0, num_queries, at_once):
             rows = slice(start, start + at_once)
-            q, positions = data.q[sequence_idx, :, rows], data.positions[sequence_idx, rows]
-            c = query_vector(q, query_weights, query_bits)
-            scores = torch.bmm(c, signs.transpose(1, 2))
-            if norms is not None:
-                scores = scale_by_norm(scores, signs.shape[-1], norms).float()
-            dense = DenseAttention(
-                q.transpose(0, 1), k.transpose(0, 1), None, positions, data.softmax_scale
-            )
-            always = {"num_sink": data.num_sink, "num_recent": data.num_recent}
+            q = data.q[sequence_idx, :, rows].transpose(0, 1)
+            positions = data.positions[sequence_idx, rows]
+            dense = DenseAttention(q, k, None, positions, data.softmax_scale)
             exact = rank(dense.mass, positions, budgets[-1], **always)
-            chosen = rank(scores.transpose(0, 1), positions, budgets[-1], **always)
+            chosen = rank(score(q, positions), positions, budgets[-1], **always)
             ranks = dense.ranks(exact)
             bound = dense.quality(exact, ranks, budgets, 1)
             found = dense.quality(chosen, ranks, budgets, 1)

@@ -3,17 +3,16 @@
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hata.checks import check
+from hata.outputs import CONTINUE, whole_file
 
 _WHERE = "train"
 
@@ -84,7 +83,8 @@ class Parts:
             check(not names, _WHERE, "--out", rule, f"other {', '.join(names)}")
         else:
             folder.mkdir(exist_ok=True)
-            _replace(file, lambda partial: partial.write_text(text))
+            with whole_file(file, _WHERE, CONTINUE) as partial:
+                partial.write_text(text)
         return cls(folder)
 
     def has(self, layer_idx: int) -> bool:
@@ -102,7 +102,8 @@ class Parts:
             for field in dataclasses.fields(part)
             if getattr(part, field.name) is not None
         }
-        _replace(self._layer(layer_idx), lambda partial: save_file(tensors, partial))
+        with whole_file(self._layer(layer_idx), _WHERE, CONTINUE) as partial:
+            save_file(tensors, partial)
 
     def read(self, layer_idx: int) -> LayerPart:
         """Reads a finished layer."""
@@ -116,7 +117,8 @@ class Parts:
             ValueError: The disk is full; the former checkpoint stays.
         """
         state = {f.name: getattr(checkpoint, f.name) for f in dataclasses.fields(checkpoint)}
-        _replace(self._checkpoint, lambda partial: torch.save(state, partial))
+        with whole_file(self._checkpoint, _WHERE, CONTINUE) as partial:
+            torch.save(state, partial)
 
     def read_checkpoint(self) -> Checkpoint | None:
         """Reads the checkpoint, if there is one."""
@@ -134,17 +136,3 @@ class Parts:
 
     def _layer(self, layer_idx: int) -> Path:
         return self.folder / f"layer-{layer_idx:03d}.safetensors"
-
-
-def _replace(file: Path, write: Callable[[Path], object]) -> None:
-    """Writes a file that appears under its name only once it is complete."""
-    partial = file.with_name(file.name + ".partial")
-    try:
-        write(partial)
-        partial.replace(file)
-    except (OSError, RuntimeError, SafetensorError) as error:
-        partial.unlink(missing_ok=True)
-        raise ValueError(
-            f"hata.{_WHERE}: {file.parent} must have room for {file.name}, got {error}; "
-            "run the same command again to continue"
-        ) from error

@@ -1,7 +1,6 @@
 """Captures a model's queries and keys over text: what hash weights are trained on."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,63 +14,12 @@ from hata.checks import check, check_int
 from hata.integrations.model_shape import model_shape, softmax_scale
 from hata.integrations.transformers import CACHE_ARGUMENT
 from hata.training.captures import CaptureInfo, Captures, CaptureWriter
+from hata.training.options import CaptureOptions
 from hata.training.texts import text_files, token_sequences
 
 _WHERE = "capture"
 _SMALLEST_CHUNK = 256
 _ATTENTION = "hata_capture"  # the attention function's name in transformers
-
-
-@dataclass(frozen=True)
-class CaptureOptions:
-    """What to capture.
-
-    Attributes:
-        num_sequences: Sequences, each from other documents.
-        seq_len: Tokens of each.
-        num_queries: Query positions sampled from each, without replacement.
-        first_query: The first position that may be sampled, as a share of ``seq_len``.
-        values: Whether to capture the values too.
-        seed: Chooses texts and positions.
-        memory_limit_gb: GB that model, cache and activations may take together; less than a whole
-            sequence needs runs it in chunks. None sets no limit.
-
-    Raises:
-        TypeError: A value has another type.
-        ValueError: A value breaks its rule.
-    """
-
-    num_sequences: int = 8
-    seq_len: int = 8192
-    num_queries: int = 384
-    first_query: float = 0.0625
-    values: bool = False
-    seed: int = 0
-    memory_limit_gb: float | None = None
-
-    def __post_init__(self) -> None:
-        """Checks every rule."""
-        check_int(_WHERE, "num_sequences", self.num_sequences, 1)
-        check_int(_WHERE, "seq_len", self.seq_len, 2)
-        check_int(_WHERE, "seed", self.seed, 0)
-        check(
-            0.0 <= self.first_query < 1.0, _WHERE, "first_query", "be in [0, 1)", self.first_query
-        )
-        check_int(_WHERE, "num_queries", self.num_queries, 1, self.seq_len - self.first_position)
-        limit = self.memory_limit_gb
-        check(limit is None or limit > 0, _WHERE, "memory_limit_gb", "be positive", limit)
-
-    @property
-    def first_position(self) -> int:
-        """The first position whose query may be sampled."""
-        return int(self.first_query * self.seq_len)
-
-    def positions(self, sequence_idx: int) -> Tensor:
-        """Draws a sequence's query positions: ``[num_queries]``, int64, ascending."""
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + sequence_idx)
-        room = self.seq_len - self.first_position
-        drawn = torch.randperm(room, generator=generator)[: self.num_queries]
-        return drawn.sort().values + self.first_position
 
 
 def capture(
@@ -114,11 +62,10 @@ def capture(
     recorder = Recorder(model, _chunk(model, options))
     sequences = token_sequences(
         tokenizer,
-        text_files(texts, _WHERE),
+        text_files(texts),
         num_sequences=options.num_sequences,
         seq_len=options.seq_len,
         seed=options.seed,
-        where=_WHERE,
     )
     config = model.config.get_text_config(decoder=True)
     layer_types = getattr(config, "layer_types", None) or ["full_attention"] * shape["num_layers"]

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import matplotlib as mpl
 import torch
-from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
+from hata.pictures import picture
 from hata.training.parts import LayerPart
 
 _SMOOTHED = 20  # steps whose mean is shown: each sees one sequence, and sequences differ
@@ -60,8 +60,7 @@ def plot_layers(path: Path, parts: Sequence[LayerPart], budgets: Sequence[int], 
     layers = range(len(parts))
     scores = torch.stack([part.scores for part in parts])  # [num_layers, 3, num_budgets]
     colors = mpl.colormaps["viridis"]
-    with mpl.rc_context({"font.size": 9}):
-        figure = Figure(figsize=(11, 3.5), layout="constrained")
+    with picture(path, "train", 11, 3.5) as figure:
         loss, mass, recall = figure.subplots(1, 3)
         for layer_idx, part in enumerate(parts):
             color = colors(layer_idx / max(len(parts) - 1, 1))
@@ -80,4 +79,3 @@ def plot_layers(path: Path, parts: Sequence[LayerPart], budgets: Sequence[int], 
         recall.set(xlabel="layer", title="held-out recall", ylim=(0, 1))
         mass.legend()
         figure.suptitle(title)
-        figure.savefig(path, dpi=150)

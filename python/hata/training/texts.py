@@ -10,6 +10,7 @@ from typing import Any
 
 from hata.checks import check
 
+_WHERE = "capture"
 _CHARACTERS_PER_TOKEN = 16  # more than tokenizers reach on prose and code
 _LONG = 5  # characters for each token wanted: a document with more surely has as many tokens
 
@@ -27,22 +28,21 @@ class TokenSequence:
     text: str
 
 
-def text_files(paths: Iterable[Path], where: str) -> list[Path]:
+def text_files(paths: Iterable[Path]) -> list[Path]:
     """Returns the files among ``paths`` and in its folders, sorted.
 
     Args:
         paths: Files and folders.
-        where: The public function that asks, for errors.
 
     Raises:
         ValueError: One does not exist, or there is no file.
     """
     files: set[Path] = set()
     for path in paths:
-        check(path.exists(), where, "texts", "name existing files or folders", path)
+        check(path.exists(), _WHERE, "texts", "name existing files or folders", path)
         inside = path.rglob("*") if path.is_dir() else [path]
         files.update(file for file in inside if file.is_file())
-    check(len(files) > 0, where, "texts", "hold at least one file", "none")
+    check(len(files) > 0, _WHERE, "texts", "hold at least one file", "none")
     return sorted(files)
 
 
@@ -53,7 +53,6 @@ def token_sequences(
     num_sequences: int,
     seq_len: int,
     seed: int,
-    where: str,
 ) -> list[TokenSequence]:
     """Cuts ``num_sequences`` sequences of ``seq_len`` tokens out of different documents.
 
@@ -64,14 +63,13 @@ def token_sequences(
 
     Args:
         tokenizer: A transformers tokenizer.
-        files: The documents, UTF-8 text; bytes that are not count as unknown characters.
+        files: The documents, UTF-8 text.
         num_sequences: Sequences to make.
         seq_len: Tokens of each, including what the tokenizer begins a text with.
         seed: Chooses documents and lines.
-        where: The public function that asks, for errors.
 
     Raises:
-        ValueError: The files hold too little text.
+        ValueError: The files hold too little text, or one of them is no UTF-8 text.
     """
     chosen = random.Random(seed)
     waiting = deque(_in_turns(files, seq_len, chosen))
@@ -92,7 +90,7 @@ def token_sequences(
                 leftover.append((name, tokens[room:]))
         rule = f"hold {num_sequences} x {seq_len} tokens"
         got = len(sequences) * seq_len + len(token_ids)
-        check(len(token_ids) == seq_len, where, "texts", rule, got)
+        check(len(token_ids) == seq_len, _WHERE, "texts", rule, got)
         sequences.append(TokenSequence(token_ids, "; ".join(origins)))
     return sequences
 
@@ -110,7 +108,11 @@ def _in_turns(files: list[Path], seq_len: int, chosen: random.Random) -> list[Pa
 
 
 def _read(tokenizer: Any, file: Path, seq_len: int, chosen: random.Random) -> tuple[str, list[int]]:
-    text = file.read_text(errors="replace")
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"hata.{_WHERE}: {file} must be UTF-8 text, got {error}") from error
+    check("\0" not in text, _WHERE, str(file), "be UTF-8 text", "NUL bytes")
     length = seq_len * _CHARACTERS_PER_TOKEN
     start = chosen.randrange(max(len(text) - length, 0) + 1)
     start = text.rfind("\n", 0, start) + 1

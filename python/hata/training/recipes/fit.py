@@ -95,6 +95,11 @@ class Recipe(ABC):
         return 0
 
 
+def sign(x: Tensor) -> Tensor:
+    """+1 where x > 0, else -1: the bits of a code."""
+    return torch.where(x > 0, 1.0, -1.0)
+
+
 def orthogonal(data: TrainingData, num_columns: int, seed: int) -> Tensor:
     """Draws random rotations: ``[heads, head_dim, num_columns]``, orthonormal in blocks."""
     num_bits = 32 * math.ceil(num_columns / 32)

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from hata.checks import check, check_int
-from hata.training.codes import quantize, sign
+from hata.reference import quantize
 from hata.training.data import TrainingData
-from hata.training.recipes.fit import Fit, Recipe, generator_of, orthogonal
+from hata.training.recipes.fit import Fit, Recipe, generator_of, orthogonal, sign
 
 _WARM_UP = 10  # steps until the learning rate has its full height
 _HIDDEN = -1e30  # the logit of a key that is not contested; finite, for queries without any
@@ -197,8 +197,9 @@ class HataFit(Fit):
         else:
             z = torch.bmm(q.sum(2), weights)
             with torch.no_grad():
-                step = z.abs().amax(-1, keepdim=True) / (2**self.recipe.query_bits - 1)
-                error = quantize(z, self.recipe.query_bits) * step - z
+                weight_sum = 2**self.recipe.query_bits - 1
+                step = z.abs().amax(-1, keepdim=True) / weight_sum
+                error = (2 * quantize(z, weight_sum) - weight_sum) * step - z
             c = z + error
         score = torch.bmm(c, _Sign.apply(x, slope).transpose(1, 2))
         return score * self.log_temperature.exp()

@@ -7,9 +7,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from hata.training.codes import sign
 from hata.training.data import TrainingData
-from hata.training.recipes.fit import ClosedForm, Recipe, orthogonal
+from hata.training.recipes.fit import ClosedForm, Recipe, orthogonal, sign
 
 _KEYS = 16384  # of each head, enough for second moments of up to 256 channels
 
