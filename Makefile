@@ -100,7 +100,7 @@ lint: python
 docs: python
 	$(call install,docs)
 	$(say) "the site, in build/site"
-	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
+	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 
 # The platform tag is what auditwheel finds; torch's libraries come with torch.
 wheel: python
