@@ -19,10 +19,11 @@ import typer
 from rich.console import Console
 
 from hata.checks import check
+from hata.commands.options import with_options
 from hata.provenance import origin
 
 from .cases import PAPER_BUDGET, tokens
-from .options import AppendOption, FileOption, check_output
+from .options import Output, check_output
 from .report import RESULTS, Report, Row, slug
 
 ENVIRONMENT = {
@@ -66,7 +67,9 @@ class Engine:
     cases: tuple[tuple[int, int], ...]
 
 
+@with_options()
 def measure_vllm(
+    *,
     shape: Annotated[str, typer.Option(help=f"Of the model: {', '.join(SHAPES)}.")] = "8b",
     layers: Annotated[int | None, typer.Option(help="Fewer layers than the model has.")] = None,
     tp: Annotated[int, typer.Option(help="GPUs for tensor parallelism.")] = 1,
@@ -78,20 +81,19 @@ def measure_vllm(
         list[str] | None, typer.Option(help='"12x32768": sequences x tokens; may be repeated.')
     ] = None,
     dense_layers: Annotated[int, typer.Option(help="First layers that stay dense.")] = 2,
-    output: FileOption = None,
-    append: AppendOption = False,
+    rows_to: Output,
 ) -> None:
     """Measures decoding in vLLM's engine, with hata and without."""
     check(shape in SHAPES, "bench", "--shape", f"be one of {', '.join(SHAPES)}", shape)
     chosen = [parsed(text) for text in case or ()] or CASES
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    path = output or RESULTS / f"vllm_{slug(device)}.csv"
+    path = rows_to.output or RESULTS / f"vllm_{slug(device)}.csv"
     check_output(path)
     words = [f"--shape {shape} --tp {tp} --dense-layers {dense_layers}"]
     words += [f"--layers {layers}"] if layers else []
     words += [f"--case {batch}x{context}" for batch, context in chosen] if case else []
     common = origin(device, f"python -m bench vllm {' '.join(words)}")
-    report = Report(path, COLUMNS, common, append)
+    report = Report(path, COLUMNS, common, rows_to.append)
     layers = layers or SHAPES[shape]["num_hidden_layers"]
     budgets = {top_k_of(context) for _, context in chosen}
     longest = max(context for _, context in chosen)
