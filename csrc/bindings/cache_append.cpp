@@ -1,14 +1,56 @@
 #include "cache_append.h"
 
+#include <bit>
+
 #include "bindings/caches.h"
 #include "bindings/launch.h"
 #include "bindings/params.h"
 
 namespace hata {
+namespace {
+
+// The new tokens, whose shapes are checked, and the caches that they go to. k and v are [batch,
+// q_len, num_kv_heads, head_dim], or without the batch.
+CacheAppendParams token_params(const ArgumentChecks& check, const PageTable& table,
+                               const KvCache& cache, const Tensor& k, const Tensor& v,
+                               const Tensor& key_weights, const Tensor& k_cache,
+                               const Tensor& code_cache_, const std::optional<Tensor>& norm_cache) {
+  for (const auto& [t, name] : {std::pair{&k, "k"}, std::pair{&v, "v"}}) {
+    check.last_dims_contiguous(*t, name, 1);
+    check.rows_aligned(*t, name);
+  }
+  const int words = check_hash_weights(check, key_weights, "key_weights", cache.dtype,
+                                       cache.num_kv_heads, cache.head_dim);
+  check.tensor(code_cache_, "code_cache", ScalarType::Int,
+               {{"num_pages", k_cache.size(0)},
+                {"num_kv_heads", cache.num_kv_heads},
+                {"page_size", k_cache.size(1)},
+                {"num_words", words}});
+  const int64_t token_dim = k.dim() - 3;
+  return CacheAppendParams{
+      .table = table,
+      .cache = cache,
+      .code_cache = code_cache(check, code_cache_, norm_cache),
+      .q_len = static_cast<int>(k.size(token_dim)),
+      .new_seqlens = nullptr,
+      .slot_mapping = nullptr,
+      .k = k.data_ptr(),
+      .v = v.data_ptr(),
+      .key_weights = key_weights.data_ptr(),
+      .k_batch_stride = k.stride(0),
+      .k_token_stride = k.stride(token_dim),
+      .k_head_stride = k.stride(token_dim + 1),
+      .v_batch_stride = v.stride(0),
+      .v_token_stride = v.stride(token_dim),
+      .v_head_stride = v.stride(token_dim + 1),
+  };
+}
+
+}  // namespace
 
 CacheAppendParams cache_append_params(const ArgumentChecks& check, const Tensor& k, const Tensor& v,
                                       const Tensor& key_weights, const Tensor& k_cache,
-                                      const Tensor& v_cache, const Tensor& code_cache_,
+                                      const Tensor& v_cache, const Tensor& code_cache,
                                       const std::optional<Tensor>& norm_cache,
                                       const Tensor& block_table, const Tensor& cache_seqlens,
                                       const std::optional<Tensor>& new_seqlens) {
@@ -25,59 +67,85 @@ CacheAppendParams cache_append_params(const ArgumentChecks& check, const Tensor&
                 {"q_len", k.size(1)},
                 {"num_kv_heads", cache.num_kv_heads},
                 {"head_dim", cache.head_dim}});
-  for (const auto& [t, name] : {std::pair{&k, "k"}, std::pair{&v, "v"}}) {
-    check.last_dims_contiguous(*t, name, 1);
-    check.rows_aligned(*t, name);
-  }
-  const int words = check_hash_weights(check, key_weights, "key_weights", cache.dtype,
-                                       cache.num_kv_heads, cache.head_dim);
-  check.tensor(code_cache_, "code_cache", ScalarType::Int,
-               {{"num_pages", k_cache.size(0)},
-                {"num_kv_heads", cache.num_kv_heads},
-                {"page_size", k_cache.size(1)},
-                {"num_words", words}});
+  CacheAppendParams params =
+      token_params(check, table, cache, k, v, key_weights, k_cache, code_cache, norm_cache);
   if (new_seqlens) {
     check.tensor(*new_seqlens, "new_seqlens", ScalarType::Int, {{"batch", table.batch}});
     check.contiguous(*new_seqlens, "new_seqlens");
+    params.new_seqlens = data<int32_t>(*new_seqlens);
   }
-  return CacheAppendParams{
-      .table = table,
-      .cache = cache,
-      .code_cache = code_cache(check, code_cache_, norm_cache),
-      .q_len = static_cast<int>(k.size(1)),
-      .new_seqlens = new_seqlens ? data<int32_t>(*new_seqlens) : nullptr,
-      .k = k.data_ptr(),
-      .v = v.data_ptr(),
-      .key_weights = key_weights.data_ptr(),
-      .k_batch_stride = k.stride(0),
-      .k_token_stride = k.stride(1),
-      .k_head_stride = k.stride(2),
-      .v_batch_stride = v.stride(0),
-      .v_token_stride = v.stride(1),
-      .v_head_stride = v.stride(2),
-  };
+  return params;
 }
 
 namespace {
 
 void cache_append(const Tensor& k, const Tensor& v, const Tensor& key_weights, Tensor k_cache,
-                  Tensor v_cache, Tensor code_cache_, std::optional<Tensor> norm_cache,
+                  Tensor v_cache, Tensor code_cache, std::optional<Tensor> norm_cache,
                   const Tensor& block_table, const Tensor& cache_seqlens,
                   std::optional<Tensor> new_seqlens) {
   const ArgumentChecks check("cache_append", k, "k");
   launch(k,
-         cache_append_params(check, k, v, key_weights, k_cache, v_cache, code_cache_, norm_cache,
+         cache_append_params(check, k, v, key_weights, k_cache, v_cache, code_cache, norm_cache,
                              block_table, cache_seqlens, new_seqlens),
          cache_append_cpu, cache_append_cuda);
+}
+
+// The pages of cache_write: its tokens are one sequence without a block table.
+PageTable page_pool(const ArgumentChecks& check, int64_t num_pages, int64_t page_size) {
+  check.rule(page_size > 0 && std::has_single_bit(static_cast<uint64_t>(page_size)), "page_size",
+             "be a power of two", page_size);
+  return PageTable{
+      .batch = 1,
+      .max_pages = 0,
+      .num_pages = static_cast<int>(num_pages),
+      .page_shift = std::countr_zero(static_cast<uint64_t>(page_size)),
+      .page_mask = static_cast<int>(page_size - 1),
+      .capacity = 0,
+      .block_table = nullptr,
+      .cache_seqlens = nullptr,
+      .block_table_stride = 0,
+  };
+}
+
+void cache_write(const Tensor& k, const Tensor& v, const Tensor& key_weights, Tensor k_cache,
+                 Tensor v_cache, Tensor code_cache, std::optional<Tensor> norm_cache,
+                 const Tensor& slot_mapping) {
+  const ArgumentChecks check("cache_write", k, "k");
+  const KvCache cache = kv_cache(check, k_cache, v_cache);
+  check.tensor(
+      k, "k", scalar_type(cache.dtype),
+      {{"num_tokens"}, {"num_kv_heads", cache.num_kv_heads}, {"head_dim", cache.head_dim}});
+  check.tensor(v, "v", scalar_type(cache.dtype),
+               {{"num_tokens", k.size(0)},
+                {"num_kv_heads", cache.num_kv_heads},
+                {"head_dim", cache.head_dim}});
+  CacheAppendParams params =
+      token_params(check, page_pool(check, k_cache.size(0), k_cache.size(1)), cache, k, v,
+                   key_weights, k_cache, code_cache, norm_cache);
+  check.tensor(slot_mapping, "slot_mapping", ScalarType::Long, {{"num_tokens", k.size(0)}});
+  check.contiguous(slot_mapping, "slot_mapping");
+  params.slot_mapping = data<int64_t>(slot_mapping);
+  if (!check.on_cuda()) {
+    const int64_t num_slots = k_cache.size(0) * k_cache.size(1);
+    for (int j = 0; j < params.q_len; ++j) {
+      const int64_t slot = params.slot_mapping[j];
+      if (slot < num_slots) continue;
+      check.rule(false, "slot_mapping", "be below " + std::to_string(num_slots) + " (the capacity)",
+                 std::to_string(slot) + " for token " + std::to_string(j));
+    }
+  }
+  launch(k, params, cache_append_cpu, cache_append_cuda);
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(hata, CPU, m) {
   m.impl("cache_append", TORCH_BOX(&cache_append));
+  m.impl("cache_write", TORCH_BOX(&cache_write));
 }
 STABLE_TORCH_LIBRARY_IMPL(hata, CUDA, m) {
   m.impl("cache_append", TORCH_BOX(&cache_append));
+  m.impl("cache_write", TORCH_BOX(&cache_write));
 }
 
 }  // namespace hata

@@ -19,11 +19,9 @@ void append_tile(const HotLoops& loops, const CacheAppendParams& p, int64_t b, i
   int64_t pages[kEncodeTile], rows[kEncodeTile];
   int n = 0;
   for (int j = first; j < last; ++j) {
-    const int position = append_position(p.table, p.new_seqlens, p.q_len, static_cast<int>(b), j);
-    if (position < 0) continue;
-    const int64_t page = page_of(p.table, static_cast<int>(b), position);
-    if (page < 0) continue;
-    const int64_t row = row_of(p.table, position);
+    const Slot slot = slot_of(p, static_cast<int>(b), j);
+    if (slot.row < 0) continue;
+    const int64_t page = slot.page, row = slot.row;
     const auto copy = [&](const void* from, int64_t from_idx, void* to, int64_t to_idx) {
       std::memcpy(element(to, dtype, to_idx), element(from, dtype, from_idx),
                   static_cast<size_t>(head_dim) * dtype_size(dtype));

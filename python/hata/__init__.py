@@ -14,6 +14,7 @@ from hata.dense import attention_mass
 from hata.ops import (
     DecodeStepOutput,
     cache_append,
+    cache_write,
     decode_step,
     encode_query,
     gather_attention,
@@ -41,6 +42,7 @@ __all__ = [
     "HataConfig",
     "attention_mass",
     "cache_append",
+    "cache_write",
     "decode_attention",
     "decode_step",
     "encode_query",

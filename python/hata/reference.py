@@ -76,6 +76,28 @@ def cache_append(
                 norm_cache[page, :, row] = norms[b, :, j]
 
 
+def cache_write(
+    k: Tensor,
+    v: Tensor,
+    key_weights: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    code_cache: Tensor,
+    norm_cache: Tensor | None,
+    slot_mapping: Tensor,
+) -> None:
+    """Writes k, v, codes and norms of each token to its row."""
+    codes, norms = hash_encode(k[None], key_weights, key_norms=True)
+    written = slot_mapping >= 0
+    slots = slot_mapping[written]
+    page, row = slots // k_cache.shape[1], slots % k_cache.shape[1]
+    k_cache[page, row] = k[written]
+    v_cache[page, row] = v[written]
+    code_cache[page, :, row] = codes[0].transpose(0, 1)[written]
+    if norm_cache is not None:
+        norm_cache[page, :, row] = norms[0].T[written]
+
+
 def hamming_score(
     planes: Tensor,
     code_cache: Tensor,

@@ -26,6 +26,7 @@ Inference only: a wrapper refuses tensors that require a gradient while autograd
 """
 
 from hata.ops.cache_append import cache_append
+from hata.ops.cache_write import cache_write
 from hata.ops.decode_step import DecodeStepOutput, decode_step
 from hata.ops.encode_query import encode_query, num_planes, plane_weight_sum
 from hata.ops.gather_attention import gather_attention
@@ -39,6 +40,7 @@ from hata.ops.workspace_size import workspace_size
 __all__ = [
     "DecodeStepOutput",
     "cache_append",
+    "cache_write",
     "decode_step",
     "encode_query",
     "gather_attention",

