@@ -25,6 +25,7 @@ HATA_CUDA ?= AUTO
 HATA_WERROR ?= OFF
 ARGS ?=
 export HATA_CUDA HATA_CUDA_ARCHS HATA_WERROR HATA_BUILD_TESTS
+export HATA_BUILD_DIR := build
 
 PY := $(if $(VENV),$(VENV)/bin/python,$(PYTHON))
 SHELL := /bin/bash
