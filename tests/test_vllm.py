@@ -235,6 +235,13 @@ def test_check_finds_a_code_that_is_not_its_keys(llama):
             generate(llm, [random_prompts(100)[0] + [7]])
 
 
+def test_random_weights_for_a_bfloat16_model(llama):
+    """The model is made with its dtype as torch's default."""
+    settings = engine_args("random", top_k=24, check=True)
+    with engine(llama, dtype="bfloat16", **settings) as llm:
+        assert len(tokens(generate(llm, random_prompts(60)))[0]) == 30
+
+
 def test_wrong_settings_stop_the_engine(llama, tmp_path):
     other = tmp_path / "other.safetensors"
     save_weights(other, HashWeights.random(**{**SHAPE, "num_layers": 2}, num_bits=64))
