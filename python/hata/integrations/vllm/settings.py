@@ -5,9 +5,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import torch
 from vllm.config import VllmConfig
-from vllm.utils.torch_utils import set_default_torch_dtype
 
 from hata.checks import check, check_type
 from hata.config import HataConfig
@@ -111,8 +109,7 @@ class Settings:
             model.get_total_num_kv_heads(),
             model.get_head_size(),
         )
-        with torch.device("cpu"), set_default_torch_dtype(torch.float32):  # not those of the model
-            weights = _load(self.weights, shape)
+        weights = _load(self.weights, shape)
         weights.check_model(HERE, *shape)
         self.config.layer_top_k(shape[0])  # raises where it names another number of layers
         return weights
