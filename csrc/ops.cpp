@@ -39,6 +39,11 @@ STABLE_TORCH_LIBRARY(hata, m) {
       "Tensor cache_seqlens, Tensor indices, float? softmax_scale=None) -> (Tensor, Tensor)");
 
   m.def(
+      "dense_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, "
+      "Tensor cache_seqlens, float? softmax_scale=None, int? min_sparse_len=None, *, "
+      "Tensor(a!) out, Tensor(b!) lse) -> ()");
+
+  m.def(
       "merge_attention_states(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b) "
       "-> (Tensor, Tensor)");
 

@@ -10,11 +10,10 @@
 
 namespace hata {
 
-GatherAttentionParams gather_attention_params(const ArgumentChecks& check, const Tensor& q,
-                                              const Tensor& k_cache, const Tensor& v_cache,
-                                              const Tensor& block_table,
-                                              const Tensor& cache_seqlens, int64_t top_k,
-                                              std::optional<double> softmax_scale) {
+AttentionParams attention_params(const ArgumentChecks& check, const Tensor& q,
+                                 const Tensor& k_cache, const Tensor& v_cache,
+                                 const Tensor& block_table, const Tensor& cache_seqlens,
+                                 std::optional<double> softmax_scale) {
   const KvCache cache = kv_cache(check, k_cache, v_cache);
   const PageTable table =
       page_table(check, block_table, cache_seqlens, k_cache.size(0), k_cache.size(1));
@@ -28,27 +27,38 @@ GatherAttentionParams gather_attention_params(const ArgumentChecks& check, const
              num_heads);
   const double scale = softmax_scale.value_or(1 / std::sqrt(cache.head_dim));
   check.rule(std::isfinite(scale), "softmax_scale", "be finite", scale);
-  return GatherAttentionParams{
+  return AttentionParams{
       .table = table,
       .cache = cache,
       .q_len = static_cast<int>(q.size(1)),
       .num_heads = static_cast<int>(num_heads),
-      .top_k = static_cast<int>(top_k),
-      .num_splits =
-          gather_num_splits(q.size(0) * q.size(1) * cache.num_kv_heads, static_cast<int>(top_k)),
+      .num_splits = 1,
       .softmax_scale = static_cast<float>(scale),
       .q = q.data_ptr(),
-      .indices = nullptr,
       .out = nullptr,
       .lse = nullptr,
       .out_partial = nullptr,
       .lse_partial = nullptr,
-      .may_use_clusters = forced_algorithm(check) != ScoreSelectAlgorithm::kTwoKernels,
-      .queries_are_ready = false,
       .q_batch_stride = q.stride(0),
       .q_token_stride = q.stride(1),
       .q_head_stride = q.stride(2),
   };
+}
+
+GatherAttentionParams gather_attention_params(const ArgumentChecks& check, const Tensor& q,
+                                              const Tensor& k_cache, const Tensor& v_cache,
+                                              const Tensor& block_table,
+                                              const Tensor& cache_seqlens, int64_t top_k,
+                                              std::optional<double> softmax_scale) {
+  GatherAttentionParams params{
+      attention_params(check, q, k_cache, v_cache, block_table, cache_seqlens, softmax_scale),
+      /*top_k=*/static_cast<int>(top_k),
+      /*indices=*/nullptr,
+      /*may_use_clusters=*/forced_algorithm(check) != ScoreSelectAlgorithm::kTwoKernels,
+      /*queries_are_ready=*/false};
+  params.num_splits =
+      attention_num_splits(q.size(0) * q.size(1) * params.cache.num_kv_heads, top_k);
+  return params;
 }
 
 namespace {

@@ -55,7 +55,13 @@ ScoreSelectParams score_select_params(const ArgumentChecks& check, const Tensor&
                                       int64_t weight_sum, int64_t q_len, int64_t top_k,
                                       int64_t num_sink, int64_t num_recent);
 
-// `indices`, `out`, `lse` and the partials are left null.
+// `out`, `lse` and the partials are left null, num_splits 1.
+AttentionParams attention_params(const ArgumentChecks& check, const Tensor& q,
+                                 const Tensor& k_cache, const Tensor& v_cache,
+                                 const Tensor& block_table, const Tensor& cache_seqlens,
+                                 std::optional<double> softmax_scale);
+
+// The same with its splits; `indices` is left null.
 GatherAttentionParams gather_attention_params(const ArgumentChecks& check, const Tensor& q,
                                               const Tensor& k_cache, const Tensor& v_cache,
                                               const Tensor& block_table,

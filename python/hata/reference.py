@@ -221,6 +221,28 @@ def gather_attention(
     return out.to(q.dtype), lse if q.dtype == torch.float64 else lse.float()
 
 
+def dense_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    cache_seqlens: Tensor,
+    *,
+    softmax_scale: float | None = None,
+    min_sparse_len: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """gather_attention over all positions; 0 and -infinity for long sequences, which it leaves."""
+    batch, q_len, num_kv_heads = *q.shape[:2], k_cache.shape[2]
+    capacity = block_table.shape[1] * k_cache.shape[1]
+    positions = torch.arange(capacity, dtype=torch.int32, device=q.device)
+    indices = positions.expand(batch, q_len, num_kv_heads, -1)
+    if min_sparse_len is not None:
+        is_long = cache_seqlens[:, None, None, None] >= min_sparse_len
+        indices = indices.masked_fill(is_long, -1)
+    tensors = (q, k_cache, v_cache, block_table, cache_seqlens)
+    return gather_attention(*tensors, indices, softmax_scale=softmax_scale)
+
+
 def merge_attention_states(
     out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor
 ) -> tuple[Tensor, Tensor]:
