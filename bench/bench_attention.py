@@ -1,4 +1,4 @@
-"""gather_attention against PyTorch over copied rows, and merge_attention_states."""
+"""gather_attention against PyTorch over copied rows, dense_attention, merge_attention_states."""
 
 import functools
 
@@ -8,7 +8,7 @@ import hata
 from hata import reference
 
 from .buffers import CodePool
-from .checks import check_gathered, require_close
+from .checks import check_dense, check_gathered, require_close
 from .report import Row
 from .rivals import gather_then_sdpa
 from .run import Run
@@ -25,9 +25,20 @@ def gather_attention(run: Run, pool: CodePool) -> Row:
         check_gathered(pool, attend(0), "SDPA over copied rows")
         num_sets = run.timer.num_sets(shape.row_bytes)
         calls = [functools.partial(attend, i) for i in range(num_sets)]
-        rivals["rows copied, SDPA"] = run.timer(calls)
+        rivals["rows copied, SDPA"] = run.timer(calls).us
     return run.op_row(
         "gather_attention", shape, None, pool.page_size, timing, num_bytes, rivals=rivals
+    )
+
+
+def dense_attention(run: Run, pool: CodePool) -> Row:
+    check_dense(pool.kv, pool.dense_attention(0)[0], "dense_attention")
+    shape = pool.kv.shape
+    timing = run.timer(pool.calls("dense_attention"))
+    num_bytes = shape.kv_bytes + 2 * pool.out.nbytes
+    rivals = {name.removesuffix("_us"): us for name, us in run.dense(pool.kv).items()}
+    return run.op_row(
+        "dense_attention", shape, None, pool.page_size, timing, num_bytes, rivals=rivals
     )
 
 

@@ -71,7 +71,7 @@ def score_select(run: Run, pool: CodePool) -> Row:
         calls = [functools.partial(score_topk, i) for i in sets]
         timed = run.attempt(name, shape, functools.partial(run.timer, calls))
         if timed is not None:
-            rivals[f"hamming_score, {name}"] = timed
+            rivals[f"hamming_score, {name}"] = timed.us
     return run.op_row(
         "score_select", shape, config, pool.page_size, timing, num_bytes, rivals=rivals
     )
