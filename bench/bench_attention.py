@@ -2,15 +2,16 @@
 
 import functools
 
+import torch
 from torch import Tensor
 
 import hata
 from hata import reference
 
-from .buffers import CodePool
+from .baselines import Attend, sdpa
+from .buffers import CodePool, cyclic
 from .checks import check_dense, check_gathered, require_close
 from .report import Row
-from .rivals import gather_then_sdpa
 from .run import Run
 
 
@@ -29,6 +30,26 @@ def gather_attention(run: Run, pool: CodePool) -> Row:
     return run.op_row(
         "gather_attention", shape, None, pool.page_size, timing, num_bytes, rivals=rivals
     )
+
+
+def gather_then_sdpa(pool: CodePool) -> Attend:
+    """Attention over the selection with PyTorch alone: copies the rows, then SDPA over the copy.
+
+    Every index of the contiguous cache's selection must be a position.
+    """
+    kv, shape = pool.kv, pool.kv.shape
+    rows = pool.indices[:, :, 0].long()  # [num_sets, batch, num_kv_heads, top_k]
+    sequences = torch.arange(shape.batch, device=rows.device)[:, None, None]
+    heads = torch.arange(shape.num_kv_heads, device=rows.device)[:, None]
+
+    def attend(i: int) -> Tensor:
+        chosen = (sequences, cyclic(rows, i), heads)
+        k = cyclic(kv.k_caches, i)[chosen]  # [batch, num_kv_heads, top_k, head_dim]
+        v = cyclic(kv.v_caches, i)[chosen]
+        q = cyclic(kv.qs, i).view(shape.batch, shape.num_kv_heads, shape.group, shape.head_dim)
+        return sdpa(q, k, v, None, enable_gqa=False)
+
+    return attend
 
 
 def dense_attention(run: Run, pool: CodePool) -> Row:

@@ -78,11 +78,6 @@ def test_select_topk(device):
             )
 
 
-def test_score_select(device):
-    r = Rejects("score_select", device)
-    r("planes must have 5 dimensions, got 4", planes=r.int32(2, 1, 2, 8))
-
-
 def test_algorithm(device, monkeypatch):
     """The error lists the algorithms: ALGORITHMS in devices.py must have them all."""
     r = Rejects("score_select", device)

@@ -193,6 +193,18 @@ def test_torch_compile(llama, stock):
         assert scenario(llm) == stock
 
 
+def test_speculative_decoding(llama):
+    """Drafts from the prompt: several tokens a step, as many as each sequence has."""
+    repeated = [prompt * 4 for prompt in random_prompts(20, 33, seed=5)]
+    prompts = [*repeated, *random_prompts(50, seed=6)]
+    drafts = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2}
+    with engine(llama, speculative_config=drafts) as llm:
+        expected = tokens(generate(llm, prompts))
+        assert metric(llm, "vllm:spec_decode_num_draft_tokens") > 0
+    with engine(llama, speculative_config=drafts, **hata(llama)) as llm:
+        assert tokens(generate(llm, prompts)) == expected
+
+
 def test_tensor_parallel_equals_one_process(llama):
     """Two processes with a KV head each; a small budget, since selection does not know of ranks."""
     prompts = random_prompts(60, 200, seed=3)
@@ -230,7 +242,7 @@ def test_wrong_settings_stop_the_engine(llama, tmp_path):
         ({**entry, "weights": "no.safetensors"}, {}, "weights must name an existing file"),
         ({**entry, "top_k": 0}, {}, "top_k must be in 1"),
         ({**entry, "check": 1}, {}, "check must be a bool"),
-        ({**entry, "weights": str(other)}, {}, "weights must have the model's num_layers"),
+        ({**entry, "weights": str(other)}, {}, "weights must be for the model's"),
         (entry, {"block_size": 96}, "block_size must be a power of two, got 96"),
         (entry, {"kv_cache_dtype": "fp8"}, "kv_cache_dtype must be one of"),
     ]:

@@ -10,13 +10,8 @@
 
 namespace hata {
 
-AttentionParams attention_params(const ArgumentChecks& check, const Tensor& q,
-                                 const Tensor& k_cache, const Tensor& v_cache,
-                                 const Tensor& block_table, const Tensor& cache_seqlens,
-                                 std::optional<double> softmax_scale) {
-  const KvCache cache = kv_cache(check, k_cache, v_cache);
-  const PageTable table =
-      page_table(check, block_table, cache_seqlens, k_cache.size(0), k_cache.size(1));
+AttentionParams attention_params(const ArgumentChecks& check, const Tensor& q, const KvCache& cache,
+                                 const PageTable& table, std::optional<double> softmax_scale) {
   check.tensor(q, "q", scalar_type(cache.dtype),
                {{"batch", table.batch}, {"q_len"}, {"num_heads"}, {"head_dim", cache.head_dim}});
   check.last_dims_contiguous(q, "q", 1);
@@ -46,18 +41,15 @@ AttentionParams attention_params(const ArgumentChecks& check, const Tensor& q,
 }
 
 GatherAttentionParams gather_attention_params(const ArgumentChecks& check, const Tensor& q,
-                                              const Tensor& k_cache, const Tensor& v_cache,
-                                              const Tensor& block_table,
-                                              const Tensor& cache_seqlens, int64_t top_k,
-                                              std::optional<double> softmax_scale) {
+                                              const KvCache& cache, const PageTable& table,
+                                              int64_t top_k, std::optional<double> softmax_scale) {
   GatherAttentionParams params{
-      attention_params(check, q, k_cache, v_cache, block_table, cache_seqlens, softmax_scale),
+      attention_params(check, q, cache, table, softmax_scale),
       /*top_k=*/static_cast<int>(top_k),
       /*indices=*/nullptr,
       /*may_use_clusters=*/forced_algorithm(check) != ScoreSelectAlgorithm::kTwoKernels,
       /*queries_are_ready=*/false};
-  params.num_splits =
-      attention_num_splits(q.size(0) * q.size(1) * params.cache.num_kv_heads, top_k);
+  params.num_splits = attention_num_splits(q.size(0) * q.size(1) * cache.num_kv_heads, top_k);
   return params;
 }
 
@@ -69,18 +61,20 @@ std::tuple<Tensor, Tensor> gather_attention(const Tensor& q, const Tensor& k_cac
                                             std::optional<double> softmax_scale) {
   const ArgumentChecks check("gather_attention", q, "q");
   check.rule(indices.dim() == 4, "indices", "have 4 dimensions", indices.dim());
-  GatherAttentionParams params = gather_attention_params(
-      check, q, k_cache, v_cache, block_table, cache_seqlens, indices.size(3), softmax_scale);
-  const int64_t batch = params.table.batch, q_len = params.q_len, heads = params.num_heads;
-  const int64_t head_dim = params.cache.head_dim;
+  const KvCache cache = kv_cache(check, k_cache, v_cache);
+  const PageTable table =
+      page_table(check, block_table, cache_seqlens, k_cache.size(0), k_cache.size(1));
+  GatherAttentionParams params =
+      gather_attention_params(check, q, cache, table, indices.size(3), softmax_scale);
+  const int64_t batch = table.batch, q_len = params.q_len, heads = params.num_heads;
   check.tensor(
       indices, "indices", ScalarType::Int,
-      {{"batch", batch}, {"q_len", q_len}, {"num_kv_heads", params.cache.num_kv_heads}, {"top_k"}});
+      {{"batch", batch}, {"q_len", q_len}, {"num_kv_heads", cache.num_kv_heads}, {"top_k"}});
   check.contiguous(indices, "indices");
-  Tensor out = torch::stable::new_empty(q, {batch, q_len, heads, head_dim});
+  Tensor out = torch::stable::new_empty(q, {batch, q_len, heads, cache.head_dim});
   Tensor lse = torch::stable::new_empty(q, {batch, q_len, heads}, ScalarType::Float);
   Tensor out_partial = torch::stable::new_empty(
-      q, {params.num_splits, batch, q_len, heads, head_dim}, ScalarType::Float);
+      q, {params.num_splits, batch, q_len, heads, cache.head_dim}, ScalarType::Float);
   Tensor lse_partial =
       torch::stable::new_empty(q, {params.num_splits, batch, q_len, heads}, ScalarType::Float);
   params.indices = data<int32_t>(indices);

@@ -166,7 +166,8 @@ class HataLayer:
         )
         self.engine = get_current_vllm_config()
         self.settings = Settings.of(self.engine)
-        self.hash_weights = self.settings.load(self.engine)
+        draft = self.engine.model_config.runner_type == "draft"
+        self.hash_weights = None if draft else self.settings.load(self.engine)
         observer = self.settings.observer
         self.observer = None if observer is None else pkgutil.resolve_name(observer)
         self.codes: SideCache | None = None  # None in a dense layer
@@ -178,13 +179,10 @@ class HataLayer:
         name = next(name for name, layer in layers.items() if getattr(layer, "impl", None) is self)
         self.layer_idx = extract_layer_index(name)
         weights, config = self.hash_weights, self.settings.config
+        if weights is None or self.layer_idx < config.num_dense_layers:
+            return
         num_layers, total_kv_heads, _, _ = weights.shape
-        speculative = self.engine.speculative_config
-        is_draft = speculative is not None and (
-            self.layer_idx >= num_layers
-            or self.engine.model_config is speculative.draft_model_config
-        )
-        if is_draft or self.layer_idx < config.num_dense_layers:
+        if self.layer_idx >= num_layers:  # a draft that continues the model, as EAGLE's do
             return
         # As vLLM shares out KV heads: in order, and each to several ranks where they are too few.
         rank, ranks = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
@@ -279,6 +277,7 @@ class HataLayer:
         output: Tensor,
     ) -> None:
         assert self.codes is not None
+        assert self.hash_weights is not None
         shape = (-1, run.q_len)
         q, k, v, out = (t[run.tokens].unflatten(0, shape) for t in (query, key, value, output))
         step = ops.decode_step(

@@ -110,8 +110,7 @@ class Settings:
             model.get_head_size(),
         )
         weights = _load(self.weights, shape)
-        rule = f"have the model's num_layers, num_kv_heads and head_dim, {list(shape)}"
-        check(weights.shape[:3] == shape, HERE, "weights", rule, list(weights.shape[:3]))
+        weights.check_model(HERE, *shape)
         self.config.layer_top_k(shape[0])  # raises where it names another number of layers
         return weights
 
@@ -121,6 +120,4 @@ def _load(path: str, shape: tuple[int, int, int]) -> HashWeights:
     if path != RANDOM:
         return load_weights(path)
     num_layers, num_kv_heads, head_dim = shape
-    return HashWeights.random(
-        num_layers=num_layers, num_kv_heads=num_kv_heads, head_dim=head_dim, num_bits=64
-    )
+    return HashWeights.random(num_layers=num_layers, num_kv_heads=num_kv_heads, head_dim=head_dim)
