@@ -5,7 +5,7 @@ from torch import Tensor
 from cases import LAYOUTS, Caches, make_caches, poisoned, random_vectors, strided
 from closeness import assert_equal, assert_no_worse_than_pytorch, plain_gather_attention
 from devices import gpu_only
-from hata import dense_attention, gather_attention, reference
+from hata import dense_attention, gather_attention, merge_attention_states, reference
 
 SEQ_LENS = [153, 1, 0, 5, 64]
 
@@ -135,6 +135,27 @@ def test_equals_gather_attention_over_everything(device, dtype):
     rounding = 4 * torch.finfo(dtype).eps
     for actual, expected in zip(dense_attention(q, *caches.kv), listed, strict=True):
         torch.testing.assert_close(actual, expected, rtol=rounding, atol=rounding)
+
+
+def test_a_sink_logit_is_a_state_without_a_value(device, dtype):
+    """One more logit for each head, as in gpt-oss: merged with the result, not an argument."""
+    caches = make_caches([60], device=device, dtype=dtype, page_size=64)
+    q = random_vectors(1, 1, 6, 64, dtype=dtype, device=device)
+    sinks = torch.randn(6).to(device)
+    out, lse = dense_attention(q, *caches.kv)
+    state = torch.zeros_like(out), sinks.expand(lse.shape).contiguous()
+    merged, merged_lse = merge_attention_states(out, lse, *state)
+    k, v = (
+        t[int(caches.block_table[0, 0]), :60].double().repeat_interleave(3, 1)
+        for t in (caches.k_cache, caches.v_cache)
+    )
+    logits = torch.einsum("hd,thd->ht", q[0, 0].double(), k) / 8
+    logits = torch.cat([logits, sinks.double()[:, None]], -1)
+    expected = torch.einsum("ht,thd->hd", logits.softmax(-1)[:, :-1], v)
+    rounding = 4 * torch.finfo(dtype).eps
+    torch.testing.assert_close(merged[0, 0].double(), expected, rtol=rounding, atol=rounding)
+    expected_lse = logits.logsumexp(-1)
+    torch.testing.assert_close(merged_lse[0, 0].double(), expected_lse, rtol=1e-5, atol=1e-5)
 
 
 def test_does_not_depend_on_paging_capacity_or_launch(device, dtype):
