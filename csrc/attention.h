@@ -4,9 +4,11 @@
 
 #include "paged_cache.h"
 
-// What gather_attention and dense_attention share: softmax(softmax_scale q k) v over some positions
-// of a paged cache, split over these positions. A row is one query token and query head; split s of
-// a row leaves (out, lse) of its part in the workspace, and the splits' parts are then merged.
+// What gather_attention and dense_attention share: softmax(logit) v over some positions of a paged
+// cache, with logit_t = softmax_scale q . k_t or, where softcap is not 0, softcap
+// tanh(softmax_scale q . k_t / softcap). The work is split over these positions. A row is one query
+// token and query head; split s of a row leaves (out, lse) of its part in the workspace, and the
+// splits' parts are then merged.
 namespace hata {
 
 struct AttentionParams {
@@ -15,6 +17,7 @@ struct AttentionParams {
   int q_len, num_heads;
   int num_splits;  // 1 needs no workspace
   float softmax_scale;
+  float softcap;  // 0: none
 
   const void* q;       // [batch, q_len, num_heads, head_dim], last dimension contiguous
   void* out;           // [batch, q_len, num_heads, head_dim], contiguous, dtype of q

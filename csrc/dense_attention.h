@@ -5,8 +5,8 @@
 namespace hata {
 
 // For query token j of sequence b and each query head:
-//   out = sum_t softmax_t(softmax_scale q . k_t) v_t over all positions t < visible_len(b, j),
-//   lse = ln sum_t exp(softmax_scale q . k_t), softmax in float32.
+//   out = sum_t softmax_t(logit_t) v_t over all positions t < visible_len(b, j),
+//   lse = ln sum_t exp(logit_t), softmax in float32, logits as in attention.h.
 // Where token j sees none, out = 0 and lse = -infinity. Nothing is written for sequences of
 // min_sparse_len positions or more. The launch depends on the capacity alone, never on the lengths.
 struct DenseAttentionParams : AttentionParams {

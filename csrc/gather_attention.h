@@ -5,8 +5,8 @@
 namespace hata {
 
 // For query token j of sequence b, query head i and the KV head h of its group:
-//   out = sum_t softmax_t(softmax_scale q . k_t) v_t over the positions t in indices[b, j, h],
-//   lse = ln sum_t exp(softmax_scale q . k_t), softmax in float32.
+//   out = sum_t softmax_t(logit_t) v_t over the positions t in indices[b, j, h],
+//   lse = ln sum_t exp(logit_t), softmax in float32, logits as in attention.h.
 // Indices may come in any order; those below 0 or not below what token j sees are skipped. Where
 // none is left, out = 0 and lse = -infinity.
 struct GatherAttentionParams : AttentionParams {

@@ -18,10 +18,10 @@ def everything(q: Tensor, caches: Caches) -> Tensor:
     return positions.expand(shape).contiguous()
 
 
-def assert_attends(q, caches, attended, softmax_scale=None) -> None:
+def assert_attends(q, caches, attended, **settings) -> None:
     """FlashAttention's rule for out and for lse."""
-    truth = reference.dense_attention(q.double(), *caches.double().kv, softmax_scale=softmax_scale)
-    plain = plain_gather_attention(q, *caches.kv, everything(q, caches), softmax_scale)
+    truth = reference.dense_attention(q.double(), *caches.double().kv, **settings)
+    plain = plain_gather_attention(q, *caches.kv, everything(q, caches), **settings)
     assert attended[0].dtype == q.dtype
     assert attended[1].dtype == torch.float32
     for actual, plain_one, exact in zip(attended, plain, truth, strict=True):
@@ -96,6 +96,16 @@ def test_any_softmax_scale(device, scale):
     q = random_vectors(1, 1, 6, 64, dtype=torch.float16, device=device)
     attended = dense_attention(q, *caches.kv, softmax_scale=scale)
     assert_attends(q, caches, attended, softmax_scale=scale)
+
+
+@pytest.mark.parametrize("softcap", [0.5, 30.0])
+@pytest.mark.parametrize(("q_len", "group"), [(1, 1), (3, 4)])
+def test_softcap(device, dtype, q_len, group, softcap):
+    """Logits of up to 60: both where tanh is nearly straight and where it is flat."""
+    caches = make_caches([90, 1500], device=device, dtype=dtype)
+    q = random_vectors(2, q_len, 2 * group, 64, dtype=dtype, device=device) * 15
+    attended = dense_attention(q, *caches.kv, softcap=softcap)
+    assert_attends(q, caches, attended, softcap=softcap)
 
 
 def test_large_logits_do_not_overflow(device, dtype):
@@ -201,7 +211,7 @@ def test_opcheck(device):
     caches = make_caches([20, 7], device=device, page_size=32)
     q = random_vectors(2, 3, 6, 64, dtype=torch.float16, device=device)
     out, lse = torch.zeros_like(q), torch.zeros(2, 3, 6, device=device)
-    args = (q, *caches.kv, 0.125, 8)
+    args = (q, *caches.kv, 0.125, 50.0, 8)
     op = torch.ops.hata.dense_attention.default
     torch.library.opcheck(op, args, {"out": out, "lse": lse})
 

@@ -117,6 +117,8 @@ def test_queries_of_attention(device, op):
         r(message, q=r.half(2, 1, num_heads, 64))
     for value in (float("inf"), float("nan")):
         r(f"softmax_scale must be finite, got {value}", softmax_scale=value)
+    for value in (0, -1, float("inf")):
+        r(f"softcap must be above 0 and finite, got {value}", softcap=value)
 
 
 def test_gather_attention(device):

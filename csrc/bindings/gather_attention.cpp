@@ -11,7 +11,8 @@
 namespace hata {
 
 AttentionParams attention_params(const ArgumentChecks& check, const Tensor& q, const KvCache& cache,
-                                 const PageTable& table, std::optional<double> softmax_scale) {
+                                 const PageTable& table, std::optional<double> softmax_scale,
+                                 std::optional<double> softcap) {
   check.tensor(q, "q", scalar_type(cache.dtype),
                {{"batch", table.batch}, {"q_len"}, {"num_heads"}, {"head_dim", cache.head_dim}});
   check.last_dims_contiguous(q, "q", 1);
@@ -22,6 +23,9 @@ AttentionParams attention_params(const ArgumentChecks& check, const Tensor& q, c
              num_heads);
   const double scale = softmax_scale.value_or(1 / std::sqrt(cache.head_dim));
   check.rule(std::isfinite(scale), "softmax_scale", "be finite", scale);
+  if (softcap) {
+    check.rule(std::isfinite(*softcap) && *softcap > 0, "softcap", "be above 0 and finite", *softcap);
+  }
   return AttentionParams{
       .table = table,
       .cache = cache,
@@ -29,6 +33,7 @@ AttentionParams attention_params(const ArgumentChecks& check, const Tensor& q, c
       .num_heads = static_cast<int>(num_heads),
       .num_splits = 1,
       .softmax_scale = static_cast<float>(scale),
+      .softcap = static_cast<float>(softcap.value_or(0)),
       .q = q.data_ptr(),
       .out = nullptr,
       .lse = nullptr,
@@ -42,9 +47,10 @@ AttentionParams attention_params(const ArgumentChecks& check, const Tensor& q, c
 
 GatherAttentionParams gather_attention_params(const ArgumentChecks& check, const Tensor& q,
                                               const KvCache& cache, const PageTable& table,
-                                              int64_t top_k, std::optional<double> softmax_scale) {
+                                              int64_t top_k, std::optional<double> softmax_scale,
+                                              std::optional<double> softcap) {
   GatherAttentionParams params{
-      attention_params(check, q, cache, table, softmax_scale),
+      attention_params(check, q, cache, table, softmax_scale, softcap),
       /*top_k=*/static_cast<int>(top_k),
       /*indices=*/nullptr,
       /*may_use_clusters=*/forced_algorithm(check) != ScoreSelectAlgorithm::kTwoKernels,
@@ -58,14 +64,15 @@ namespace {
 std::tuple<Tensor, Tensor> gather_attention(const Tensor& q, const Tensor& k_cache,
                                             const Tensor& v_cache, const Tensor& block_table,
                                             const Tensor& cache_seqlens, const Tensor& indices,
-                                            std::optional<double> softmax_scale) {
+                                            std::optional<double> softmax_scale,
+                                            std::optional<double> softcap) {
   const ArgumentChecks check("gather_attention", q, "q");
   check.rule(indices.dim() == 4, "indices", "have 4 dimensions", indices.dim());
   const KvCache cache = kv_cache(check, k_cache, v_cache);
   const PageTable table =
       page_table(check, block_table, cache_seqlens, k_cache.size(0), k_cache.size(1));
   GatherAttentionParams params =
-      gather_attention_params(check, q, cache, table, indices.size(3), softmax_scale);
+      gather_attention_params(check, q, cache, table, indices.size(3), softmax_scale, softcap);
   const int64_t batch = table.batch, q_len = params.q_len, heads = params.num_heads;
   check.tensor(
       indices, "indices", ScalarType::Int,

@@ -61,6 +61,7 @@ void AttentionState::weigh(int column, int n, int num_seen) {
   float largest = largest_[column];
   for (int r = 0; r < n; ++r) {
     weights[r] *= p_.softmax_scale;
+    if (p_.softcap != 0.0f) weights[r] = p_.softcap * std::tanh(weights[r] / p_.softcap);
     largest = std::max(largest, weights[r]);
   }
   const float rescale = largest_[column] == largest ? 1.0f : std::exp(largest_[column] - largest);

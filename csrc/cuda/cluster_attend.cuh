@@ -50,7 +50,7 @@ __device__ __forceinline__ void attend(const GatherAttentionParams& p, const Clu
        .num_stages = 1});
   Accumulator<kHeadDim, 1> acc;
   // Columns past the group's queries are not: theirs stay their own.
-  stream.run(acc, reinterpret_cast<const T*>(shared.queries), p.softmax_scale * kLog2E);
+  stream.run(acc, reinterpret_cast<const T*>(shared.queries), LogitScale(p));
   __syncthreads();  // every warp has read its rows, whose place the results take
 
   const int busy_warps = min(num_warps, tiles);

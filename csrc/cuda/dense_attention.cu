@@ -87,7 +87,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize)
   stream.wait_for_earlier_copies();
   __syncthreads();  // every thread's part of the queries is there
   Accumulator<kHeadDim, kColumnTiles> acc;
-  stream.run(acc, queries, p.softmax_scale * kLog2E,
+  stream.run(acc, queries, LogitScale(p),
              [&](int position, int m, int i) { return position < seen[m][i]; });
   __syncthreads();  // every warp has read its tiles, whose place the results take
 

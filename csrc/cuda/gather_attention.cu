@@ -72,7 +72,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize)
   stream.wait_for_earlier_copies();
   __syncthreads();  // every thread's part of the queries is there
   Accumulator<kHeadDim, kHeadTiles> acc;
-  stream.run(acc, queries, p.softmax_scale * kLog2E);
+  stream.run(acc, queries, LogitScale(p));
   __syncthreads();  // every warp has read its tiles, whose place the results take
 
   const Partials<kHeadDim> partials(shared + Layout::kQueryBytes, kWarps, num_heads);

@@ -9,8 +9,6 @@
 namespace hata {
 
 constexpr int kMaxStages = 3;  // tiles in flight a warp
-constexpr float kLog2E = 1.4426950408889634f;
-constexpr float kLn2 = 0.6931471805599453f;
 
 // Starts the copies of `heads` queries, of which `q(i)` is the address, as rows of Tile's pitch, by
 // a whole block; the rows up to padded_heads become zero.
@@ -118,8 +116,8 @@ class RowStream {
   // In each tile, query heads 2 (lane % 4) + i of tile of heads m attend to the rows that exist and
   // of which sees(row of the list, m, i) is true.
   template <typename Sees>
-  __device__ void run(Accumulator<kHeadDim, kHeadTiles>& acc, const T* queries, float scale_log2,
-                      const Sees& sees) {
+  __device__ void run(Accumulator<kHeadDim, kHeadTiles>& acc, const T* queries,
+                      const LogitScale& scale, const Sees& sees) {
     const int pending = 2 * tiles_.num_stages - 1;
     for (int tile = tiles_.first, stage = 0; tile < tiles_.end; tile += tiles_.step) {
       T* keys = tiles_.stages + 2 * stage * Tile::kElements;
@@ -131,7 +129,7 @@ class RowStream {
       __syncwarp();
       TileWeights<kHeadTiles> weights;
       if (valid != 0) {
-        weights = score_tile<T>(acc, queries, keys, valid, scale_log2, [&](int row, int m, int i) {
+        weights = score_tile<T>(acc, queries, keys, valid, scale, [&](int row, int m, int i) {
           return sees(tile * kTileRows + row, m, i);
         });
       }
@@ -148,8 +146,9 @@ class RowStream {
     }
     cp_async_wait<0>();
   }
-  __device__ void run(Accumulator<kHeadDim, kHeadTiles>& acc, const T* queries, float scale_log2) {
-    run(acc, queries, scale_log2, [](int, int, int) { return true; });
+  __device__ void run(Accumulator<kHeadDim, kHeadTiles>& acc, const T* queries,
+                      const LogitScale& scale) {
+    run(acc, queries, scale, [](int, int, int) { return true; });
   }
 
  private:

@@ -12,6 +12,8 @@ namespace hata {
 
 constexpr int kTileRows = 16;  // rows of one step of a warp
 constexpr int kTileHeads = 8;  // query heads of one matrix product
+constexpr float kLog2E = 1.4426950408889634f;
+constexpr float kLn2 = 0.6931471805599453f;
 
 // Tiles of keys, of values and of queries in shared memory. Their rows are padded by 16 bytes, an
 // odd multiple of 16 in all, so that ldmatrix meets no bank conflict.
@@ -44,12 +46,30 @@ struct TileWeights {
   float rescale[kHeadTiles][2];
 };
 
+// Turns products of queries and keys into logits in base 2. With y = softmax_scale x / softcap,
+// tanh(y) = 1 - 2 / (exp(2 y) + 1) is off by a few roundings of 1, and the logit of softcap.
+class LogitScale {
+ public:
+  explicit __device__ LogitScale(const AttentionParams& p)
+      : p_(p), scale_(p.softmax_scale * kLog2E * (p.softcap == 0.0f ? 1.0f : 2.0f / p.softcap)) {}
+
+  __device__ float operator()(float x) const {
+    const float scaled = x * scale_;
+    if (p_.softcap == 0.0f) return scaled;
+    return p_.softcap * kLog2E * (1.0f - __fdividef(2.0f, exp2f(scaled) + 1.0f));
+  }
+
+ private:
+  const AttentionParams& p_;  // constant memory: only the scale takes a register
+  float scale_;
+};
+
 // The first product and the softmax: rows of `k` times queries. Query head 2c + i of tile m attends
 // to the valid rows of which sees(row, m, i) is true.
 template <typename T, int kHeadDim, int kHeadTiles, typename Sees>
 __device__ __forceinline__ TileWeights<kHeadTiles> score_tile(
     Accumulator<kHeadDim, kHeadTiles>& acc, const T* q, const T* k, unsigned valid_rows,
-    float scale_log2, const Sees& sees) {
+    const LogitScale& scale, const Sees& sees) {
   constexpr int kPitch = Tile<kHeadDim>::kPitch;
   const int lane = threadIdx.x % kWarpSize;
   float scores[kHeadTiles][4] = {};
@@ -78,7 +98,7 @@ __device__ __forceinline__ TileWeights<kHeadTiles> score_tile(
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const bool counts = valid[i / 2] && sees(lane / 4 + i / 2 * 8, m, i % 2);
-      s[i] = counts ? s[i] * scale_log2 : -INFINITY;
+      s[i] = counts ? scale(s[i]) : -INFINITY;
     }
 #pragma unroll
     for (int i = 0; i < 2; ++i) {

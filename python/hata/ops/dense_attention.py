@@ -15,6 +15,7 @@ def dense_attention(
     cache_seqlens: Tensor,
     *,
     softmax_scale: float | None = None,
+    softcap: float | None = None,
     min_sparse_len: int | None = None,
     out: Tensor | None = None,
     lse: Tensor | None = None,
@@ -40,6 +41,8 @@ def dense_attention(
         block_table: ``[batch, max_pages]``, int32.
         cache_seqlens: ``[batch]``, int32, the ``q_len`` query tokens included.
         softmax_scale: Default: ``head_dim ** -0.5``.
+        softcap: Turns each logit into ``softcap * tanh(logit / softcap)``, as Gemma 2 has it; above
+            0. None: logits stay.
         min_sparse_len: Sequences of so many positions or more are left as they are in ``out`` and
             ``lse``, for ``decode_step`` to have attended to them sparsely; None: none are. At
             least 0.
@@ -70,6 +73,7 @@ def dense_attention(
         block_table,
         cache_seqlens,
         softmax_scale,
+        softcap,
         min_sparse_len,
         out=out,
         lse=lse,
@@ -85,6 +89,7 @@ def _(
     block_table: Tensor,
     cache_seqlens: Tensor,
     softmax_scale: float | None = None,
+    softcap: float | None = None,
     min_sparse_len: int | None = None,
     *,
     out: Tensor,
