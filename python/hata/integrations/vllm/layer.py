@@ -3,6 +3,7 @@
 import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import groupby, pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -66,30 +67,22 @@ def make_batch(
     """
     num_reqs, q_len = common.num_reqs, common.max_query_len
     if q_len <= max_decode_len and common.num_actual_tokens == num_reqs * q_len:
-        runs, num_decodes, num_tokens = [(0, num_reqs, q_len)], num_reqs, num_reqs * q_len
-        starts = [0]
+        new_tokens = [q_len] * num_reqs
     else:
         starts = common.query_start_loc_cpu[: num_reqs + 1].tolist()
-        runs, num_decodes = [], 0
-        for b in range(num_reqs):
-            q_len = starts[b + 1] - starts[b]
-            if q_len > max_decode_len:
-                break
-            num_decodes = b + 1
-            if runs and runs[-1][2] == q_len:
-                runs[-1] = (runs[-1][0], b + 1, q_len)
-            elif q_len > 0:
-                runs.append((b, b + 1, q_len))
-        num_tokens = starts[num_decodes]
-    decodes = [
-        Decodes(
-            slice(starts[first], starts[first] + (end - first) * q_len),
-            q_len,
-            common.block_table_tensor[first:end],
-            common.seq_lens[first:end],
-        )
-        for first, end, q_len in runs
-    ]
+        new_tokens = [end - start for start, end in pairwise(starts)]
+    decodes: list[Decodes] = []
+    num_decodes = num_tokens = 0
+    for q_len, run in groupby(new_tokens):
+        if q_len > max_decode_len:
+            break
+        end = num_decodes + len(list(run))
+        tokens = slice(num_tokens, num_tokens + (end - num_decodes) * q_len)
+        if q_len > 0:
+            rows = slice(num_decodes, end)
+            table, seqlens = common.block_table_tensor[rows], common.seq_lens[rows]
+            decodes.append(Decodes(tokens, q_len, table, seqlens))
+        num_decodes, num_tokens = end, tokens.stop
     all_prompts, any_prompt = num_decodes == 0, num_decodes < num_reqs
     everything = describe(common, True) if has_dense_layers or all_prompts else None
     prompts = everything if all_prompts else None
