@@ -1,4 +1,4 @@
-"""gather_attention against PyTorch over copied rows, and merge_attention_states."""
+"""gather_attention against PyTorch over copied rows, dense_attention, merge_attention_states."""
 
 import functools
 
@@ -10,7 +10,7 @@ from hata import reference
 
 from .baselines import Attend, sdpa
 from .buffers import CodePool, cyclic
-from .checks import check_gathered, require_close
+from .checks import check_dense, check_gathered, require_close
 from .report import Row
 from .run import Run
 
@@ -26,7 +26,7 @@ def gather_attention(run: Run, pool: CodePool) -> Row:
         check_gathered(pool, attend(0), "SDPA over copied rows")
         num_sets = run.timer.num_sets(shape.row_bytes)
         calls = [functools.partial(attend, i) for i in range(num_sets)]
-        rivals["rows copied, SDPA"] = run.timer(calls)
+        rivals["rows copied, SDPA"] = run.timer(calls).us
     return run.op_row(
         "gather_attention", shape, None, pool.page_size, timing, num_bytes, rivals=rivals
     )
@@ -50,6 +50,17 @@ def gather_then_sdpa(pool: CodePool) -> Attend:
         return sdpa(q, k, v, None, enable_gqa=False)
 
     return attend
+
+
+def dense_attention(run: Run, pool: CodePool) -> Row:
+    check_dense(pool.kv, pool.dense_attention(0)[0], "dense_attention")
+    shape = pool.kv.shape
+    timing = run.timer(pool.calls("dense_attention"))
+    num_bytes = shape.kv_bytes + 2 * pool.out.nbytes
+    rivals = {name.removesuffix("_us"): us for name, us in run.dense(pool.kv).items()}
+    return run.op_row(
+        "dense_attention", shape, None, pool.page_size, timing, num_bytes, rivals=rivals
+    )
 
 
 def merge_attention_states(run: Run, pool: CodePool) -> Row:

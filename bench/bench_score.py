@@ -38,7 +38,7 @@ def flashinfer_topk(scores: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     return flashinfer.top_k(scores, top_k)
 
 
-def time_topk(run: Run, scores: Tensor, top_k: int) -> dict[str, Timing]:
+def time_topk(run: Run, scores: Tensor, top_k: int) -> dict[str, float]:
     """Times every way on float16 copies of scores ``[num_sets, batch, 1, num_kv_heads, seq_len]``.
 
     hata's integer scores are exact in float16; FlashInfer takes no integers, and half the bytes
@@ -54,7 +54,7 @@ def time_topk(run: Run, scores: Tensor, top_k: int) -> dict[str, Timing]:
             return run.timer([functools.partial(topk, each, top_k) for each in rows])
 
         times[name] = run.attempt(name, shape, measure)
-    return {name: timing for name, timing in times.items() if timing is not None}
+    return {name: timing.us for name, timing in times.items() if timing is not None}
 
 
 def require_best(values: Tensor, rows: Tensor, name: str) -> None:
@@ -120,7 +120,7 @@ def score_select(run: Run, pool: CodePool) -> Row:
         calls = [functools.partial(score_topk, i) for i in sets]
         timed = run.attempt(name, shape, functools.partial(run.timer, calls))
         if timed is not None:
-            rivals[f"hamming_score, {name}"] = timed
+            rivals[f"hamming_score, {name}"] = timed.us
     return run.op_row(
         "score_select", shape, config, pool.page_size, timing, num_bytes, rivals=rivals
     )

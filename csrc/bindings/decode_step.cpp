@@ -28,8 +28,8 @@ void decode_step(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor
                  std::optional<Tensor> norm_cache, const Tensor& block_table,
                  const Tensor& cache_seqlens, int64_t query_bits, int64_t top_k, int64_t num_sink,
                  int64_t num_recent, std::optional<double> softmax_scale,
-                 std::optional<Tensor> workspace, Tensor indices, Tensor num_selected, Tensor out,
-                 Tensor lse) {
+                 std::optional<double> softcap, std::optional<Tensor> workspace, Tensor indices,
+                 Tensor num_selected, Tensor out, Tensor lse) {
   const ArgumentChecks check("decode_step", q, "q");
   DecodeStepParams params{};
   auto& [append, encode, select, attend] = params;
@@ -37,8 +37,8 @@ void decode_step(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor
                                block_table, cache_seqlens, std::nullopt);
   const int capacity = append.table.capacity;
   const Budget budget = checked_budget(check, top_k, num_sink, num_recent, capacity);
-  attend =
-      gather_attention_params(check, q, append.cache, append.table, budget.top_k, softmax_scale);
+  attend = gather_attention_params(check, q, append.cache, append.table, budget.top_k,
+                                   softmax_scale, softcap);
   encode = encode_query_params(check, q, query_weights, query_bits);
   check.tensor(k, "k", k.scalar_type(),
                {{"batch", encode.batch},

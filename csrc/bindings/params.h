@@ -53,9 +53,15 @@ ScoreSelectParams score_select_params(const ArgumentChecks& check, const CodeCac
                                       const PageTable& table, int q_len, int num_kv_heads,
                                       int weight_sum, const Budget& budget);
 
-// `indices`, `out`, `lse` and the partials are left null.
+// `out`, `lse` and the partials are left null, num_splits 1.
+AttentionParams attention_params(const ArgumentChecks& check, const Tensor& q, const KvCache& cache,
+                                 const PageTable& table, std::optional<double> softmax_scale,
+                                 std::optional<double> softcap);
+
+// The same with its splits; `indices` is left null.
 GatherAttentionParams gather_attention_params(const ArgumentChecks& check, const Tensor& q,
                                               const KvCache& cache, const PageTable& table,
-                                              int64_t top_k, std::optional<double> softmax_scale);
+                                              int64_t top_k, std::optional<double> softmax_scale,
+                                              std::optional<double> softcap);
 
 }  // namespace hata
