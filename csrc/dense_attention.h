@@ -8,7 +8,7 @@ namespace hata {
 //   out = sum_t softmax_t(logit_t) v_t over all positions t < visible_len(b, j),
 //   lse = ln sum_t exp(logit_t), softmax in float32, logits as in attention.h.
 // Where token j sees none, out = 0 and lse = -infinity. Nothing is written for sequences of
-// min_sparse_len positions or more. The launch depends on the capacity alone, never on the lengths.
+// min_sparse_len positions or more. The launch follows from the shapes alone, never from a length.
 struct DenseAttentionParams : AttentionParams {
   int min_sparse_len;
 };
