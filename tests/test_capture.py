@@ -1,6 +1,7 @@
 """Capturing: the model's own queries and keys, whatever interrupts it."""
 
 import dataclasses
+import json
 import random
 from pathlib import Path
 from typing import Any
@@ -200,23 +201,52 @@ def test_a_model_without_the_interface_is_an_error(tmp_path):
         run(tmp_path, model)
 
 
-def test_sliding_windows_are_captured_whole(tmp_path):
-    config = Gemma3TextConfig(
-        vocab_size=256,
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=32,
-        max_position_embeddings=128,
-        sliding_window=16,
-        layer_types=["sliding_attention", "full_attention"],
-    )
-    found = run(tmp_path, Gemma3ForCausalLM(config).eval())
-    assert found.info.layer_types == ("sliding_attention", "full_attention")
+GEMMA = {
+    "vocab_size": 256,
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 32,
+    "max_position_embeddings": 128,
+    "sliding_window": 16,
+}
+KINDS = ("sliding_attention", "full_attention", "sliding_attention", "full_attention")
+
+
+@pytest.mark.parametrize("chunk", [None, 32])
+def test_layers_with_a_window_are_left_out(tmp_path, monkeypatch, chunk):
+    monkeypatch.setattr(hata.training.record, "_SMALLEST_CHUNK", 32)
+    config = Gemma3TextConfig(**GEMMA, layer_types=list(KINDS))
+    model, options, finished = Gemma3ForCausalLM(config).eval(), OPTIONS, []
+    whole = run(tmp_path / "whole", model, on_layer=lambda: finished.append(1))
+    if chunk is not None:
+        need = hata.training.record._memory(model, SEQ_LEN, chunk) / 1e9
+        options = dataclasses.replace(OPTIONS, memory_limit_gb=need)
+    found = run(tmp_path, model, options)
+    assert len(finished) == 2 * 2
+    assert found.info.layer_types == KINDS
+    assert (found.info.layers, found.info.num_layers) == ((1, 3), 2)
     assert found.info.softmax_scale == pytest.approx(config.query_pre_attn_scalar**-0.5)
-    assert found.layer(0).k.shape == (2, SEQ_LEN, 1, 32)
+    assert found.layer(1).k.shape == (2, SEQ_LEN, 1, 32)
+    names = sorted(path.name for path in found.folder.glob("*-layer-*"))
+    assert names == [f"sequence-{i:04d}-layer-{n:03d}.safetensors" for i in (0, 1) for n in (1, 3)]
+    for a, b in zip(tensors_of(whole), tensors_of(found), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_a_model_with_windows_alone_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="have a layer that attends to the whole context"):
+        run(tmp_path, tiny("mistral", sliding_window=16))
+
+
+def test_a_capture_of_all_layers_is_read_for_those_that_attend_to_everything(tmp_path):
+    config = Gemma3TextConfig(**GEMMA, layer_types=list(KINDS))
+    found = run(tmp_path, Gemma3ForCausalLM(config).eval())
+    file = found.folder / "captures.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "num_layers": 4}))
+    assert Captures.open(found.folder).info == found.info
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,7 @@ def test_layers_of_their_own_are_better_at_no_more_bytes(frontier: Frontier) -> 
         assert len(layers.pairs) == NUM_LAYERS - DENSE
         assert layers.bytes_per_step <= uniform.bytes_per_step
         assert frontier.mass_of(layers) == pytest.approx(layers.attention_mass)
-        settings = layers.settings(DENSE)
+        settings = layers.settings(range(DENSE, NUM_LAYERS), NUM_LAYERS)
         config = HataConfig(top_k=settings["top_k"])
         assert settings["num_bits"][DENSE:] == [x.num_bits for x in layers.pairs]
         assert config.layer_top_k(NUM_LAYERS)[DENSE:] == tuple(x.top_k for x in layers.pairs)

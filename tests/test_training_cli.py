@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
 import hata
 import hata.cli
 import hata.training.corpus
+from hata.integrations.transformers import enable
 from hata.training.captures import Captures
 from hata.training.corpus import SOURCES, build_corpus
-from tiny_folder import HEAD_DIM, NUM_KV_HEADS, NUM_LAYERS, save_tiny_llama
+from tiny_folder import HEAD_DIM, NUM_KV_HEADS, NUM_LAYERS, bytewise_tokenizer, save_tiny_llama
 
 FEW = "--num-sink 1 --num-recent 2"
 SMALL = "--num-sequences 3 --seq-len 256 --num-queries 32"
@@ -62,6 +64,28 @@ def test_one_command_captures_and_trains(tiny, texts, tmp_path, capsys):
     assert "top_k 4" in said
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     assert Captures.open(tmp_path / "new" / "weights.safetensors.captures").info.num_sequences == 3
+
+
+def test_a_model_with_windows_is_trained_for_the_layers_that_hata_decodes(texts, tmp_path, capsys):
+    kinds = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 4}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}
+    tokenizer = bytewise_tokenizer()
+    tokenizer.save_pretrained(tmp_path / "gemma")
+    window = {"sliding_window": 16, "layer_types": kinds, "max_position_embeddings": 256}
+    config = Gemma3TextConfig(vocab_size=len(tokenizer), **sizes, **heads, **window)
+    model = Gemma3ForCausalLM(config).eval()
+    model.save_pretrained(tmp_path / "gemma")
+    out = tmp_path / "weights.safetensors"
+    options = f"{SMALL} {FEW} --num-steps 2 --num-keys 32 --device cpu"
+    code, said, _ = run(capsys, f"train {texts} --model {tmp_path / 'gemma'} --out {out} {options}")
+    assert code == 0
+    assert re.search(r"32 queries each, 2 of\s+4 layers", said)
+    assert re.findall(r"│\s+(\d|mean)\s+│", said) == ["1", "3", "mean"]
+    weights = hata.load_weights(out)
+    assert (weights.layers, weights.shape) == ((1, 3), (2, 1, 32, 64))
+    cache = enable(model, top_k=64, weights=out)
+    assert cache.hata_layers == (1, 3)
 
 
 def test_captures_serve_every_recipe_and_seed(tiny, texts, tmp_path, capsys):

@@ -9,35 +9,18 @@ from transformers import (
     BertConfig,
     BertModel,
     DynamicCache,
-    Gemma2Config,
-    Gemma2ForCausalLM,
     PreTrainedModel,
-    Qwen2Config,
-    Qwen2ForCausalLM,
+    StaticCache,
     T5Config,
     T5ForConditionalGeneration,
 )
+from transformers.cache_utils import Cache
 
 from hata import HashWeights
 from hata.integrations.transformers import CACHE_ARGUMENT, enable
 from tiny_models import EVERYTHING, POSITIONS, generate, make_model, make_weights, random_prompt
 
 SMALL = {"num_layers": 3, "num_kv_heads": 2, "head_dim": 64, "num_bits": 64}
-
-
-def sliding_mistral() -> PreTrainedModel:
-    return make_model("mistral", sliding_window=16)
-
-
-def sliding_qwen() -> PreTrainedModel:
-    settings = {"hidden_size": 64, "num_attention_heads": 1, "num_key_value_heads": 1}
-    window = {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}
-    return Qwen2ForCausalLM(Qwen2Config(num_hidden_layers=2, vocab_size=9, **settings, **window))
-
-
-def gemma() -> PreTrainedModel:
-    settings = {"hidden_size": 64, "num_attention_heads": 1, "num_key_value_heads": 1}
-    return Gemma2ForCausalLM(Gemma2Config(num_hidden_layers=2, vocab_size=9, **settings))
 
 
 def encoder_decoder() -> PreTrainedModel:
@@ -48,9 +31,6 @@ def encoder_decoder() -> PreTrainedModel:
     ("make", "message"),
     [
         (lambda: nn.Linear(1, 1), "model must be a PreTrainedModel, got Linear"),
-        (sliding_mistral, "attend to the whole context in every layer, got sliding_window=16"),
-        (sliding_qwen, "got layer_types ['full_attention', 'sliding_attention']"),
-        (gemma, "got layer_types ['full_attention', 'sliding_attention']"),
         (encoder_decoder, "model must be a text-only decoder, got T5ForConditionalGeneration"),
         (
             lambda: BertModel(BertConfig(hidden_size=12, num_hidden_layers=1, vocab_size=9)),
@@ -74,8 +54,11 @@ def test_rejects_a_model(make: Callable[[], Any], message: str) -> None:
         ({"weights": "no/such"}, "path must name an existing file, got no/such"),
         (
             {"weights": HashWeights.random(**{**SMALL, "num_kv_heads": 1})},
-            "weights must be for the model's (num_layers, num_kv_heads, head_dim), (3, 2, 64), got "
-            "(3, 1, 64)",
+            "weights must be for the model's (num_kv_heads, head_dim), (2, 64), got (1, 64)",
+        ),
+        (
+            {"weights": HashWeights.random(**{**SMALL, "num_layers": 2})},
+            "weights must be for the model's 3 layers, got layers [0, 1]",
         ),
         ({"max_seq_len": 161}, "max_seq_len must be in 1..160, got 161"),
         ({"max_seq_len": 0}, "max_seq_len must be in 1..160, got 0"),
@@ -102,34 +85,45 @@ def model() -> PreTrainedModel:
     return make_model("llama-group4")
 
 
-def test_rejects_padding(model: PreTrainedModel) -> None:
+@pytest.mark.parametrize(
+    ("mask", "got"),
+    [
+        (torch.ones(2, 7), r"cover the tokens of the cache and the new ones, got \[2, 7\]"),
+        (torch.ones(1, 1, 9, 9, dtype=torch.bool).tril(), "be causal over the whole context"),
+    ],
+)
+def test_rejects_a_mask(model: PreTrainedModel, mask: torch.Tensor, got: str) -> None:
     cache = enable(model, EVERYTHING, weights=make_weights(model), max_seq_len=POSITIONS)
-    mask = torch.ones(2, 9, dtype=torch.long)
-    mask[1, :3] = 0
-    rule = r"attention_mask must be all ones \(equal lengths, no padding\), got 3 zeros"
-    with pytest.raises(ValueError, match=rule):
+    with pytest.raises(ValueError, match=f"attention_mask must {got}"):
         model(random_prompt(2, 9), attention_mask=mask, **{CACHE_ARGUMENT: cache})
     assert cache.get_seq_length() == 0
 
 
-def test_rejects_a_mask_of_four_dimensions(model: PreTrainedModel) -> None:
-    cache = enable(model, EVERYTHING, weights=make_weights(model), max_seq_len=POSITIONS)
-    mask = torch.ones(1, 1, 9, 9, dtype=torch.bool).tril()
-    rule = r"attention_mask must be None .*, got one of shape \[1, 1, 9, 9\]"
-    with pytest.raises(ValueError, match=rule):
-        model(random_prompt(1, 9), attention_mask=mask, **{CACHE_ARGUMENT: cache})
-
-
-@pytest.mark.parametrize("arguments", [{}, {CACHE_ARGUMENT: None}, {"use_cache": False}])
-def test_rejects_a_forward_pass_without_its_cache(
-    model: PreTrainedModel, arguments: dict[str, Any]
-) -> None:
+@pytest.mark.parametrize("kind", [DynamicCache, StaticCache])
+def test_rejects_another_cache(model: PreTrainedModel, kind: type[Cache]) -> None:
     enable(model, EVERYTHING, weights=make_weights(model), max_seq_len=POSITIONS)
-    rule = f"{CACHE_ARGUMENT} must be the HataTransformersCache that enable"
+    settings = {"max_cache_len": 32} if kind is StaticCache else {}
+    other = kind(config=model.config, **settings)
+    rule = f"be None or what enable.. returned, got {kind.__name__}"
     with pytest.raises(ValueError, match=rule):
-        model(random_prompt(1, 9), **arguments)
+        model(random_prompt(1, 9), **{CACHE_ARGUMENT: other})
     with pytest.raises(ValueError, match=rule):
-        model(random_prompt(1, 9), **{CACHE_ARGUMENT: DynamicCache(config=model.config)})
+        generate(model, random_prompt(1, 9), 2, **{CACHE_ARGUMENT: other})
+
+
+@pytest.mark.parametrize("kind", ["static", "quantized", "offloaded"])
+def test_rejects_a_request_for_another_cache(model: PreTrainedModel, kind: str) -> None:
+    enable(model, EVERYTHING, weights=make_weights(model), max_seq_len=POSITIONS)
+    with pytest.raises(ValueError, match=f"cache_implementation must be None, got {kind}"):
+        generate(model, random_prompt(1, 9), 2, cache_implementation=kind)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_its_cache_is_of_no_use_to_other_attention(model: PreTrainedModel, attention: str) -> None:
+    cache = enable(model, EVERYTHING, weights=make_weights(model), max_seq_len=POSITIONS)
+    model.set_attn_implementation(attention)
+    with pytest.raises(ValueError, match=r'keys of a hata cache must go to .* "hata"'):
+        generate(model, random_prompt(1, 9), 2, **{CACHE_ARGUMENT: cache})
 
 
 def test_rejects_a_context_that_is_too_long(model: PreTrainedModel) -> None:

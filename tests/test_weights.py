@@ -186,10 +186,31 @@ def test_rejects_a_file_that_is_missing_or_of_another_kind(tmp_path: Path) -> No
 def test_rejects_the_weights_of_another_model(size: str) -> None:
     sizes = {name: SHAPE[name] for name in ("num_layers", "num_kv_heads", "head_dim")}
     weights = HashWeights(key_weights())
-    weights.check_model("enable", **sizes)
-    rule = r"hata\.enable: weights must be for the model's .*, got \(2, 3, 40\)"
+    assert weights.for_model("enable", **sizes) is weights
+    rule = r"hata\.enable: weights must be for the model's .*, got"
     with pytest.raises(ValueError, match=rule):
-        weights.check_model("enable", **{**sizes, size: SHAPE[size] + 1})
+        weights.for_model("enable", **{**sizes, size: SHAPE[size] + 1})
+
+
+def test_weights_say_which_layers_of_a_model_they_are_for(tmp_path: Path) -> None:
+    path, bits = tmp_path / "hash.safetensors", (64, 32, 96)
+    layers = [torch.randn(3, 40, num_bits) for num_bits in bits]
+    whole = HashWeights.from_layers(layers, layers)
+    sizes = {"num_layers": 3, "num_kv_heads": 3, "head_dim": 40}
+    some = whole.for_model("enable", **sizes, layers=(0, 1))
+    assert (some.layers, some.layer_bits, some.num_bits) == ((0, 1), (64, 32), 64)
+    save_weights(path, whole.for_model("enable", **sizes, layers=(1, 2)))
+    loaded = load_weights(path)
+    assert loaded.layers == (1, 2)
+    assert "layers" not in loaded.metadata
+    for i, layer_idx in enumerate(loaded.layers):
+        found = loaded.layer(i, torch.float32, torch.device("cpu"))
+        assert_equal(found[0], layers[layer_idx])
+        assert_equal(found[1], layers[layer_idx])
+    with pytest.raises(ValueError, match=r"for the model's 3 layers, got layers \[1, 2\]"):
+        loaded.for_model("enable", **sizes)
+    with pytest.raises(ValueError, match=r"layers must be num_layers=3 ascending indices"):
+        HashWeights.from_layers(layers, layers=(0, 2, 1))
 
 
 def test_a_file_of_before_the_code_format_was_always_saved_loads(tmp_path: Path) -> None:

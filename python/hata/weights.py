@@ -5,12 +5,12 @@ On disk they are one safetensors file. Where all layers have codes of one length
 ``key_weights.1``, ..., one ``[num_kv_heads, head_dim, num_bits]`` a layer. The same for
 ``query_weights``, where they are not the key weights. Tensors are float32, or float16 in half the
 space. The metadata names the shape, where ``num_bits`` lists the layers' numbers if they differ
-("32,64,64"), and ``query_bits`` and ``key_norms``.
+("32,64,64"), ``query_bits`` and ``key_norms``, and where they are not all of a model's, ``layers``.
 """
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
 
@@ -26,7 +26,7 @@ from hata.outputs import whole_file
 _FORMAT = "hata.hash_weights"
 _FILE_DTYPES = (torch.float32, torch.float16)
 _SHAPE_NAMES = ("num_layers", "num_kv_heads", "head_dim", "num_bits")
-_RESERVED = ("format", *_SHAPE_NAMES, "query_bits", "key_norms")  # in a file's metadata
+_RESERVED = ("format", *_SHAPE_NAMES, "query_bits", "key_norms", "layers")  # in a file's metadata
 _BOOLS = {"true": True, "false": False}
 
 
@@ -46,6 +46,9 @@ class HashWeights:
         metadata: Where the weights come from, strings by name; saved with them.
         layer_bits: Bits of each layer's codes, ``[num_layers]``: a layer uses its first columns.
             By default all layers use all of them.
+        layers: The model's index of each layer, ``[num_layers]``, ascending. By default they are
+            the model's first ones; a model whose other layers attend to a window, or not at all,
+            has weights for the rest.
 
     Raises:
         TypeError: An argument has another type.
@@ -58,7 +61,8 @@ class HashWeights:
     key_norms: bool = False
     metadata: Mapping[str, str] = field(default_factory=dict)
     layer_bits: tuple[int, ...] = ()
-    _layers: dict[tuple[int, torch.dtype, torch.device], tuple[Tensor, Tensor]] = field(
+    layers: tuple[int, ...] = ()
+    _on_device: dict[tuple[int, torch.dtype, torch.device], tuple[Tensor, Tensor]] = field(
         default_factory=dict, init=False, repr=False
     )
 
@@ -82,6 +86,11 @@ class HashWeights:
         check(len(self.layer_bits) == num_layers, where, "layer_bits", rule, self.layer_bits)
         for bits in self.layer_bits:
             _check_bits(where, "layer_bits", bits, num_bits)
+        layers = tuple(self.layers) or tuple(range(num_layers))
+        object.__setattr__(self, "layers", layers)
+        ascending = layers[0] >= 0 and list(layers) == sorted(set(layers))
+        rule = f"be num_layers={num_layers} ascending indices"
+        check(len(layers) == num_layers and ascending, where, "layers", rule, layers)
 
     @classmethod
     def from_layers(
@@ -92,6 +101,7 @@ class HashWeights:
         query_bits: int = 4,
         key_norms: bool = False,
         metadata: Mapping[str, str] | None = None,
+        layers: Sequence[int] = (),
     ) -> "HashWeights":
         """Puts together layers whose codes may have different numbers of bits.
 
@@ -102,6 +112,7 @@ class HashWeights:
             query_bits: Bits that a query keeps per projection.
             key_norms: Whether scores are scaled by the key's norm.
             metadata: Where the weights come from.
+            layers: The model's index of each layer; by default they are its first ones.
 
         Returns:
             The weights; columns that a layer does not use are zeros.
@@ -117,7 +128,7 @@ class HashWeights:
             rule = f"have the num_bits of key_weights, {bits}"
             got = _widths(query_weights)
             check(got == bits, where, "query_weights", rule, got)
-        return cls(keys, queries, query_bits, key_norms, metadata or {}, bits)
+        return cls(keys, queries, query_bits, key_norms, metadata or {}, bits, tuple(layers))
 
     @classmethod
     def random(
@@ -183,18 +194,48 @@ class HashWeights:
         """Bits of a key's code; those of the longest where the layers' differ."""
         return self.key_weights.shape[3]
 
-    def check_model(self, function: str, num_layers: int, num_kv_heads: int, head_dim: int) -> None:
-        """Raises ValueError unless the weights are for a model of these sizes.
+    def for_model(
+        self,
+        function: str,
+        num_layers: int,
+        num_kv_heads: int,
+        head_dim: int,
+        layers: Sequence[int] | None = None,
+    ) -> "HashWeights":
+        """Returns the weights of some layers of a model, or raises ValueError.
 
         Args:
-            function: The public function that checks, for the error message.
+            function: The public function that asks, for the error message.
             num_layers: Layers of the model.
             num_kv_heads: KV heads of each layer.
             head_dim: Channels of a head.
+            layers: The model's layers that need weights; None is all of them.
+
+        Returns:
+            Weights of these layers alone: themselves, where they are for no others.
         """
-        wanted, got = (num_layers, num_kv_heads, head_dim), self.shape[:3]
-        rule = f"be for the model's (num_layers, num_kv_heads, head_dim), {wanted}"
+        needed = tuple(range(num_layers) if layers is None else layers)
+        wanted, got = (num_kv_heads, head_dim), self.shape[1:3]
+        rule = f"be for the model's (num_kv_heads, head_dim), {wanted}"
         check(got == wanted, function, "weights", rule, got)
+        fits = self.layers in (needed, tuple(range(num_layers)))
+        rule = f"be for the model's {num_layers} layers" + (
+            "" if len(needed) == num_layers else f", or for {list(needed)} of them"
+        )
+        check(fits, function, "weights", rule, f"layers {list(self.layers)}")
+        if self.layers == needed:
+            return self
+        rows = list(needed)
+        queries = None if self.query_weights is None else self.query_weights[rows]
+        bits = tuple(self.layer_bits[layer_idx] for layer_idx in needed)
+        widest = max(bits)
+        return replace(
+            self,
+            key_weights=self.key_weights[rows][..., :widest].contiguous(),
+            query_weights=None if queries is None else queries[..., :widest].contiguous(),
+            layer_bits=bits,
+            layers=needed,
+        )
 
     def __deepcopy__(self, memo: object) -> "HashWeights":
         """Returns itself: weights do not change, so copies of a cache share them."""
@@ -218,7 +259,7 @@ class HashWeights:
             TypeError: ``layer_idx`` is no int.
             ValueError: There is no such layer.
         """
-        found = self._layers.get((layer_idx, dtype, device))
+        found = self._on_device.get((layer_idx, dtype, device))
         if found is None:
             check_int("HashWeights.layer", "layer_idx", layer_idx, 0, self.shape[0] - 1)
             used = (layer_idx, ..., slice(self.layer_bits[layer_idx]))
@@ -226,7 +267,7 @@ class HashWeights:
             query_weights = key_weights
             if self.query_weights is not None:
                 query_weights = self.query_weights[used].to(device, dtype).contiguous()
-            found = self._layers[layer_idx, dtype, device] = (key_weights, query_weights)
+            found = self._on_device[layer_idx, dtype, device] = (key_weights, query_weights)
         return found
 
 
@@ -263,6 +304,8 @@ def save_weights(
         "query_bits": str(weights.query_bits),
         "key_norms": str(weights.key_norms).lower(),
     }
+    if weights.layers != tuple(range(weights.shape[0])):
+        metadata["layers"] = ",".join(map(str, weights.layers))
     with whole_file(path, where) as partial:
         save_file(tensors, partial, metadata=metadata)
 
@@ -304,12 +347,16 @@ def load_weights(path: str | PathLike[str]) -> HashWeights:
     check(query_bits in ("1", "2", "3", "4"), where, "query_bits", "be 1 to 4", query_bits)
     key_norms = metadata.get("key_norms", "false").lower()
     check(key_norms in _BOOLS, where, "key_norms", "be true or false", key_norms)
+    listed = metadata.get("layers", "")
+    whole = all(layer_idx.isdecimal() for layer_idx in listed.split(",")) or not listed
+    check(whole, where, "layers", "be indices with commas between them", listed)
     weights = HashWeights.from_layers(
         key_layers,
         _layers("query_weights", tensors) or None,
         query_bits=int(query_bits),
         key_norms=_BOOLS[key_norms],
         metadata={name: text for name, text in metadata.items() if name not in _RESERVED},
+        layers=tuple(map(int, listed.split(","))) if listed else (),
     )
     for name, size in _shape_metadata(weights).items():
         rule = f"be {size} in the metadata"

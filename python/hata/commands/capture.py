@@ -47,6 +47,7 @@ def capture_to(
     from transformers.utils import logging as transformers_logging
 
     from hata.demo.model import bundled_model, check_model_folder, load_model
+    from hata.integrations.model_shape import full_attention_layers
     from hata.training.record import capture
     from hata.training.texts import text_files
 
@@ -58,13 +59,14 @@ def capture_to(
     model_folder = run_on.model or bundled_model()
     check_model_folder(model_folder, 0)
     model, tokenizer = load_model(model_folder, device, dtype)
-    total = options.num_sequences * model.config.num_hidden_layers
+    total = options.num_sequences * len(full_attention_layers(model))
     with progress_bar("capturing layers", total) as on_layer:
         found = capture(
             model, tokenizer, texts, folder, options, name=model_folder.name, on_layer=on_layer
         )
     info = found.info
+    of_all = "" if info.num_layers == len(info.layer_types) else f" of {len(info.layer_types)}"
     Console(highlight=False).print(
         f"{folder}: {info.num_sequences} sequences of {info.seq_len} tokens, "
-        f"{info.num_queries} queries each, {info.num_layers} layers, {info.dtype}"
+        f"{info.num_queries} queries each, {info.num_layers}{of_all} layers, {info.dtype}"
     )

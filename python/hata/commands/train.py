@@ -110,8 +110,9 @@ def train(
     seconds = time.perf_counter() - start
     console = Console(highlight=False)
     if test is not None:
-        print_layers(console, parts, budgets, _DEFAULT.num_dense_layers)
-        plot_layers(picture, parts, budgets, f"{metadata['model']}, recipe {recipe.name}")
+        layers = source.captures.info.layers
+        print_layers(console, parts, layers, budgets, _DEFAULT.num_dense_layers)
+        plot_layers(picture, parts, layers, budgets, f"{metadata['model']}, recipe {recipe.name}")
         console.print(f"plot: {picture}")
     memory = (
         torch.cuda.max_memory_allocated(device)

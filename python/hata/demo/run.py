@@ -110,7 +110,8 @@ def _generate_both(
     dense = run("sdpa", "dense", None)
     hata = run("hata", "hata", cache)
     assert cache.hata_cache is not None  # made by the forward passes of generate
-    return dense, hata, recorder.mass_per_layer(cache.hata_cache)
+    mass = recorder.mass_per_layer(cache.hata_cache)
+    return dense, hata, {cache.hata_layers[i]: share for i, share in mass.items()}
 
 
 def _describe(

@@ -31,7 +31,7 @@ def choose_weights(options: DemoOptions, model: str, shape: ModelShape) -> HashW
             weights = None
     elif options.weights != RANDOM:
         weights = load_weights(options.weights)
-        weights.check_model(WHERE, **shape)
+        weights.for_model(WHERE, **shape)
         num_bits, rule = weights.num_bits, f"hold codes of --num-bits={options.num_bits}"
         check(options.num_bits in (None, num_bits), WHERE, "--weights", rule, num_bits)
     if weights is None:

@@ -1,6 +1,8 @@
-"""The sizes of a transformers model's attention."""
+"""The sizes of a transformers model's attention, and which of its layers see the whole context."""
 
 from typing import Any, TypedDict
+
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
 
 class ModelShape(TypedDict):
@@ -20,6 +22,21 @@ def model_shape(model: Any) -> ModelShape:
         "num_kv_heads": getattr(config, "num_key_value_heads", None) or heads,
         "head_dim": getattr(config, "head_dim", None) or config.hidden_size // heads,
     }
+
+
+def own_cache_layers(config: Any) -> list[Any]:
+    """Returns new cache layers as transformers makes them for a model with this config."""
+    return DynamicCache(config=config).layers
+
+
+def full_attention_layers(model: Any) -> tuple[int, ...]:
+    """Returns the layers that attend to the whole context and to nothing else.
+
+    They are those to which transformers gives its plain growing cache. Layers with a window, with
+    chunks, or with a recurrent state have cache layers of their own.
+    """
+    layers = own_cache_layers(model.config)
+    return tuple(i for i, layer in enumerate(layers) if type(layer) is DynamicLayer)
 
 
 def softmax_scale(model: Any) -> float:

@@ -1,5 +1,6 @@
 """The frontier: which num_bits and top_k hold most attention for the bytes that a step reads."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -43,9 +44,16 @@ class Allocation:
         """Mean over the layers, for each KV head."""
         return sum(pair.bytes_per_step for pair in self.pairs) / len(self.pairs)
 
-    def settings(self, num_dense_layers: int) -> dict[str, list[int]]:
-        """What `hata.HataConfig` takes; dense layers, which select nothing, get the first pair."""
-        pairs = [self.pairs[0]] * num_dense_layers + list(self.pairs)
+    def settings(self, layers: Sequence[int], num_layers: int) -> dict[str, list[int]]:
+        """What `hata.HataConfig` takes; layers that select nothing get the first pair.
+
+        Args:
+            layers: The model's index of each pair's layer.
+            num_layers: Layers of the model.
+        """
+        pairs = [self.pairs[0]] * num_layers
+        for layer_idx, pair in zip(layers, self.pairs, strict=True):
+            pairs[layer_idx] = pair
         return {
             "num_bits": [pair.num_bits for pair in pairs],
             "top_k": [pair.top_k for pair in pairs],
@@ -64,7 +72,6 @@ class Frontier:
 
     def __init__(self, results: Results) -> None:
         where, info = "recall", results.info
-        self.num_dense_layers = results.num_dense_layers
         self.pairs: list[Pair] = []
         settings, mass = [], []
         for measurement in results.measurements:
@@ -77,7 +84,7 @@ class Frontier:
             scan = info.seq_len * selector.bytes_per_token(info.head_dim)
             row = 2 * info.head_dim * CACHE_ITEMSIZE
             self.pairs += [Pair(selector.num_bits, n, scan + n * row) for n in results.budgets]
-            sparse = measurement.layers[self.num_dense_layers :]
+            sparse = measurement.layers[results.first_sparse :]
             mass.append(torch.stack([layer.attention_mass.mean(0) for layer in sparse]))
         same = len({setting[1:] for setting in settings}) == 1
         distinct = len({setting[0] for setting in settings}) == len(settings)

@@ -26,7 +26,8 @@ def trained_selectors(info: CaptureInfo, options: RecallOptions) -> list[HataSel
     found = []
     for file in options.weights:
         weights = load_weights(file)
-        weights.check_model(WHERE, info.num_layers, info.num_kv_heads, info.head_dim)
+        sizes = (len(info.layer_types), info.num_kv_heads, info.head_dim)
+        weights = weights.for_model(WHERE, *sizes, layers=info.layers)
         bits, norms = options.query_bits, options.key_norms
         bits = weights.query_bits if bits is None else bits
         norms = weights.key_norms if norms is None else norms
@@ -46,6 +47,7 @@ def baseline_selectors(
         ValueError: The calibration is another model's, or a number is out of range.
     """
     shape = {name: getattr(info, name) for name in ("num_layers", "num_kv_heads", "head_dim")}
+    of_model = {**shape, "layers": info.layers}
     channels = options.channels or (info.head_dim // 4, info.head_dim // 2)
     found: list[Selector] = [ExactSelector(sum_logits=True)]
     for num_bits in options.random_bits:
@@ -53,8 +55,8 @@ def baseline_selectors(
         papers = replace(weights, query_bits=1, key_norms=True)
         found += [HataSelector(papers), HataSelector(weights)]
     if calibration is not None:
-        same = all(getattr(calibration.info, name) == size for name, size in shape.items())
-        rule = f"be captures of a model with {shape}"
+        same = all(getattr(calibration.info, name) == size for name, size in of_model.items())
+        rule = f"be captures of a model with {of_model}"
         check(same, WHERE, "--calibration", rule, calibration.info.model)
         layers = (calibration.layer(i).k.flatten(0, 1) for i in range(info.num_layers))
         components = key_components(layers, options.torch_device())

@@ -33,13 +33,18 @@ class Results:
         info: Of the captures.
         measurements: One for each selector.
         budgets: Theirs, ascending.
-        num_dense_layers: Leading layers that means leave out.
+        num_dense_layers: The model's leading layers that means leave out.
     """
 
     info: CaptureInfo
     measurements: Sequence[Measurement]
     budgets: Sequence[int]
     num_dense_layers: int
+
+    @property
+    def first_sparse(self) -> int:
+        """The first captured layer that stands in the means."""
+        return sum(layer_idx < self.num_dense_layers for layer_idx in self.info.layers)
 
     @property
     def shown(self) -> int:
@@ -57,7 +62,7 @@ class Results:
         Returns:
             The means; None where the metric was not measured.
         """
-        found = [getattr(layer, metric) for layer in measurement.layers[self.num_dense_layers :]]
+        found = [getattr(layer, metric) for layer in measurement.layers[self.first_sparse :]]
         if found[0] is None:
             return None
         means: list[float] = torch.stack(found).mean((0, 1)).tolist()

@@ -110,7 +110,9 @@ def plot_heat_map(path: Path, results: Results) -> None:
             )
             axes.set_title(measurement.selector.variant, fontsize=9)
             axes.set(ylabel="KV head", yticks=range(info.num_kv_heads))
-        grid[-1].set(xlabel="layer", xticks=range(0, info.num_layers, 2))
+        ticks = range(0, info.num_layers, 2)
+        grid[-1].set_xticks(ticks, [str(info.layers[i]) for i in ticks])
+        grid[-1].set(xlabel="layer")
         figure.colorbar(image, ax=list(grid))
         figure.suptitle(f"Attention mass lost beyond exact top-k: {_title(results)}")
 

@@ -30,7 +30,7 @@ def print_means(console: Console, results: Results) -> None:
     info, shown = results.info, results.shown
     table = Table(
         title=f"Attention mass lost: {info.model}, {info.seq_len} tokens",
-        caption=f"means over KV heads and layers from {results.num_dense_layers} on; recall and "
+        caption=f"means over KV heads and {_layers_in_means(results)}; recall and "
         f"output error at top_k {results.budgets[shown]}",
         box=SIMPLE_HEAD,
     )
@@ -62,9 +62,16 @@ def print_layers(console: Console, results: Results) -> None:
         selector = measurement.selector
         table.add_column(f"{selector.name}: {selector.variant}", justify="right")
         lost.append((1 - results.mass_of_heads(measurement).mean(1)).tolist())
-    for layer_idx, layer in enumerate(zip(*lost, strict=True)):
+    for layer_idx, *layer in zip(results.info.layers, *lost, strict=True):
         table.add_row(str(layer_idx), *(f"{share:.3f}" for share in layer))
     console.print(table)
+
+
+def _layers_in_means(results: Results) -> str:
+    info = results.info
+    if info.num_layers == len(info.layer_types):
+        return f"layers from {results.num_dense_layers} on"
+    return "layers " + ", ".join(map(str, info.layers[results.first_sparse :]))
 
 
 def mean_rows(results: Results) -> Iterator[Row]:
@@ -84,7 +91,7 @@ def head_rows(results: Results) -> Iterator[Row]:
     """Yields a row for each selector, layer, KV head and budget."""
     for measurement in results.measurements:
         common = _common(results.info, measurement)
-        for layer_idx, layer in enumerate(measurement.layers):
+        for layer_idx, layer in zip(results.info.layers, measurement.layers, strict=True):
             metrics = {name: getattr(layer, name) for name in METRICS}
             for head in range(results.info.num_kv_heads):
                 for i, budget in enumerate(results.budgets):
@@ -163,13 +170,14 @@ def write_frontier(
 ) -> None:
     """Writes the frontier as JSON, for ``HataConfig(**level["uniform"])`` or ``["per_layer"]``."""
     info, num_dense = results.info, results.num_dense_layers
+    num_layers = len(info.layer_types)
     heading = {"model": info.model, "context": info.seq_len, "num_dense_layers": num_dense}
     found = [
         {
             "bytes_per_step": uniform.bytes_per_step,
             "uniform": {"num_bits": uniform.pairs[0].num_bits, "top_k": uniform.pairs[0].top_k},
             "uniform_attention_mass": round(uniform.attention_mass, 5),
-            "per_layer": layers.settings(num_dense),
+            "per_layer": layers.settings(info.layers[results.first_sparse :], num_layers),
             "per_layer_attention_mass": round(layers.attention_mass, 5),
         }
         for uniform, layers in levels

@@ -45,8 +45,8 @@ def run_recall(options: RecallOptions) -> Results:
     captures = Captures.open(options.captures)
     info = captures.info
     dense = options.num_dense_layers
-    rule = f"be less than the model's {info.num_layers} layers"
-    check(dense < info.num_layers, WHERE, "--num-dense-layers", rule, dense)
+    rule = f"leave one of the captured layers, {list(info.layers)}"
+    check(dense <= info.layers[-1], WHERE, "--num-dense-layers", rule, dense)
     budgets = options.budgets(info.seq_len)
     calibration = None if options.calibration is None else Captures.open(options.calibration)
     trained = trained_selectors(info, options)

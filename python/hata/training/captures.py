@@ -21,6 +21,7 @@ from hata.outputs import CONTINUE, make_output_folder, whole_file
 
 _FORMAT = "hata.captures"
 _INFO_FILE = "captures.json"
+FULL_ATTENTION = "full_attention"  # transformers' name
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,6 @@ class CaptureInfo:
 
     Attributes:
         model: Name of the model.
-        num_layers: Layers of the model; all are captured.
         num_heads: Query heads of a layer.
         num_kv_heads: KV heads of a layer.
         head_dim: Channels of a head.
@@ -40,11 +40,11 @@ class CaptureInfo:
         seed: Chose texts and positions.
         has_values: Whether the values were captured too.
         texts: Where the tokens of each sequence come from, one line a sequence.
-        layer_types: transformers' name of each layer's kind, such as "full_attention".
+        layer_types: transformers' name of the kind of each of the model's layers. Those of
+            "full_attention", which hata can decode, are captured.
     """
 
     model: str
-    num_layers: int
     num_heads: int
     num_kv_heads: int
     head_dim: int
@@ -56,6 +56,16 @@ class CaptureInfo:
     has_values: bool
     texts: tuple[str, ...]
     layer_types: tuple[str, ...]
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The model's index of each captured layer."""
+        return tuple(i for i, kind in enumerate(self.layer_types) if kind == FULL_ATTENTION)
+
+    @property
+    def num_layers(self) -> int:
+        """Captured layers."""
+        return len(self.layers)
 
     @property
     def num_sequences(self) -> int:
@@ -87,9 +97,9 @@ class LayerCapture:
     positions: Tensor
 
 
-def shard_path(folder: Path, sequence_idx: int, layer_idx: int) -> Path:
-    """Returns the file of one sequence and layer."""
-    return folder / f"sequence-{sequence_idx:04d}-layer-{layer_idx:03d}.safetensors"
+def shard_path(folder: Path, sequence_idx: int, model_layer: int) -> Path:
+    """Returns the file of one sequence and layer of the model."""
+    return folder / f"sequence-{sequence_idx:04d}-layer-{model_layer:03d}.safetensors"
 
 
 @dataclass(frozen=True)
@@ -129,7 +139,7 @@ class CaptureWriter:
 
     def has(self, sequence_idx: int, layer_idx: int) -> bool:
         """Whether this file stands already."""
-        return shard_path(self.folder, sequence_idx, layer_idx).is_file()
+        return shard_path(self.folder, sequence_idx, self.info.layers[layer_idx]).is_file()
 
     def write(
         self,
@@ -145,7 +155,7 @@ class CaptureWriter:
 
         Args:
             sequence_idx: The sequence.
-            layer_idx: The layer.
+            layer_idx: The layer, counted among those that are captured.
             q: ``[num_queries, num_heads, head_dim]``.
             k: ``[seq_len, num_kv_heads, head_dim]``.
             v: The same as k where ``info.has_values``, else None.
@@ -156,13 +166,14 @@ class CaptureWriter:
                 layers stay.
         """
         where = "capture"
+        model_layer = self.info.layers[layer_idx]
         tensors = {"q": q, "k": k, **({} if v is None else {"v": v})}
         for name, tensor in tensors.items():
             finite = bool(tensor.isfinite().all())
-            got = f"NaN or infinity in layer {layer_idx} of sequence {sequence_idx}"
+            got = f"NaN or infinity in layer {model_layer} of sequence {sequence_idx}"
             check(finite, where, name, f"be finite in {self.info.dtype}", got)
         tensors = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
-        path = shard_path(self.folder, sequence_idx, layer_idx)
+        path = shard_path(self.folder, sequence_idx, model_layer)
         with whole_file(path, where, CONTINUE) as partial:
             save_file({**tensors, "positions": positions}, partial)
 
@@ -204,7 +215,7 @@ class Captures:
         """Reads one layer.
 
         Args:
-            layer_idx: The layer.
+            layer_idx: The layer, counted among those that are captured.
             with_values: Whether to read the values too, where they were captured.
 
         Returns:
@@ -235,7 +246,7 @@ class Captures:
 
         Args:
             sequence_idx: The sequence.
-            layer_idx: The layer.
+            layer_idx: The layer, counted among those that are captured.
             device: Where to put the tensors.
             with_values: Whether to read the values too, where they were captured.
 
@@ -245,7 +256,8 @@ class Captures:
         Raises:
             ValueError: The file is damaged.
         """
-        info, path = self.info, shard_path(self.folder, sequence_idx, layer_idx)
+        info = self.info
+        path = shard_path(self.folder, sequence_idx, info.layers[layer_idx])
         row = (info.seq_len, info.num_kv_heads, info.head_dim)
         shapes: dict[str, tuple[int, ...]] = {
             "q": (info.num_queries, info.num_heads, info.head_dim),
@@ -267,8 +279,8 @@ class Captures:
 
     def _shards(self) -> Iterator[Path]:
         for sequence_idx in range(self.info.num_sequences):
-            for layer_idx in range(self.info.num_layers):
-                yield shard_path(self.folder, sequence_idx, layer_idx)
+            for model_layer in self.info.layers:
+                yield shard_path(self.folder, sequence_idx, model_layer)
 
 
 def _read_info(folder: Path, function: str) -> CaptureInfo:
@@ -277,6 +289,7 @@ def _read_info(folder: Path, function: str) -> CaptureInfo:
     try:
         found: dict[str, Any] = json.loads(file.read_text())
         check(found.pop("format", None) == _FORMAT, function, "folder", "hold a capture", folder)
+        found.pop("num_layers", None)  # what layer_types says too, in older files
         for name in ("texts", "layer_types"):
             found[name] = tuple(found[name])
         return CaptureInfo(**found)

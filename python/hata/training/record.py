@@ -1,6 +1,6 @@
 """Captures a model's queries and keys over text: what hash weights are trained on."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,9 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from hata.checks import check, check_int
-from hata.integrations.model_shape import model_shape, softmax_scale
+from hata.integrations.model_shape import full_attention_layers, model_shape, softmax_scale
 from hata.integrations.transformers import CACHE_ARGUMENT
-from hata.training.captures import CaptureInfo, Captures, CaptureWriter
+from hata.training.captures import FULL_ATTENTION, CaptureInfo, Captures, CaptureWriter
 from hata.training.options import CaptureOptions
 from hata.training.texts import text_files, token_sequences
 
@@ -32,8 +32,9 @@ def capture(
     name: str,
     on_layer: Callable[[], None] = lambda: None,
 ) -> Captures:
-    """Runs a model over text and writes the queries and keys of every layer.
+    """Runs a model over text and writes the queries and keys of its full-attention layers.
 
+    Layers with a window, with chunks or without attention are left out: hata does not decode them.
     A sequence runs through the model once, with torch's attention: no matrix of scores ever
     exists. Each layer is written as soon as it is known. The same call continues an interrupted
     capture; finished layers are kept.
@@ -55,11 +56,13 @@ def capture(
         ValueError: The text is too short, the model is not as above, a tensor has NaN or infinite
             numbers, the disk or the memory does not suffice, or the folder holds something else.
     """
-    shape = model_shape(model)
+    layers = full_attention_layers(model)
+    rule = "have a layer that attends to the whole context"
+    check(layers != (), _WHERE, "model", rule, type(model).__name__)
     limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     if isinstance(limit, int):
         check_int(_WHERE, "seq_len", options.seq_len, 2, limit)
-    recorder = Recorder(model, _chunk(model, options))
+    recorder = Recorder(model, layers, _chunk(model, options))
     sequences = token_sequences(
         tokenizer,
         text_files(texts),
@@ -68,7 +71,9 @@ def capture(
         seed=options.seed,
     )
     config = model.config.get_text_config(decoder=True)
-    layer_types = getattr(config, "layer_types", None) or ["full_attention"] * shape["num_layers"]
+    shape = model_shape(model)
+    kinds = getattr(config, "layer_types", None) or ["other"] * shape["num_layers"]
+    kinds = [FULL_ATTENTION if i in layers else kind for i, kind in enumerate(kinds)]
     info = CaptureInfo(
         model=name,
         num_heads=config.num_attention_heads,
@@ -79,8 +84,9 @@ def capture(
         seed=options.seed,
         has_values=options.values,
         texts=tuple(sequence.text for sequence in sequences),
-        layer_types=tuple(layer_types),
-        **shape,
+        layer_types=tuple(kinds),
+        num_kv_heads=shape["num_kv_heads"],
+        head_dim=shape["head_dim"],
     )
     writer = CaptureWriter(folder, info)
     for sequence_idx, sequence in enumerate(sequences):
@@ -150,19 +156,20 @@ class Recorder:
 
     Attributes:
         model: Any model that takes attention functions.
+        layers: The model's layers that are recorded.
         chunk: Tokens of one forward pass; fewer than the sequence's need less memory.
 
     Raises:
         ValueError: The model takes no attention functions.
     """
 
-    def __init__(self, model: PreTrainedModel, chunk: int) -> None:
+    def __init__(self, model: PreTrainedModel, layers: Sequence[int], chunk: int) -> None:
         takes = isinstance(model, PreTrainedModel) and getattr(
             model, "_supports_attention_backend", False
         )
         rule = "take attention functions (transformers' AttentionInterface)"
         check(takes, _WHERE, "model", rule, type(model).__name__)
-        self.model, self.chunk = model, chunk
+        self.model, self.layers, self.chunk = model, layers, chunk
         self._positions = torch.empty(0, dtype=torch.int64)
         self._start, self._seq_len = 0, 0
         self._queries: dict[int, list[Tensor]] = {}
@@ -212,18 +219,8 @@ class Recorder:
         for name in ("softcap", "s_aux", "position_bias"):
             check(kwargs.get(name) is None, _WHERE, name, "be None in attention", "a value")
         layer_idx: Any = module.layer_idx
-        end = self._start + query.shape[2]
-        rule = f"hold all {end} positions (sliding windows need a larger --memory-limit-gb)"
-        check(key.shape[2] == end, _WHERE, f"the keys of layer {layer_idx}", rule, key.shape[2])
-        inside = (self._positions >= self._start) & (self._positions < end)
-        rows = (self._positions[inside] - self._start).to(query.device)
-        self._queries.setdefault(layer_idx, []).append(query[0][:, rows].transpose(0, 1).cpu())
-        if end == self._seq_len:
-            q = torch.cat(self._queries.pop(layer_idx))
-            k, v = (x[0].transpose(0, 1) for x in (key, value))
-            scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-            assert self._on_layer is not None  # run has set it
-            self._on_layer(layer_idx, q, k, v, scale)
+        if layer_idx in self.layers:
+            self._record(layer_idx, query, key, value, scaling)
         # Groups are spelled out: CUDA's kernel for float32 knows none, and what torch takes in its
         # place forms the whole matrix of scores.
         group = query.shape[1] // key.shape[1]
@@ -236,3 +233,20 @@ class Recorder:
             scale=scaling,
         )
         return out.transpose(1, 2).contiguous(), None
+
+    def _record(
+        self, model_layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float | None
+    ) -> None:
+        layer_idx = self.layers.index(model_layer)
+        end = self._start + query.shape[2]
+        held, rule = key.shape[2], f"hold all {end} positions"
+        check(held == end, _WHERE, f"the keys of layer {model_layer}", rule, held)
+        inside = (self._positions >= self._start) & (self._positions < end)
+        rows = (self._positions[inside] - self._start).to(query.device)
+        self._queries.setdefault(layer_idx, []).append(query[0][:, rows].transpose(0, 1).cpu())
+        if end == self._seq_len:
+            q = torch.cat(self._queries.pop(layer_idx))
+            k, v = (x[0].transpose(0, 1) for x in (key, value))
+            scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+            assert self._on_layer is not None  # run has set it
+            self._on_layer(layer_idx, q, k, v, scale)

@@ -15,23 +15,29 @@ _SMOOTHED = 20  # steps whose mean is shown: each sees one sequence, and sequenc
 
 
 def print_layers(
-    console: Console, parts: Sequence[LayerPart], budgets: Sequence[int], dense_layers: int
+    console: Console,
+    parts: Sequence[LayerPart],
+    layers: Sequence[int],
+    budgets: Sequence[int],
+    dense_layers: int,
 ) -> None:
     """Prints a row for each layer: loss, and what held-out queries lose at each budget.
 
     Args:
         console: Where.
         parts: The layers.
+        layers: The model's index of each.
         budgets: Values of ``top_k``.
         dense_layers: Leading layers that stay dense when decoding; the means leave them out.
     """
     table = Table("layer", "loss", title="Held-out queries: attention mass lost, recall")
     for top_k in budgets:
         table.add_column(f"top_k {top_k}", justify="right")
-    for layer_idx, part in enumerate(parts):
+    for layer_idx, part in zip(layers, parts, strict=True):
         scores = [_cell(*part.scores[:, i].tolist()) for i in range(len(budgets))]
         table.add_row(str(layer_idx), _loss(part.losses), *scores)
-    sparse = torch.stack([part.scores for part in parts[dense_layers:]] or [parts[-1].scores])
+    dense = sum(layer_idx < dense_layers for layer_idx in layers)
+    sparse = torch.stack([part.scores for part in parts[dense:]] or [parts[-1].scores])
     table.add_section()
     table.add_row("mean", f"from {dense_layers}", *(_cell(*s) for s in sparse.mean(0).T.tolist()))
     console.print(table)
@@ -48,16 +54,22 @@ def _loss(losses: torch.Tensor) -> str:
     return f"{losses[:_SMOOTHED].mean():.3f} → {losses[-_SMOOTHED:].mean():.3f}"
 
 
-def plot_layers(path: Path, parts: Sequence[LayerPart], budgets: Sequence[int], title: str) -> None:
+def plot_layers(
+    path: Path,
+    parts: Sequence[LayerPart],
+    layers: Sequence[int],
+    budgets: Sequence[int],
+    title: str,
+) -> None:
     """Writes the loss curves and, per layer, excess mass lost and recall, as a PNG file.
 
     Args:
         path: The file.
         parts: The layers.
+        layers: The model's index of each.
         budgets: Values of ``top_k``.
         title: The line above.
     """
-    layers = range(len(parts))
     scores = torch.stack([part.scores for part in parts])  # [num_layers, 3, num_budgets]
     colors = mpl.colormaps["viridis"]
     with picture(path, "train", 11, 3.5) as figure:
@@ -73,8 +85,8 @@ def plot_layers(path: Path, parts: Sequence[LayerPart], budgets: Sequence[int], 
         loss.set(xlabel="step", title="loss (dark: first layers)")
         for i, top_k in enumerate(budgets):
             excess = scores[:, 0, i] - scores[:, 1, i]
-            mass.plot(layers, excess.numpy(), marker=".", label=f"top_k {top_k}")
-            recall.plot(layers, scores[:, 2, i].numpy(), marker=".", label=f"top_k {top_k}")
+            mass.plot(list(layers), excess.numpy(), marker=".", label=f"top_k {top_k}")
+            recall.plot(list(layers), scores[:, 2, i].numpy(), marker=".", label=f"top_k {top_k}")
         mass.set(xlabel="layer", title="held-out mass lost, excess", ylim=(0, None))
         recall.set(xlabel="layer", title="held-out recall", ylim=(0, 1))
         mass.legend()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hata.checks import check
-from hata.training.captures import CaptureInfo, Captures
+from hata.training.captures import FULL_ATTENTION, CaptureInfo, Captures
 from hata.training.data import TrainingData
 from hata.training.options import CaptureOptions
 
@@ -34,7 +34,7 @@ class Source:
 
     @property
     def num_layers(self) -> int:
-        """Layers of the model."""
+        """Captured layers."""
         return self.captures.info.num_layers
 
     @property
@@ -91,7 +91,7 @@ def captured_sources(
     else:
         other = Captures.open(heldout)
         train_on, test_on = range(count), range(other.info.num_sequences)
-    for size in ("num_layers", "num_heads", "num_kv_heads", "head_dim"):
+    for size in ("layers", "num_heads", "num_kv_heads", "head_dim"):
         wanted, got = getattr(found.info, size), getattr(other.info, size)
         check(wanted == got, _WHERE, f"{size} of --heldout", f"be {wanted}", got)
     always = {"num_sink": num_sink, "num_recent": num_recent}
@@ -139,7 +139,6 @@ def random_source(text: str, sizes: CaptureOptions, *, num_sink: int, num_recent
     check(whole, _WHERE, "--synthetic", rule, text)
     info = CaptureInfo(
         model=f"random numbers, {text}",
-        num_layers=layers,
         num_heads=heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
@@ -150,7 +149,7 @@ def random_source(text: str, sizes: CaptureOptions, *, num_sink: int, num_recent
         seed=0,
         has_values=False,
         texts=("random numbers",) * sizes.num_sequences,
-        layer_types=("full_attention",) * layers,
+        layer_types=(FULL_ATTENTION,) * layers,
     )
     sequences = range(sizes.num_sequences)
     return Source(RandomCaptures(Path(text), info), sequences, num_sink, num_recent)

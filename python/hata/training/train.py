@@ -106,6 +106,7 @@ def train(
             "seed": str(recipe.seed),
             "config": json.dumps(dataclasses.asdict(recipe)),
         },
+        layers=source.captures.info.layers,
     )
     save_weights(out, weights)
     parts.remove()

@@ -1,0 +1,476 @@
+"""The transformers cache of hata, and the attention and mask functions that belong to it.
+
+The layers of a `HataTransformersCache` are transformers' own but for those that attend to the whole
+context, which are `HataLayer`. Such a layer stores nothing when it is handed new keys; it hands
+them on as `NewKeys`, which only hata's attention function takes. That function serves keys of every
+other kind with transformers' "sdpa", and so the model's other layers and passes without a cache.
+"""
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NoReturn
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface
+from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
+
+from hata.attention import decode_attention, prefill
+from hata.cache import HataCache
+from hata.checks import check, check_int
+from hata.config import HataConfig
+from hata.integrations.model_shape import own_cache_layers
+from hata.weights import HashWeights
+
+HERE = "integrations.transformers"
+ATTENTION = "hata"  # transformers' name of the attention and mask functions
+
+# After a prompt that `generate` has announced, longer passes are prompt again: no draft is as long.
+MAX_DRAFT_LEN = 32
+
+# The HataCache's layer_idx, q [batch, q_len, num_heads, head_dim], it, indices, num_selected
+DecodeObserver = Callable[[int, Tensor, HataCache, Tensor, Tensor], None]
+
+
+@dataclass(frozen=True)
+class CacheSettings:
+    """What `enable` has settled, and every cache of the model is made from.
+
+    Attributes:
+        model_config: The model's config.
+        config: The budget, of the model's layers.
+        weights: The hash weights as they were given.
+        layers: The model's layers that are hata's, ``[num_layers]`` of a `HataCache`.
+        layer_config: The budget, of these layers.
+        layer_weights: Their weights.
+        max_seq_len: Positions that a sequence can have.
+        page_size: Positions of a page; None for a contiguous cache.
+        observer: Called after each sparse decoding step, or None.
+    """
+
+    model_config: Any
+    config: HataConfig
+    weights: HashWeights
+    layers: tuple[int, ...]
+    layer_config: HataConfig
+    layer_weights: HashWeights
+    max_seq_len: int
+    page_size: int | None
+    observer: DecodeObserver | None
+
+    def __deepcopy__(self, memo: object) -> "CacheSettings":
+        """Returns itself: nothing in it changes."""
+        return self
+
+
+@dataclass(frozen=True)
+class _Padding:
+    """Where a prompt has padding.
+
+    Attributes:
+        new_seqlens: Real tokens, ``[batch]``.
+        order: ``[batch, q_len]``: the tokens' columns, padding first, as a `HataCache` takes them.
+        unpadded: Last columns without any padding.
+    """
+
+    new_seqlens: list[int]
+    order: Tensor
+    unpadded: int
+
+    def first(self, x: Tensor) -> Tensor:
+        """Moves padding to the left; x is ``[batch, q_len, heads, head_dim]``."""
+        return x.take_along_dim(self.order[:, :, None, None], 1)
+
+    def back(self, x: Tensor) -> Tensor:
+        """Undoes `first`."""
+        return x.take_along_dim(self.order.argsort(1)[:, :, None, None], 1)
+
+
+@dataclass
+class _CausalMask:
+    """The mask of a layer that attends to the whole context: causal, and perhaps padded.
+
+    Attributes:
+        arguments: What transformers hands to a mask function; ``attention_mask`` among them is None
+            or ``[batch, kv_length]``, bool, with False for padding.
+    """
+
+    arguments: dict[str, Any]
+
+    @property
+    def padded(self) -> tuple[Tensor | None, int]:
+        """The mask of padding, or None, and the number of keys."""
+        return self.arguments["attention_mask"], self.arguments["kv_length"]
+
+    @cached_property
+    def for_sdpa(self) -> Tensor | None:
+        """The mask as "sdpa" takes it; None where it is causal and nothing else."""
+        return sdpa_mask(**self.arguments)
+
+    def padding(self, q_len: int) -> "_Padding | None":
+        """Reads which of the last ``q_len`` tokens are padding; None if none is.
+
+        Waits for the device: once a prompt, where `generate` has found padding in it.
+        """
+        mask, kv_len = self.padded
+        if mask is None:
+            return None
+        rule = "cover the tokens of the cache and the new ones"
+        check(mask.shape[1] == kv_len, HERE, "attention_mask", rule, list(mask.shape))
+        new = mask[:, kv_len - q_len :]
+        column = torch.arange(1, q_len + 1, device=mask.device)
+        last = (column * ~new).amax()  # the last column with padding, counted from 1
+        *real, last_column = torch.cat([new.sum(1), last[None]]).tolist()
+        if last_column == 0:
+            return None
+        return _Padding(real, new.int().argsort(dim=1, stable=True), q_len - last_column)
+
+    def __getattr__(self, name: str) -> NoReturn:
+        """Refuses what a model that changes its mask asks for."""
+        raise AttributeError(f"hata.{HERE}: the model must leave its mask as it is, got .{name}")
+
+
+@dataclass
+class NewKeys:
+    """New keys on their way from the cache to hata's attention function, which alone takes them.
+
+    Attributes:
+        layer: The layer that will store them.
+        states: ``[batch, num_kv_heads, q_len, head_dim]``.
+        taken: Whether they have been attended to; once is all that a layer may.
+    """
+
+    layer: "HataLayer"
+    states: Tensor
+    taken: bool = False
+
+    def __getattr__(self, name: str) -> NoReturn:
+        """Refuses any other attention function, and models that change cached keys."""
+        raise ValueError(
+            f"hata.{HERE}: keys of a hata cache must go to the attention function "
+            f'"{ATTENTION}" (enable(model)), got another one, or a model that changes them: .{name}'
+        )
+
+
+@dataclass
+class _LayerGroup:
+    """What the hata layers of one transformers cache share.
+
+    Attributes:
+        settings: What `enable` has settled.
+        max_seq_len: Positions that a sequence of this cache can have, padding included.
+        cache: The cache; None until the first keys tell batch, dtype and device.
+        prompt_len: Tokens of the prompt, padding included, as `generate` has announced it, or None.
+        croppable: Last tokens that are real in every sequence.
+        decoding: Whether the step decodes; else its tokens are prompt.
+        padding: Of the step's tokens; None if all are real.
+    """
+
+    settings: CacheSettings
+    max_seq_len: int
+    cache: HataCache | None = None
+    prompt_len: int | None = None
+    croppable: int = 0
+    decoding: bool = False
+    padding: _Padding | None = None
+
+    def cache_for(self, k: Tensor, seen: int) -> HataCache:
+        """Returns the cache, made anew where it is empty and k is of another batch or kind."""
+        wanted = (k.shape[0], k.dtype, k.device)
+        cache = self.cache
+        if cache is None or (seen == 0 and wanted != (cache.batch, cache.dtype, cache.device)):
+            cache = self.cache = HataCache(
+                self.settings.layer_weights,
+                self.settings.layer_config,
+                batch=k.shape[0],
+                max_seq_len=self.max_seq_len,
+                page_size=self.settings.page_size,
+                dtype=k.dtype,
+                device=k.device,
+            )
+        return cache
+
+    def open_step(self, seen: int, q_len: int, mask: _CausalMask | None) -> None:
+        """Decides how all layers treat the tokens of a forward pass.
+
+        Args:
+            seen: Tokens that the cache holds, padding included.
+            q_len: New tokens.
+            mask: The model's mask.
+        """
+        if self.prompt_len is None:
+            self.decoding = seen > 0 and q_len == 1
+        else:
+            self.decoding = seen >= self.prompt_len and q_len <= MAX_DRAFT_LEN
+        self.padding = None if self.decoding or mask is None else mask.padding(q_len)
+
+    def close_step(self, q_len: int) -> None:
+        """Notes what the first layer has stored."""
+        padding = self.padding
+        self.croppable = self.croppable + q_len if padding is None else padding.unpadded
+
+
+# Compiled code names a layer by its number.
+_numbers = itertools.count()
+_layers: WeakValueDictionary[int, "HataLayer"] = WeakValueDictionary()
+
+
+class HataLayer(CacheLayerMixin):
+    """One layer: `update` hands the new keys on, `attend` stores them and attends.
+
+    Args:
+        group: What the layers share.
+        layer_idx: The layer of the `HataCache`.
+    """
+
+    is_sliding = False
+    is_croppable = True
+    supports_early_init = False
+
+    def __init__(self, group: _LayerGroup, layer_idx: int) -> None:
+        super().__init__()
+        self.group, self.layer_idx, self.seen = group, layer_idx, 0
+        self._take_number()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Fills a copy, which is another layer."""
+        vars(self).update(state)
+        self._take_number()
+
+    def _take_number(self) -> None:
+        self.number = next(_numbers)
+        _layers[self.number] = self
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Allocates the cache of all layers."""
+        self.group.cache_for(key_states, self.seen)
+
+    def update(  # type: ignore[override]  # the keys are for hata's attention function
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[NewKeys, Tensor]:
+        """Hands the new keys and values on to the attention function."""
+        return NewKeys(self, key_states), value_states
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: _CausalMask | None,
+        softmax_scale: float | None,
+    ) -> Tensor:
+        """Stores new tokens and attends: sparsely where they are decoded, densely in a prompt.
+
+        Args:
+            q: ``[batch, q_len, num_heads, head_dim]``.
+            k: ``[batch, q_len, num_kv_heads, head_dim]``.
+            v: The same.
+            mask: The model's mask.
+            softmax_scale: Factor of the logits, or None.
+
+        Returns:
+            ``[batch, q_len, num_heads, head_dim]``.
+        """
+        group, layer_idx, q_len = self.group, self.layer_idx, q.shape[1]
+        cache = group.cache_for(k, self.seen)
+        if layer_idx == 0:
+            group.open_step(self.seen, q_len, mask)
+        padding = group.padding
+        if group.decoding:
+            out = decode_attention(q, k, v, cache, layer_idx, softmax_scale=softmax_scale)
+        elif padding is None:
+            out = prefill(q, k, v, cache, layer_idx, softmax_scale=softmax_scale)
+        else:
+            q, k, v = (padding.first(x) for x in (q, k, v))
+            new = padding.new_seqlens
+            out = padding.back(
+                prefill(q, k, v, cache, layer_idx, softmax_scale=softmax_scale, new_seqlens=new)
+            )
+        self.seen += q_len
+        if layer_idx == 0:
+            group.close_step(q_len)
+        observer = group.settings.observer
+        if observer is not None and group.decoding and layer_idx >= cache.config.num_dense_layers:
+            observer(layer_idx, q, cache, *cache.last_selection(layer_idx))
+        return out
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Returns the number of keys that a mask would cover, and its offset."""
+        return self.seen + query_length, 0
+
+    def get_seq_length(self) -> int:
+        """Returns the tokens of every sequence, padding included."""
+        return self.seen
+
+    def get_max_length(self) -> int:
+        """Returns the positions that a sequence can have."""
+        return self.group.max_seq_len
+
+
+class HataTransformersCache(Cache):
+    """A transformers cache that keeps a model's keys and values in a `hata.HataCache`.
+
+    The layers that do not attend to the whole context have transformers' own cache layers in it.
+    Its memory is allocated at the first forward pass, which tells batch, dtype and device. Like any
+    transformers cache it continues where it stands: `reset` it before an unrelated prompt. After a
+    forward pass that failed halfway, `reset` it too.
+
+    Attributes:
+        config: The settings.
+        weights: The hash weights; ``weights.metadata["origin"]`` says if they are random.
+        hata_layers: The model's index of each layer of ``hata_cache``.
+        max_seq_len: Positions that a sequence can have.
+    """
+
+    layers: list[Any]  # HataLayer, or transformers' own
+
+    def __init__(self, settings: CacheSettings, max_seq_len: int) -> None:
+        self._group = _LayerGroup(settings, max_seq_len)
+        self.config, self.weights = settings.config, settings.weights
+        self.hata_layers, self.max_seq_len = settings.layers, max_seq_len
+        super().__init__(layers=self._new_layers())
+
+    def _new_layers(self) -> list[Any]:
+        layers = own_cache_layers(self._group.settings.model_config)
+        for layer_idx, model_layer in enumerate(self.hata_layers):
+            layers[model_layer] = HataLayer(self._group, layer_idx)
+        return layers
+
+    @property
+    def hata_cache(self) -> HataCache | None:
+        """The cache itself; None before the first forward pass."""
+        return self._group.cache
+
+    def announce_prompt(self, prompt_len: int | None) -> None:
+        """Says how many tokens of every sequence, padding included, are prompt.
+
+        Those beyond are decoded. None, as at first: a pass of one token after others is decoded.
+        """
+        self._group.prompt_len = prompt_len
+
+    def reset(self) -> None:
+        """Empties every sequence."""
+        if self._group.cache is not None:
+            self._group.cache.reset()
+        self._group.prompt_len, self._group.croppable = None, 0
+        self.layers = self._new_layers()
+
+    def crop(self, tokens_to_remove: int | Tensor) -> None:  # 5.17 counts drafts on the device
+        """Removes tokens from the end of every sequence.
+
+        Args:
+            tokens_to_remove: The negative number of them; 0 removes none.
+
+        Raises:
+            TypeError: It is no int.
+            ValueError: It is positive, or there are not as many tokens since the last padding.
+        """
+        group = self._group
+        if isinstance(tokens_to_remove, Tensor):
+            tokens_to_remove = int(tokens_to_remove)
+        check_int(f"{HERE}.crop", "tokens_to_remove", tokens_to_remove, -group.croppable, 0)
+        if group.cache is not None and tokens_to_remove < 0:
+            group.cache.truncate([n + tokens_to_remove for n in group.cache.seq_lens])
+            group.croppable += tokens_to_remove
+            if group.prompt_len is not None:
+                group.prompt_len = min(group.prompt_len, self.get_seq_length() + tokens_to_remove)
+        for layer in self.layers:
+            if isinstance(layer, HataLayer):
+                layer.seen += tokens_to_remove
+            else:
+                layer.crop(tokens_to_remove)
+
+    def reorder_cache(self, beam_idx: Tensor | Sequence[int]) -> None:
+        """Lets sequence b continue as the old sequence ``beam_idx[b]``, for beam search.
+
+        Args:
+            beam_idx: ``[batch]`` ints.
+
+        Raises:
+            ValueError: An entry is out of range, or there are not ``batch`` of them.
+        """
+        if self._group.cache is not None:
+            self._group.cache.reorder(beam_idx)
+        for layer in self.layers:
+            if not isinstance(layer, HataLayer):
+                layer.reorder_cache(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Not supported: the batch is fixed by the first forward pass."""
+        raise ValueError(f"hata.{HERE}: the batch must stay as it is, got {repeats} repeats")
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Not supported: the batch is fixed by the first forward pass."""
+        raise ValueError(f"hata.{HERE}: the batch must stay as it is, got the selection {indices}")
+
+
+def _attend(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor | NewKeys,
+    value: Tensor,
+    attention_mask: _CausalMask | Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The attention function: q, k, v are ``[batch, heads, length, head_dim]``."""
+    for name in ("softcap", "s_aux", "position_bias"):
+        check(kwargs.get(name) is None, HERE, name, "be None", "a value")
+    if not isinstance(key, NewKeys):
+        mask = attention_mask
+        if isinstance(mask, _CausalMask):
+            mask = mask.for_sdpa
+        return sdpa_attention_forward(
+            module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    rule, got = "be causal over the whole context", "another mask"
+    check(not isinstance(attention_mask, Tensor), HERE, "attention_mask", rule, got)
+    assert not isinstance(attention_mask, Tensor)  # what check has made sure of
+    check(dropout == 0.0, HERE, "dropout", "be 0 (call model.eval())", dropout)
+    check(not key.taken, HERE, "the keys of a layer", "be attended to once", "another time")
+    key.taken = True
+    q, k, v = (x.transpose(1, 2) for x in (query, key.states, value))
+    if not torch.compiler.is_compiling():
+        return key.layer.attend(q, k, v, attention_mask, scaling), None
+    padding, kv_len = (None, 0) if attention_mask is None else attention_mask.padded
+    return _attend_as_operator(q, k, v, padding, kv_len, scaling, key.layer.number), None
+
+
+# What a layer does depends on lengths that change with every token. torch.compile sees none of it,
+# or it would compile again for each; and CUDA graphs cannot replay it.
+@torch.library.custom_op(
+    "hata_transformers::attend", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,)
+)
+def _attend_as_operator(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    padding: Tensor | None,
+    kv_len: int,
+    softmax_scale: float | None,
+    number: int,
+) -> Tensor:
+    mask = _CausalMask({"attention_mask": padding, "kv_length": kv_len})
+    return _layers[number].attend(q, k, v, mask, softmax_scale).contiguous()
+
+
+@_attend_as_operator.register_fake
+def _(q: Tensor, *args: object) -> Tensor:
+    return q.new_empty(q.shape)
+
+
+def _mask(**arguments: Any) -> _CausalMask | Tensor | None:
+    """The mask function: leaves the plain causal mask to the attention function."""
+    if arguments.get("mask_function", causal_mask_function) is causal_mask_function:
+        return _CausalMask(arguments)
+    return sdpa_mask(**arguments)
+
+
+AttentionInterface.register(ATTENTION, _attend)
+AttentionMaskInterface.register(ATTENTION, _mask)

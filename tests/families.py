@@ -1,0 +1,209 @@
+"""Tiny random models of the families that ``docs/models.md`` lists; run it to print the table."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import transformers
+from transformers import PreTrainedModel
+
+VOCABULARY, POSITIONS = 97, 128
+
+_SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 128,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": POSITIONS,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2}
+_WINDOW = {"sliding_window": 16}
+_LATENT = {
+    "num_key_value_heads": 4,
+    "head_dim": 16,
+    "kv_lora_rank": 32,
+    "q_lora_rank": 32,
+    "qk_rope_head_dim": 16,
+    "qk_nope_head_dim": 32,
+    "v_head_dim": 32,
+    "n_routed_experts": 4,
+    "moe_intermediate_size": 32,
+    "num_experts_per_tok": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+}
+_SLIDING, _FULL = "sliding_attention", "full_attention"
+
+
+@dataclass(frozen=True)
+class Family:
+    """One row of the table.
+
+    Attributes:
+        name: What people call it.
+        model: The transformers class, without "ForCausalLM".
+        settings: What makes its tiny config, beside the sizes.
+        config: The config's class, where it is not called like the model.
+        layers: The tiny model's layers that are hata's; none where the model is refused.
+        notes: What the table says: which layers stay the model's own, or why it is refused.
+        refusal: Part of the message of a refused model.
+    """
+
+    name: str
+    model: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    config: str = ""
+    layers: tuple[int, ...] = (0, 1, 2)
+    notes: str = ""
+    refusal: str = ""
+
+    def make(self, **changes: Any) -> PreTrainedModel:
+        """Makes the tiny model."""
+        config_class = getattr(transformers, self.config or f"{self.model}Config")
+        config = config_class(**{**_SIZES, **self.settings, **changes})
+        return getattr(transformers, f"{self.model}ForCausalLM")(config).eval()
+
+
+def _refused(name: str, model: str, notes: str, refusal: str, **settings: Any) -> Family:
+    return Family(name, model, settings, layers=(), notes=notes, refusal=refusal)
+
+
+_OWN = "layers with a window stay the model's own"
+
+FAMILIES = [
+    Family("Llama 2, 3; SmolLM2; DeepSeek distillations", "Llama"),
+    Family(
+        "Llama 4 (text)",
+        "Llama4",
+        {
+            "attention_chunk_size": 16,
+            "no_rope_layer_interval": 2,
+            "intermediate_size_mlp": 64,
+            **_EXPERTS,
+        },
+        "Llama4TextConfig",
+        (1,),
+        "layers with chunks stay the model's own",
+    ),
+    Family("Mistral from 0.2; Ministral", "Mistral", {"sliding_window": None}),
+    _refused(
+        "Mistral 0.1", "Mistral", "every layer has a window", "got sliding_window=16", **_WINDOW
+    ),
+    Family("Mixtral", "Mixtral", {**_EXPERTS, "sliding_window": None}),
+    Family("Qwen 2, 2.5", "Qwen2"),
+    Family(
+        "Qwen 2 with use_sliding_window",
+        "Qwen2",
+        {
+            **_WINDOW,
+            "use_sliding_window": True,
+            "max_window_layers": 2,
+        },
+        layers=(0, 1),
+        notes=_OWN,
+    ),
+    Family("Qwen 3", "Qwen3"),
+    Family("Qwen 3 MoE", "Qwen3Moe", {**_EXPERTS, "moe_intermediate_size": 32}),
+    Family(
+        "Qwen 3 Next",
+        "Qwen3Next",
+        {
+            **_EXPERTS,
+            "num_hidden_layers": 4,
+            "moe_intermediate_size": 32,
+            "shared_expert_intermediate_size": 32,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "linear_key_head_dim": 16,
+            "linear_value_head_dim": 16,
+        },
+        layers=(3,),
+        notes="linear-attention layers stay the model's own",
+    ),
+    Family("Gemma 1", "Gemma"),
+    _refused("Gemma 2", "Gemma2", "logits are capped (softcap)", "softcap must be None", **_WINDOW),
+    Family(
+        "Gemma 3 (text)",
+        "Gemma3",
+        {
+            **_WINDOW,
+            "layer_types": [_SLIDING, _FULL, _SLIDING],
+            "query_pre_attn_scalar": 32,
+        },
+        "Gemma3TextConfig",
+        (1,),
+        _OWN,
+    ),
+    Family("Phi 3, 3.5; Phi 4", "Phi3"),
+    Family(
+        "SmolLM 3",
+        "SmolLM3",
+        {"no_rope_layer_interval": 2},
+        notes="layers without rotary embedding too",
+    ),
+    Family("OLMo 2", "Olmo2"),
+    Family(
+        "OLMo 3",
+        "Olmo3",
+        {
+            **_WINDOW,
+            "layer_types": [_SLIDING, _SLIDING, _FULL],
+        },
+        layers=(2,),
+        notes=_OWN,
+    ),
+    Family("Granite 3", "Granite", {"attention_multiplier": 0.1}),
+    Family("Cohere Command R", "Cohere"),
+    Family(
+        "Cohere Command R7B (Cohere 2)",
+        "Cohere2",
+        {
+            **_WINDOW,
+            "layer_types": [_SLIDING, _SLIDING, _FULL],
+        },
+        layers=(2,),
+        notes=_OWN,
+    ),
+    Family("GLM 4", "Glm"),
+    Family("GLM 4 0414", "Glm4"),
+    Family("Starcoder 2", "Starcoder2", {"sliding_window": None}),
+    Family("StableLM 2", "StableLm"),
+    _refused(
+        "gpt-oss",
+        "GptOss",
+        "sinks among the logits (s_aux)",
+        "s_aux must be None",
+        **_EXPERTS,
+        **_WINDOW,
+    ),
+    _refused("DeepSeek V2", "DeepseekV2", "latent attention (MLA)", "not latent ones", **_LATENT),
+    _refused(
+        "DeepSeek V3, R1", "DeepseekV3", "latent attention (MLA)", "not latent ones", **_LATENT
+    ),
+    _refused("Doge", "Doge", "its mask depends on the values", "must leave its mask as it is"),
+    _refused("Diff Llama", "DiffLlama", "the difference of two attentions", "be attended to once"),
+    _refused(
+        "Mamba 2", "Mamba2", "no attention", "linear_attention", expand=2, num_heads=8, n_groups=1
+    ),
+]
+
+
+def table() -> str:
+    """The table of ``docs/models.md``."""
+    rows = ["| family | transformers class | hata attention |", "|---|---|---|"]
+    for family in FAMILIES:
+        answer = "yes" if family.layers else "no"
+        text = f"{answer}; {family.notes}" if family.layers and family.notes else answer
+        text = text if family.layers else f"no: {family.notes}"
+        rows.append(f"| {family.name} | `{family.model}ForCausalLM` | {text} |")
+    return "\n".join(rows) + "\n"
+
+
+if __name__ == "__main__":
+    print(table(), end="")
