@@ -109,10 +109,8 @@ class Settings:
             model.get_total_num_kv_heads(),
             model.get_head_size(),
         )
-        weights = _load(self.weights, shape)
-        weights.check_model(HERE, *shape)
         self.config.layer_top_k(shape[0])  # raises where it names another number of layers
-        return weights
+        return _load(self.weights, shape).for_model(HERE, *shape)
 
 
 @cache
