@@ -25,6 +25,7 @@ HATA_CUDA ?= AUTO
 HATA_WERROR ?= OFF
 ARGS ?=
 export HATA_CUDA HATA_CUDA_ARCHS HATA_WERROR HATA_BUILD_TESTS
+export HATA_BUILD_DIR := build
 
 PY := $(if $(VENV),$(VENV)/bin/python,$(PYTHON))
 SHELL := /bin/bash
@@ -100,7 +101,7 @@ lint: python
 docs: python
 	$(call install,docs)
 	$(say) "the site, in build/site"
-	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
+	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 
 # The platform tag is what auditwheel finds; torch's libraries come with torch.
 wheel: python

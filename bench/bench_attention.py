@@ -1,16 +1,17 @@
-"""gather_attention against PyTorch over copied rows, and merge_attention_states."""
+"""gather_attention against PyTorch over copied rows, dense_attention, merge_attention_states."""
 
 import functools
 
+import torch
 from torch import Tensor
 
 import hata
 from hata import reference
 
-from .buffers import CodePool
-from .checks import check_gathered, require_close
+from .baselines import Attend, sdpa
+from .buffers import CodePool, cyclic
+from .checks import check_dense, check_gathered, require_close
 from .report import Row
-from .rivals import gather_then_sdpa
 from .run import Run
 
 
@@ -25,9 +26,40 @@ def gather_attention(run: Run, pool: CodePool) -> Row:
         check_gathered(pool, attend(0), "SDPA over copied rows")
         num_sets = run.timer.num_sets(shape.row_bytes)
         calls = [functools.partial(attend, i) for i in range(num_sets)]
-        rivals["rows copied, SDPA"] = run.timer(calls)
+        rivals["rows copied, SDPA"] = run.timer(calls).us
     return run.op_row(
         "gather_attention", shape, None, pool.page_size, timing, num_bytes, rivals=rivals
+    )
+
+
+def gather_then_sdpa(pool: CodePool) -> Attend:
+    """Attention over the selection with PyTorch alone: copies the rows, then SDPA over the copy.
+
+    Every index of the contiguous cache's selection must be a position.
+    """
+    kv, shape = pool.kv, pool.kv.shape
+    rows = pool.indices[:, :, 0].long()  # [num_sets, batch, num_kv_heads, top_k]
+    sequences = torch.arange(shape.batch, device=rows.device)[:, None, None]
+    heads = torch.arange(shape.num_kv_heads, device=rows.device)[:, None]
+
+    def attend(i: int) -> Tensor:
+        chosen = (sequences, cyclic(rows, i), heads)
+        k = cyclic(kv.k_caches, i)[chosen]  # [batch, num_kv_heads, top_k, head_dim]
+        v = cyclic(kv.v_caches, i)[chosen]
+        q = cyclic(kv.qs, i).view(shape.batch, shape.num_kv_heads, shape.group, shape.head_dim)
+        return sdpa(q, k, v, None, enable_gqa=False)
+
+    return attend
+
+
+def dense_attention(run: Run, pool: CodePool) -> Row:
+    check_dense(pool.kv, pool.dense_attention(0)[0], "dense_attention")
+    shape = pool.kv.shape
+    timing = run.timer(pool.calls("dense_attention"))
+    num_bytes = shape.kv_bytes + 2 * pool.out.nbytes
+    rivals = {name.removesuffix("_us"): us for name, us in run.dense(pool.kv).items()}
+    return run.op_row(
+        "dense_attention", shape, None, pool.page_size, timing, num_bytes, rivals=rivals
     )
 
 

@@ -106,7 +106,7 @@ def hash_encode_prompt(run: Run, prompt: Prompt) -> Row:
         timing,
         num_bytes,
         q_len=shape.seq_len,
-        rivals={"torch.matmul, not packed": run.timer(prompt.calls(prompt.project))},
+        rivals={"torch.matmul, not packed": run.timer(prompt.calls(prompt.project)).us},
     )
 
 
@@ -135,7 +135,7 @@ def cache_append_prompt(run: Run, prompt: Prompt, prefill_us: float | None) -> R
         timing,
         num_bytes,
         q_len=shape.seq_len,
-        rivals={"copy of k and v": run.timer(prompt.calls(copy))},
+        rivals={"copy of k and v": run.timer(prompt.calls(copy)).us},
     )
     if prefill_us is not None:
         row |= {"prefill_us": prefill_us, "percent_of_prefill": 100 * timing.us / prefill_us}

@@ -204,6 +204,17 @@ class CodePool:
             cyclic(self.indices, i),
         )
 
+    def dense_attention(self, i: int) -> tuple[Tensor, Tensor]:
+        return hata.dense_attention(
+            cyclic(self.kv.qs, i),
+            self.k_cache(i),
+            self.v_cache(i),
+            self.block_table,
+            self.kv.cache_seqlens,
+            out=self.out,
+            lse=self.lse,
+        )
+
     def decode_step(self, i: int) -> None:
         hata.decode_step(
             cyclic(self.kv.qs, i),
@@ -237,6 +248,7 @@ class CodePool:
             "encode_append": encodes,
             "score_select": self.case.code_bytes,
             "gather_attention": self.case.row_bytes,
+            "dense_attention": self.kv.shape.kv_bytes,
             "decode_step": encodes + self.case.num_bytes,
         }
         count = self.timer.num_sets(touched[part])

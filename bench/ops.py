@@ -5,7 +5,7 @@ from collections.abc import Callable
 from rich.progress import Progress, TaskID
 
 from .baselines import measure_prefill
-from .bench_attention import gather_attention, merge_attention_states
+from .bench_attention import dense_attention, gather_attention, merge_attention_states
 from .bench_encode import (
     Prompt,
     cache_append,
@@ -54,6 +54,7 @@ STEP_OPS: dict[str, OpBench] = {
     "select_topk": select_topk,
     "score_select": score_select,
     "gather_attention": gather_attention,
+    "dense_attention": dense_attention,
     "merge_attention_states": merge_attention_states,
 }
 OPS = ("prompt", *STEP_OPS)  # "prompt": hash_encode and cache_append of a whole prompt
@@ -68,7 +69,7 @@ def benches(run: Run, case: Case) -> list[OpBench]:
     if paged or case.config not in run.plan.configs[:2]:  # float16 scores, and int32
         del chosen["select_topk"]
     if not paged and not first:
-        del chosen["gather_attention"]
+        del chosen["gather_attention"], chosen["dense_attention"]
     if paged or not first:
         del chosen["merge_attention_states"]
     return [measure for name, measure in chosen.items() if name in run.ops]

@@ -19,16 +19,10 @@ from .baselines import Baselines
 MEMORY_LIMIT_GB = {"cuda": 40.0, "cpu": 8.0}
 
 
-@dataclass(frozen=True)
-class Options:
-    """What the command line chose, the same for every benchmark of a run."""
+@dataclass(frozen=True, kw_only=True)
+class Output:
+    """Where the rows go."""
 
-    device: Annotated[
-        str | None, Option(help="cpu or cuda; by default cuda where there is one.")
-    ] = None
-    quick: Annotated[
-        bool, Option("--quick", help="Few small shapes with warm caches: a check, no figure.")
-    ] = False
     output: Annotated[
         Path | None,
         Option(
@@ -39,6 +33,18 @@ class Options:
     append: Annotated[bool, Option("--append", help="Keep the rows that the CSV files have.")] = (
         False
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(Output):
+    """What the command line chose, the same for every benchmark of a run."""
+
+    device: Annotated[
+        str | None, Option(help="cpu or cuda; by default cuda where there is one.")
+    ] = None
+    quick: Annotated[
+        bool, Option("--quick", help="Few small shapes with warm caches: a check, no figure.")
+    ] = False
     memory_limit_gb: Annotated[
         float | None,
         Option(

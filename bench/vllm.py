@@ -11,18 +11,20 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-import typer
 from rich.console import Console
+from typer import Option
 
 from hata.checks import check
+from hata.commands.options import with_options
 from hata.provenance import origin
 
 from .cases import PAPER_BUDGET, tokens
-from .options import AppendOption, FileOption, check_output
+from .options import check_output
 from .report import RESULTS, Report, Row, slug
 
 ENVIRONMENT = {
@@ -53,53 +55,65 @@ SHOWN = {name: name.replace("_", " ") for name in COLUMNS}
 
 
 @dataclass(frozen=True)
+class Options:
+    """What the command line chose."""
+
+    shape: Annotated[str, Option(help=f"Of the model: {', '.join(SHAPES)}.")] = "8b"
+    layers: Annotated[int | None, Option(help="Fewer layers than the model has.")] = None
+    tp: Annotated[int, Option(help="GPUs for tensor parallelism.")] = 1
+    backend: Annotated[
+        list[str], Option(help='"hata", or a backend of vLLM; may be repeated. By default both.')
+    ] = field(default_factory=list)
+    case: Annotated[list[str], Option(help='"12x32768": sequences x tokens; may be repeated.')] = (
+        field(default_factory=list)
+    )
+    dense_layers: Annotated[int, Option(help="First layers that stay dense, with hata.")] = 2
+    output: Annotated[
+        Path | None, Option(help="CSV file; by default bench/results/vllm_<device>.csv.")
+    ] = None
+    append: Annotated[bool, Option("--append", help="Keep the rows that the file has.")] = False
+
+    def words(self) -> list[str]:
+        """Returns the options that decide what a row holds, as they are typed."""
+        return [
+            f"--shape {self.shape} --tp {self.tp} --dense-layers {self.dense_layers}",
+            *([f"--layers {self.layers}"] if self.layers else []),
+            *(f"--case {case}" for case in self.case),
+        ]
+
+
+@dataclass(frozen=True)
 class Engine:
     """One engine, and the batches that it decodes: (sequences, tokens of each)."""
 
+    backend: str
+    top_k: int  # 0 without hata
+    max_context: int
+    cases: list[tuple[int, int]]
     shape: str
     layers: int
     tp: int
-    backend: str
     dense_layers: int
-    top_k: int
-    max_context: int
-    cases: tuple[tuple[int, int], ...]
 
 
-def measure_vllm(
-    shape: Annotated[str, typer.Option(help=f"Of the model: {', '.join(SHAPES)}.")] = "8b",
-    layers: Annotated[int | None, typer.Option(help="Fewer layers than the model has.")] = None,
-    tp: Annotated[int, typer.Option(help="GPUs for tensor parallelism.")] = 1,
-    backend: Annotated[
-        list[str] | None,
-        typer.Option(help='"hata", or a backend of vLLM; may be repeated. By default both.'),
-    ] = None,
-    case: Annotated[
-        list[str] | None, typer.Option(help='"12x32768": sequences x tokens; may be repeated.')
-    ] = None,
-    dense_layers: Annotated[int, typer.Option(help="First layers that stay dense.")] = 2,
-    output: FileOption = None,
-    append: AppendOption = False,
-) -> None:
+@with_options()
+def measure_vllm(options: Options) -> None:
     """Measures decoding in vLLM's engine, with hata and without."""
+    shape = options.shape
     check(shape in SHAPES, "bench", "--shape", f"be one of {', '.join(SHAPES)}", shape)
-    chosen = [parsed(text) for text in case or ()] or CASES
+    chosen = [parsed(text) for text in options.case] or CASES
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    path = output or RESULTS / f"vllm_{slug(device)}.csv"
+    path = options.output or RESULTS / f"vllm_{slug(device)}.csv"
     check_output(path)
-    words = [f"--shape {shape} --tp {tp} --dense-layers {dense_layers}"]
-    words += [f"--layers {layers}"] if layers else []
-    words += [f"--case {batch}x{context}" for batch, context in chosen] if case else []
-    common = origin(device, f"python -m bench vllm {' '.join(words)}")
-    report = Report(path, COLUMNS, common, append)
-    layers = layers or SHAPES[shape]["num_hidden_layers"]
-    budgets = {top_k_of(context) for _, context in chosen}
+    command = " ".join(["python -m bench vllm", *options.words()])
+    report = Report(path, COLUMNS, origin(device, command), options.append)
+    layers = options.layers or SHAPES[shape]["num_hidden_layers"]
+    model = (shape, layers, options.tp, options.dense_layers)
     longest = max(context for _, context in chosen)
-    for name in backend or BACKENDS:
-        for top_k in sorted(budgets) if name == "hata" else [0]:
-            cases = [c for c in chosen if top_k in (0, top_k_of(c[1]))]
-            engine = Engine(shape, layers, tp, name, dense_layers, top_k, longest, tuple(cases))
-            for row in in_a_process(engine):
+    for backend in options.backend or BACKENDS:
+        for top_k in sorted({top_k_of(n) for _, n in chosen}) if backend == "hata" else [0]:
+            cases = [case for case in chosen if top_k in (0, top_k_of(case[1]))]
+            for row in in_a_process(Engine(backend, top_k, longest, cases, *model)):
                 report.add(row)
     report.show(Console(), SHOWN, "Decoding in vLLM", "dummy weights, bfloat16, CUDA graphs")
     print(f"{len(report.rows)} rows in {path}")

@@ -36,7 +36,14 @@ STABLE_TORCH_LIBRARY(hata, m) {
 
   m.def(
       "gather_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, "
-      "Tensor cache_seqlens, Tensor indices, float? softmax_scale=None) -> (Tensor, Tensor)");
+      "Tensor cache_seqlens, Tensor indices, float? softmax_scale=None, float? softcap=None) -> "
+      "(Tensor, Tensor)");
+
+  m.def(
+      "dense_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, "
+      "Tensor cache_seqlens, float? softmax_scale=None, float? softcap=None, int? "
+      "min_sparse_len=None, *, "
+      "Tensor(a!) out, Tensor(b!) lse) -> ()");
 
   m.def(
       "merge_attention_states(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b) "
@@ -46,7 +53,8 @@ STABLE_TORCH_LIBRARY(hata, m) {
       "decode_step(Tensor q, Tensor k, Tensor v, Tensor key_weights, Tensor query_weights, "
       "Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor(c!) code_cache, Tensor(d!)? norm_cache, "
       "Tensor block_table, Tensor cache_seqlens, int query_bits, int top_k, int num_sink=0, "
-      "int num_recent=0, float? softmax_scale=None, *, Tensor(e!)? workspace=None, "
+      "int num_recent=0, float? softmax_scale=None, float? softcap=None, *, Tensor(e!)? "
+      "workspace=None, "
       "Tensor(f!) indices, Tensor(g!) num_selected, Tensor(h!) out, Tensor(i!) lse) -> ()");
 
   // Bytes of workspace that decode_step needs.

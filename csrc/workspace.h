@@ -2,7 +2,7 @@
 
 #include <cstdint>
 
-#include "gather_attention.h"
+#include "attention.h"
 #include "query_planes.h"
 #include "score_select.h"
 
@@ -28,7 +28,7 @@ constexpr WorkspaceLayout workspace_layout(int64_t batch, int64_t q_len, int64_t
                                            int64_t max_seq_len, int64_t top_k) {
   const int64_t pairs = batch * q_len * num_kv_heads;
   const int64_t rows = batch * q_len * num_heads;
-  const int64_t splits = gather_num_splits(pairs, static_cast<int>(top_k));
+  const int64_t splits = attention_num_splits(pairs, top_k);
   WorkspaceLayout layout{};
   layout.planes = 0;
   layout.keys = layout.planes + align_workspace(pairs * kMaxPlanes * kMaxWords * 4);

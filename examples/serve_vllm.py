@@ -32,7 +32,7 @@ def main() -> None:
     model, text = bundled_model(), (HERE.parents[1] / "LICENSE").read_text()
     weights = Path(hata.__file__).parent / "pretrained" / "SmolLM2-135M-Instruct.safetensors"
     settings = engine_args(weights, top_k=TOP_K, observer=f"{HERE.stem}:show")
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model)]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
     command += ["--served-model-name", "smollm2", "--port", str(PORT), "--max-model-len", "2048"]
     command += ["--enforce-eager", "--attention-backend", settings["attention_backend"]]
     command += ["--additional-config", json.dumps(settings["additional_config"])]
@@ -41,11 +41,13 @@ def main() -> None:
     server = subprocess.Popen(command, env=environment)
     try:
         client = OpenAI(base_url=f"http://localhost:{PORT}/v1", api_key="none")
-        while server.poll() is None:
+        while True:
             try:
                 client.models.list()
                 break
             except APIConnectionError:
+                if server.poll() is not None:
+                    sys.exit("error: the server has stopped, see above")
                 time.sleep(1)
         question = f"{text[:5000]}\n\nIn one sentence: what is this text?"
         answer = client.chat.completions.create(

@@ -90,6 +90,7 @@ def plain_gather_attention(
     cache_seqlens: Tensor,
     indices: Tensor,
     softmax_scale: float | None = None,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """gather_attention as one would write it in PyTorch in the dtype of q, softmax in float32."""
     batch, q_len, num_heads, head_dim = q.shape
@@ -110,6 +111,8 @@ def plain_gather_attention(
                 k, v = k_cache[pages, t % page_size, h], v_cache[pages, t % page_size, h]
                 heads = slice(h * group, (h + 1) * group)
                 logits = (q[b, j, heads] @ k.T).float() * scale
+                if softcap is not None:
+                    logits = softcap * torch.tanh(logits / softcap)
                 out[b, j, heads] = logits.softmax(-1).to(q.dtype) @ v
                 lse[b, j, heads] = logits.logsumexp(-1)
     return out, lse

@@ -90,6 +90,7 @@ def arguments(op: str, device: str) -> dict[str, Any]:
         "select_topk": {**scores, "cache_seqlens": c.cache_seqlens, **budget},
         "score_select": {**planes, **codes, **tables, **budget},
         "gather_attention": {**q, **kv, **tables, **indices},
+        "dense_attention": {**q, **kv, **tables},
         "merge_attention_states": {**states, **lses},
         "decode_step": {**q, **tokens, **key_weights, **query, **kv, **codes, **tables, **budget},
     }[op]

@@ -62,6 +62,7 @@ SETTINGS: list[tuple[list[int], dict[str, Any]]] = [
         },
     ),
 ]
+ATTENDED = ("out", "lse", "dense", "dense_lse", "merged", "merged_lse")
 
 
 def run(case: DecodeCase) -> dict[str, Tensor]:
@@ -77,12 +78,14 @@ def run(case: DecodeCase) -> dict[str, Tensor]:
     best, _ = hata.select_topk(scores, caches.cache_seqlens, **settings)
     indices, num_selected = hata.score_select(planes, *caches.codes, **scored, **settings)
     out, lse = hata.gather_attention(case.q, *caches.kv, indices)
-    merged, merged_lse = hata.merge_attention_states(out, lse, out, lse)
+    dense, dense_lse = hata.dense_attention(case.q, *caches.kv)
+    merged, merged_lse = hata.merge_attention_states(out, lse, dense, dense_lse)
     step = whole.run()
     results = {
         **{"codes": codes, "key_norms": key_norms, "planes": planes, "scores": scores},
         **{"best": best, "indices": indices, "num_selected": num_selected},
-        **{"out": out, "lse": lse, "merged": merged, "merged_lse": merged_lse},
+        **{"out": out, "lse": lse, "dense": dense, "dense_lse": dense_lse},
+        **{"merged": merged, "merged_lse": merged_lse},
         **{f"step.{name}": t for name, t in step._asdict().items()},
         **{"k_cache": caches.k_cache, "code_cache": caches.code_cache},
         **{"step.v_cache": whole.caches.v_cache, "step.code_cache": whole.caches.code_cache},
@@ -95,7 +98,7 @@ def compare(actual: dict[str, Tensor], expected: dict[str, Tensor], case: Decode
     largest_v = case.caches.v_cache.float().nan_to_num().abs().max().item()
     tolerance = 4 * torch.finfo(case.q.dtype).eps * largest_v
     for name, e in expected.items():
-        rounds = name.split(".")[-1] in ("out", "lse", "merged", "merged_lse")
+        rounds = name.split(".")[-1] in ATTENDED
         torch.testing.assert_close(
             actual[name],
             e,
@@ -112,10 +115,12 @@ def run_out_of_range(device: str) -> None:
     wrong = torch.tensor([-3, INT32_MAX, case.caches.capacity + 2], dtype=torch.int32)
     case.caches.cache_seqlens.copy_(wrong)
     case.run()
+    hata.dense_attention(case.q, *case.caches.kv)
     pages = torch.tensor([[-1] * 3, [INT32_MAX] * 3, [len(case.caches.k_cache)] * 3])
     case.caches.block_table.copy_(pages)
     case.caches.cache_seqlens.copy_(torch.tensor([30, 40, 20]))
     case.run()
+    hata.dense_attention(case.q, *case.caches.kv)
 
 
 def main() -> None:

@@ -185,36 +185,24 @@ def test_a_captured_step_replays_with_other_lengths(
         fill(cache, 20, [20, 8, 1])
     replayed, eager = caches
     q, (k, v) = queries(eager, 1), new_tokens(eager, 1)
-    for cache in caches:  # the dense layer is not captured
-        hata.decode_attention(q, k, v, cache, DENSE)
-        hata.decode_attention(q, k, v, cache, SPARSE)
+
+    def step(cache: HataCache) -> list[torch.Tensor]:
+        return [hata.decode_attention(q, k, v, cache, layer_idx) for layer_idx in (DENSE, SPARSE)]
+
+    for cache in caches:
+        step(cache)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = hata.decode_attention(q, k, v, replayed, SPARSE)
+        captured = step(replayed)
     for _ in range(20):
         for static, fresh in zip(
             (q, k, v), (queries(eager, 1), *new_tokens(eager, 1)), strict=True
         ):
             static.copy_(fresh)
-        for cache in caches:
-            cache.extend(1)
-            hata.decode_attention(q, k, v, cache, DENSE)
+        replayed.extend(1)
         graph.replay()
-        out = hata.decode_attention(q, k, v, eager, SPARSE)
-        assert_equal(captured, out)
+        for actual, expected in zip(captured, step(eager), strict=True):
+            assert_equal(actual, expected)
         assert_equal(replayed.last_selection(SPARSE)[0], eager.last_selection(SPARSE)[0])
     for now, then in zip(contents(replayed), contents(eager), strict=True):
         assert_equal(now, then)
-
-
-@gpu_only
-def test_a_dense_layer_cannot_be_captured() -> None:
-    cache = make_cache("cuda", torch.bfloat16, config=FEW)
-    fill(cache, 5)
-    cache.extend(1)
-    q, (k, v) = queries(cache, 1), new_tokens(cache, 1)
-    with (
-        pytest.raises(ValueError, match="layer_idx must be at least num_dense_layers=1 while"),
-        torch.cuda.graph(torch.cuda.CUDAGraph()),
-    ):
-        hata.decode_attention(q, k, v, cache, DENSE)

@@ -49,6 +49,7 @@ OPS = {
     "select_topk",
     "score_select",
     "gather_attention",
+    "dense_attention",
     "merge_attention_states",
 }
 

@@ -94,6 +94,12 @@ def test_gather_attention_and_merge(device):
     assert_compiles(attended_twice, q, caches, indices)
 
 
+def test_dense_attention(device):
+    caches = make_caches([40, 7], device=device)
+    q = random_vectors(2, 3, 6, 64, dtype=torch.float16, device=device)
+    assert_compiles(hata.dense_attention, q, *caches.kv, min_sparse_len=20)
+
+
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_decode_step(device, backend):
     case = make_decode_case([40, 7], device=device, q_len=2, key_norms=True)

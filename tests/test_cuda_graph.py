@@ -126,9 +126,11 @@ def test_every_operator_in_one_graph(algorithm):
         selected = hata.select_topk(scores, caches.cache_seqlens, **budget)
         fused = hata.score_select(planes, *caches.codes, **scored, **budget)
         attended = hata.gather_attention(case.q, *caches.kv, selected[0])
-        merged = hata.merge_attention_states(*attended, *attended)
+        dense = hata.dense_attention(case.q, *caches.kv)
+        merged = hata.merge_attention_states(*attended, *dense)
         captured.update(
-            fresh=fresh, selected=selected, fused=fused, attended=attended, merged=merged
+            **{"fresh": fresh, "selected": selected, "fused": fused},
+            **{"attended": attended, "dense": dense, "merged": merged},
         )
 
     graph = capture(step)
@@ -138,12 +140,14 @@ def test_every_operator_in_one_graph(algorithm):
         graph.replay()
         # Not the step's attention: it adds up the same terms in another order.
         attended = hata.gather_attention(case.q, *caches.kv, whole.indices)
+        dense = hata.dense_attention(case.q, *caches.kv)
         expected = {
             "fresh": hata.hash_encode(case.k, case.key_weights, key_norms=True),
             "selected": (whole.indices, whole.num_selected),
             "fused": (whole.indices, whole.num_selected),
             "attended": attended,
-            "merged": hata.merge_attention_states(*attended, *attended),
+            "dense": dense,
+            "merged": hata.merge_attention_states(*attended, *dense),
         }
         for name, tensors in expected.items():
             for a, e in zip(captured[name], tensors, strict=True):

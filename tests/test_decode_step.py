@@ -114,6 +114,19 @@ def test_softmax_scale(device):
     torch.testing.assert_close(cold.lse, counts, rtol=2**-22, atol=0)  # two float32 roundings
 
 
+@pytest.mark.parametrize("head_dim", [64, 256])
+def test_softcap(device, dtype, algorithm, head_dim):
+    shape = {"dtype": dtype, "head_dim": head_dim, "top_k": 40}
+    case = make_decode_case([90, 300], device=device, **shape)
+    case.q.mul_(15)
+    result = case.run(softcap=5.0)
+    kv, double_kv = case.caches.kv, case.caches.double().kv
+    truth = reference.gather_attention(case.q.double(), *double_kv, result.indices, softcap=5.0)
+    plain = plain_gather_attention(case.q, *kv, result.indices, softcap=5.0)
+    assert_no_worse_than_pytorch(result.out, plain[0], truth[0])
+    assert_no_worse_than_pytorch(result.lse, plain[1], truth[1])
+
+
 def test_does_not_depend_on_the_batch_or_the_launch(device, dtype, algorithm):
     case = make_decode_case([400, 90, 211], device=device, dtype=dtype, q_len=2, top_k=64)
     first = case.run()

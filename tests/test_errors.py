@@ -71,7 +71,9 @@ def test_encode_query(device):
     r("num_heads / num_kv_heads must be in 1..255, got 0", q=r.half(1, 1, 0, 64))
 
 
-@pytest.mark.parametrize("op", ["cache_append", "gather_attention", "decode_step"])
+@pytest.mark.parametrize(
+    "op", ["cache_append", "gather_attention", "dense_attention", "decode_step"]
+)
 def test_key_and_value_caches(device, op):
     r = Rejects(op, device)
     floats = "Half, BFloat16 or Float" if device == "cpu" else "Half or BFloat16 on CUDA"
@@ -125,7 +127,15 @@ def test_code_cache(device, op):
 
 
 @pytest.mark.parametrize(
-    "op", ["cache_append", "hamming_score", "score_select", "gather_attention", "decode_step"]
+    "op",
+    [
+        "cache_append",
+        "hamming_score",
+        "score_select",
+        "gather_attention",
+        "dense_attention",
+        "decode_step",
+    ],
 )
 def test_page_table(device, op):
     r = Rejects(op, device)
@@ -252,6 +262,7 @@ def test_mixed_devices():
         ("select_topk", "scores"),
         ("score_select", "planes"),
         ("gather_attention", "q"),
+        ("dense_attention", "q"),
         ("merge_attention_states", "out_a"),
         ("decode_step", "q"),
     ):

@@ -23,10 +23,14 @@ OPS = [
     "select_topk",
     "score_select",
     "gather_attention",
+    "dense_attention",
     "merge_attention_states",
     "decode_step",
 ]
-BUFFERS = {"workspace", "indices", "num_selected", "out", "lse"}  # of decode_step
+BUFFERS = {  # of the caller
+    "dense_attention": {"out", "lse"},
+    "decode_step": {"workspace", "indices", "num_selected", "out", "lse"},
+}
 
 
 def outputs(op: str, arguments: dict[str, Any]) -> list[Tensor]:
@@ -43,7 +47,7 @@ def test_arguments_have_one_order(op):
     wrapper = list(inspect.signature(getattr(hata, op)).parameters.values())
     assert [p.name for p in wrapper] == names
     plain = list(inspect.signature(getattr(reference, op)).parameters.values())
-    buffers = BUFFERS if op == "decode_step" else set()
+    buffers = BUFFERS.get(op, set())
     assert [p.name for p in plain] == [name for name in names if name not in buffers]
     kinds = {p.name: (p.kind, p.default) for p in wrapper}
     assert all(kinds[p.name] == (p.kind, p.default) for p in plain)
@@ -110,6 +114,8 @@ def test_builds_no_graph(device, op):
     given = arguments(op, device)
     if op == "decode_step":
         given |= hata.decode_step(**given)._asdict()
+    elif op == "dense_attention":
+        given |= dict(zip(("out", "lse"), hata.dense_attention(**given), strict=True))
     for name, t in given.items():
         if isinstance(t, Tensor) and t.is_floating_point():
             given[name] = t.detach().requires_grad_(name not in ("out", "lse"))

@@ -8,12 +8,10 @@ from hata import gather_attention, reference
 SEQ_LENS = [153, 1, 0, 5, 64]
 
 
-def assert_attends(q, caches, indices, attended, softmax_scale=None) -> None:
+def assert_attends(q, caches, indices, attended, **settings) -> None:
     """FlashAttention's rule for out and for lse."""
-    truth = reference.gather_attention(
-        q.double(), *caches.double().kv, indices, softmax_scale=softmax_scale
-    )
-    plain = plain_gather_attention(q, *caches.kv, indices, softmax_scale)
+    truth = reference.gather_attention(q.double(), *caches.double().kv, indices, **settings)
+    plain = plain_gather_attention(q, *caches.kv, indices, **settings)
     for actual, plain_one, exact in zip(attended, plain, truth, strict=True):
         assert_no_worse_than_pytorch(actual, plain_one, exact)
 
@@ -105,6 +103,16 @@ def test_any_softmax_scale(device, scale):
     indices = random_indices([90], 1, 2, 50, device=device)
     attended = gather_attention(q, *caches.kv, indices, softmax_scale=scale)
     assert_attends(q, caches, indices, attended, softmax_scale=scale)
+
+
+@pytest.mark.parametrize("softcap", [0.5, 30.0])
+def test_softcap(device, dtype, softcap):
+    """Logits of up to 60: both where tanh is nearly straight and where it is flat."""
+    caches = make_caches([90], device=device, dtype=dtype)
+    q = random_vectors(1, 2, 6, 64, dtype=dtype, device=device) * 15
+    indices = random_indices([90], 2, 2, 50, device=device)
+    attended = gather_attention(q, *caches.kv, indices, softcap=softcap)
+    assert_attends(q, caches, indices, attended, softcap=softcap)
 
 
 def test_nothing_selected(device, dtype):

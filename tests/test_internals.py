@@ -177,13 +177,13 @@ def test_the_last_tokens_are_appended_where_they_fit(internals):
     assert positions(new_seqlens, 3) == [-1, -1, -1, 52]
 
 
-# --- gather_attention.h, workspace.h
+# --- attention.h, dense_attention.h, workspace.h
 
 
 def test_splits_fill_the_gpu_with_enough_rows_each(internals):
     top_ks = [0, 1, 63, 64, 65, 512, 2048, 100_000]
     for pairs in range(0, 600, 7):
-        splits = [internals.gather_num_splits(pairs, top_k) for top_k in top_ks]
+        splits = [internals.attention_num_splits(pairs, top_k) for top_k in top_ks]
         assert splits == sorted(splits)
         for count, top_k in zip(splits, top_ks, strict=True):
             assert 1 <= count <= internals.MAX_SPLITS
@@ -196,11 +196,26 @@ def test_splits_fill_the_gpu_with_enough_rows_each(internals):
         assert pairs == 0 or too_many
 
 
+def test_splits_share_a_sequence_whatever_its_capacity(internals):
+    piece = internals.MIN_ROWS_PER_SPLIT
+    for seq_len in (0, 1, 63, 64, 65, 1000, 8192, 2**20, 2**31 - 8):
+        for lists in (1, 8, 64, 300):
+            shares = {
+                internals.split_sequence(seq_len, internals.attention_num_splits(lists, capacity))
+                for capacity in (seq_len, 2 * seq_len + 1, 2**31 - 8)
+                if capacity >= seq_len
+            }
+            ((pieces, used),) = shares
+            assert 1 <= used <= internals.attention_num_splits(lists, seq_len)
+            assert used * pieces * piece >= seq_len
+            assert used == 1 or (used - 1) * pieces * piece < seq_len
+
+
 @pytest.mark.parametrize("shape", PART_SHAPES)
 def test_workspace_parts_are_aligned_and_do_not_overlap(internals, shape):
     batch, q_len, num_heads, num_kv_heads, head_dim, max_seq_len, top_k = shape
     pairs, rows = batch * q_len * num_kv_heads, batch * q_len * num_heads
-    splits = internals.gather_num_splits(pairs, top_k)
+    splits = internals.attention_num_splits(pairs, top_k)
     sizes = {
         "planes": pairs * internals.MAX_PLANES * internals.MAX_WORDS * 4,
         "keys": pairs * max_seq_len * 2,

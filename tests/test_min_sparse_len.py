@@ -111,45 +111,44 @@ def test_a_cache_resolves_the_default_for_its_shape_and_device(device: str) -> N
     assert make_cache(device, torch.float16, config=routed(7)).min_sparse_len == 7
 
 
-def test_the_first_step_of_a_shape_runs_the_sparse_operator_too(
-    device: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """So that a graph can be captured after a warm-up on any length."""
-    q_lens = []
-
-    def spy(q: torch.Tensor, *args: object, **kwargs: object) -> object:
-        q_lens.append(q.shape[1])
-        return decode_step(q, *args, **kwargs)
-
-    decode_step = hata.ops.decode_step
-    monkeypatch.setattr(hata.ops, "decode_step", spy)
-    cache = make_cache(device, torch.float16, config=routed(1000))
-    fill(cache, 10, [10, 3, 0])
-    strided = new_tokens(cache, 1)[0].mT.contiguous().mT
-    with pytest.raises(RuntimeError, match="k must be contiguous in its last"):
-        hata.decode_attention(queries(cache, 1), strided, strided, cache, SPARSE)
-    q_lens.clear()
-    for q_len in (1, 1, 3, 3, 1):
-        q, (k, v) = queries(cache, q_len), new_tokens(cache, q_len)
-        for layer_idx in (DENSE, SPARSE):
-            out = hata.decode_attention(q, k, v, cache, layer_idx)
-        assert_attends(out, q, cache, SPARSE)
-        assert cache.last_selection(SPARSE)[1].flatten(1)[:, -1].tolist() == cache.seq_lens
-    assert q_lens == [1, 3]
-
-
 @gpu_only
+@pytest.mark.parametrize("page_size", [None, 16])
 @pytest.mark.parametrize("warm_up", [30, 10], ids=["sparse", "dense"])
-def test_what_a_graph_captures_is_sparse(warm_up: int) -> None:
-    cache = make_cache("cuda", torch.bfloat16, config=routed(25))
-    fill(cache, warm_up)
-    q, (k, v) = queries(cache, 1), new_tokens(cache, 1)
-    for layer_idx in (DENSE, SPARSE):
-        hata.decode_attention(q, k, v, cache, layer_idx)
+def test_a_captured_step_serves_every_length(warm_up: int, page_size: int | None) -> None:
+    """One graph of both layers, for long and short sequences, and as they become long."""
+    config = routed(25)
+    replayed, eager = (
+        make_cache("cuda", torch.bfloat16, config=config, page_size=page_size) for _ in range(2)
+    )
+    q, (k, v) = queries(eager, 1), new_tokens(eager, 1)
+
+    def step(cache: HataCache) -> list[torch.Tensor]:
+        return [hata.decode_attention(q, k, v, cache, layer_idx) for layer_idx in (DENSE, SPARSE)]
+
+    fill(replayed, warm_up)
+    step(replayed)
     graph = torch.cuda.CUDAGraph()
-    cache.truncate(10)
-    cache.extend(1)
+    replayed.extend(1)
     with torch.cuda.graph(graph):
-        hata.decode_attention(q, k, v, cache, SPARSE)
-    graph.replay()
-    assert (cache.last_selection(SPARSE)[1] == FEW.top_k).all()
+        captured = step(replayed)
+    for cache in (replayed, eager):
+        cache.reset()
+        torch.manual_seed(1)
+        fill(cache, 40, [40, 20, 3])
+    for _ in range(8):
+        for static, fresh in zip(
+            (q, k, v), (queries(eager, 1), *new_tokens(eager, 1)), strict=True
+        ):
+            static.copy_(fresh)
+        replayed.extend(1)
+        graph.replay()
+        for actual, expected in zip(captured, step(eager), strict=True):
+            assert_equal(actual, expected)
+        for actual, expected in zip(
+            replayed.last_selection(SPARSE), eager.last_selection(SPARSE), strict=True
+        ):
+            assert_equal(actual, expected)
+        assert_attends(captured[0], q, replayed, DENSE)
+        assert_attends(captured[1], q, replayed, SPARSE, replayed.last_selection(SPARSE)[0])
+    for now, then in zip(contents(replayed), contents(eager), strict=True):
+        assert_equal(now, then)

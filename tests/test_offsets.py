@@ -48,6 +48,9 @@ def test_pages(device, algorithm, name):
         assert_equal(a, e)
     for key in caches:
         assert_equal(getattr(apart.caches, key), getattr(near.caches, key))
+    dense = [hata.dense_attention(each.q, *each.caches.kv) for each in (apart, near)]
+    for a, e in zip(*dense, strict=True):
+        assert_equal(a, e)
 
 
 def test_keys(device):

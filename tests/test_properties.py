@@ -71,6 +71,24 @@ def test_gather_attention(device, data):
 
 
 @given(data=st.data())
+def test_dense_attention(device, data):
+    shape = data.draw(shapes(device))
+    caches = shape.caches()
+    dims = (shape.batch, shape.q_len, shape.num_kv_heads * shape.group, shape.head_dim)
+    q = random_vectors(*dims, dtype=shape.dtype, device=device)
+    min_sparse_len = data.draw(st.one_of(st.none(), st.integers(0, 160)))
+    attended = hata.dense_attention(q, *caches.kv, min_sparse_len=min_sparse_len)
+    on_cpu = caches.clone("cpu")
+    q = q.cpu()
+    truth = reference.dense_attention(
+        q.double(), *on_cpu.double().kv, min_sparse_len=min_sparse_len
+    )
+    kv = (on_cpu.k_cache, on_cpu.v_cache)
+    longest = max(shape.seq_lens)
+    assert_within_rounding(tuple(t.cpu() for t in attended), truth, q, *kv, longest)
+
+
+@given(data=st.data())
 def test_cache_append(device, data):
     shape = data.draw(shapes(device))
     caches = shape.caches()

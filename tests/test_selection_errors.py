@@ -78,11 +78,6 @@ def test_select_topk(device):
             )
 
 
-def test_score_select(device):
-    r = Rejects("score_select", device)
-    r("planes must have 5 dimensions, got 4", planes=r.int32(2, 1, 2, 8))
-
-
 def test_algorithm(device, monkeypatch):
     """The error lists the algorithms: ALGORITHMS in devices.py must have them all."""
     r = Rejects("score_select", device)
@@ -103,8 +98,9 @@ def test_a_cluster_takes_eight_query_tokens(monkeypatch, forced):
         hata.score_select(**arguments)
 
 
-def test_gather_attention(device):
-    r = Rejects("gather_attention", device)
+@pytest.mark.parametrize("op", ["gather_attention", "dense_attention"])
+def test_queries_of_attention(device, op):
+    r = Rejects(op, device)
     r("q must be Half, got BFloat16", q=torch.bfloat16)
     for shape in ((3, 1, 6, 64), (2, 1, 6, 96)):
         r(
@@ -121,6 +117,12 @@ def test_gather_attention(device):
         r(message, q=r.half(2, 1, num_heads, 64))
     for value in (float("inf"), float("nan")):
         r(f"softmax_scale must be finite, got {value}", softmax_scale=value)
+    for value in (0, -1, float("inf")):
+        r(f"softcap must be above 0 and finite, got {value}", softcap=value)
+
+
+def test_gather_attention(device):
+    r = Rejects("gather_attention", device)
     r("indices must have 4 dimensions, got 3", indices=r.int32(2, 1, 8))
     r("indices must be Int, got Long", indices=torch.int64)
     r(
@@ -128,6 +130,23 @@ def test_gather_attention(device):
         indices=r.int32(2, 1, 6, 8),
     )
     r("indices must be contiguous, got other strides", indices=r.strided("indices"))
+
+
+def test_dense_attention(device):
+    r = Rejects("dense_attention", device)
+    for number in (-1, 2**31):
+        rule = "min_sparse_len must be in 0..2147483647"
+        r(f"{rule}, got {number}", min_sparse_len=number)
+    out, lse = r.half(2, 1, 6, 64), r.float32(2, 1, 6)
+    r("out must be Half, got BFloat16", out=out.bfloat16())
+    r(
+        "out must have shape [batch=2, q_len=1, num_heads=6, head_dim=64], got [2, 1, 64, 6]",
+        out=out.mT,
+    )
+    r("out must be contiguous, got other strides", out=r.half(2, 1, 6, 128)[..., ::2])
+    r("lse must be Float, got Half", lse=lse.half())
+    r("lse must have shape [batch=2, q_len=1, num_heads=6], got [2, 6]", lse=lse[:, 0])
+    r("lse must be contiguous, got other strides", lse=r.float32(2, 1, 12)[..., ::2])
 
 
 def test_workspace(device):

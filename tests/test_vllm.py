@@ -193,6 +193,23 @@ def test_torch_compile(llama, stock):
         assert scenario(llm) == stock
 
 
+def test_speculative_decoding(llama, monkeypatch):
+    """Drafts from the prompt: several tokens a step, as many as each sequence has.
+
+    Greedy tokens do not depend on drafts. In a process of its own, since numba, which drafts,
+    leaves there what vLLM's next engine does not understand.
+    """
+    prompts = [prompt * 4 for prompt in random_prompts(20, 33, seed=5)] + random_prompts(50)
+    with engine(llama) as llm:
+        expected = tokens(generate(llm, prompts))
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+    ngram = {"method": "ngram", "num_speculative_tokens": 3}
+    ngram |= {"prompt_lookup_min": 1, "prompt_lookup_max": 2}
+    with engine(llama, speculative_config=ngram, **hata(llama)) as llm:
+        assert tokens(generate(llm, prompts)) == expected
+        assert metric(llm, "vllm:spec_decode_num_draft_tokens") > 0
+
+
 def test_tensor_parallel_equals_one_process(llama):
     """Two processes with a KV head each; a small budget, since selection does not know of ranks."""
     prompts = random_prompts(60, 200, seed=3)
@@ -218,6 +235,13 @@ def test_check_finds_a_code_that_is_not_its_keys(llama):
             generate(llm, [random_prompts(100)[0] + [7]])
 
 
+def test_random_weights_for_a_bfloat16_model(llama):
+    """The model is made with its dtype as torch's default."""
+    settings = engine_args("random", top_k=24, check=True)
+    with engine(llama, dtype="bfloat16", **settings) as llm:
+        assert len(tokens(generate(llm, random_prompts(60)))[0]) == 30
+
+
 def test_wrong_settings_stop_the_engine(llama, tmp_path):
     other = tmp_path / "other.safetensors"
     save_weights(other, HashWeights.random(**{**SHAPE, "num_layers": 2}, num_bits=64))
@@ -230,7 +254,7 @@ def test_wrong_settings_stop_the_engine(llama, tmp_path):
         ({**entry, "weights": "no.safetensors"}, {}, "weights must name an existing file"),
         ({**entry, "top_k": 0}, {}, "top_k must be in 1"),
         ({**entry, "check": 1}, {}, "check must be a bool"),
-        ({**entry, "weights": str(other)}, {}, "weights must have the model's num_layers"),
+        ({**entry, "weights": str(other)}, {}, "weights must be for the model's"),
         (entry, {"block_size": 96}, "block_size must be a power of two, got 96"),
         (entry, {"kv_cache_dtype": "fp8"}, "kv_cache_dtype must be one of"),
     ]:

@@ -28,8 +28,8 @@ void decode_step(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor
                  std::optional<Tensor> norm_cache, const Tensor& block_table,
                  const Tensor& cache_seqlens, int64_t query_bits, int64_t top_k, int64_t num_sink,
                  int64_t num_recent, std::optional<double> softmax_scale,
-                 std::optional<Tensor> workspace, Tensor indices, Tensor num_selected, Tensor out,
-                 Tensor lse) {
+                 std::optional<double> softcap, std::optional<Tensor> workspace, Tensor indices,
+                 Tensor num_selected, Tensor out, Tensor lse) {
   const ArgumentChecks check("decode_step", q, "q");
   DecodeStepParams params{};
   auto& [append, encode, select, attend] = params;
@@ -37,8 +37,8 @@ void decode_step(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor
                                block_table, cache_seqlens, std::nullopt);
   const int capacity = append.table.capacity;
   const Budget budget = checked_budget(check, top_k, num_sink, num_recent, capacity);
-  attend = gather_attention_params(check, q, k_cache, v_cache, block_table, cache_seqlens,
-                                   budget.top_k, softmax_scale);
+  attend = gather_attention_params(check, q, append.cache, append.table, budget.top_k,
+                                   softmax_scale, softcap);
   encode = encode_query_params(check, q, query_weights, query_bits);
   check.tensor(k, "k", k.scalar_type(),
                {{"batch", encode.batch},
@@ -47,8 +47,8 @@ void decode_step(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor
                 {"head_dim", encode.head_dim}});
   check.rule(encode.num_words == append.code_cache.num_words, "query_weights",
              "have as many bits as key_weights", encode.num_words * kWordBits);
-  select = score_select_params(check, code_cache, norm_cache, block_table, cache_seqlens,
-                               encode.weight_sum, encode.q_len, top_k, num_sink, num_recent);
+  select = score_select_params(check, append.code_cache, append.table, encode.q_len,
+                               encode.num_kv_heads, encode.weight_sum, budget);
 
   const Dim batch{"batch", encode.batch}, q_len{"q_len", encode.q_len};
   const Dim num_heads{"num_heads", encode.num_heads};

@@ -10,14 +10,9 @@
 
 namespace hata {
 
-GatherAttentionParams gather_attention_params(const ArgumentChecks& check, const Tensor& q,
-                                              const Tensor& k_cache, const Tensor& v_cache,
-                                              const Tensor& block_table,
-                                              const Tensor& cache_seqlens, int64_t top_k,
-                                              std::optional<double> softmax_scale) {
-  const KvCache cache = kv_cache(check, k_cache, v_cache);
-  const PageTable table =
-      page_table(check, block_table, cache_seqlens, k_cache.size(0), k_cache.size(1));
+AttentionParams attention_params(const ArgumentChecks& check, const Tensor& q, const KvCache& cache,
+                                 const PageTable& table, std::optional<double> softmax_scale,
+                                 std::optional<double> softcap) {
   check.tensor(q, "q", scalar_type(cache.dtype),
                {{"batch", table.batch}, {"q_len"}, {"num_heads"}, {"head_dim", cache.head_dim}});
   check.last_dims_contiguous(q, "q", 1);
@@ -28,27 +23,40 @@ GatherAttentionParams gather_attention_params(const ArgumentChecks& check, const
              num_heads);
   const double scale = softmax_scale.value_or(1 / std::sqrt(cache.head_dim));
   check.rule(std::isfinite(scale), "softmax_scale", "be finite", scale);
-  return GatherAttentionParams{
+  if (softcap) {
+    check.rule(std::isfinite(*softcap) && *softcap > 0, "softcap", "be above 0 and finite", *softcap);
+  }
+  return AttentionParams{
       .table = table,
       .cache = cache,
       .q_len = static_cast<int>(q.size(1)),
       .num_heads = static_cast<int>(num_heads),
-      .top_k = static_cast<int>(top_k),
-      .num_splits =
-          gather_num_splits(q.size(0) * q.size(1) * cache.num_kv_heads, static_cast<int>(top_k)),
+      .num_splits = 1,
       .softmax_scale = static_cast<float>(scale),
+      .softcap = static_cast<float>(softcap.value_or(0)),
       .q = q.data_ptr(),
-      .indices = nullptr,
       .out = nullptr,
       .lse = nullptr,
       .out_partial = nullptr,
       .lse_partial = nullptr,
-      .may_use_clusters = forced_algorithm(check) != ScoreSelectAlgorithm::kTwoKernels,
-      .queries_are_ready = false,
       .q_batch_stride = q.stride(0),
       .q_token_stride = q.stride(1),
       .q_head_stride = q.stride(2),
   };
+}
+
+GatherAttentionParams gather_attention_params(const ArgumentChecks& check, const Tensor& q,
+                                              const KvCache& cache, const PageTable& table,
+                                              int64_t top_k, std::optional<double> softmax_scale,
+                                              std::optional<double> softcap) {
+  GatherAttentionParams params{
+      attention_params(check, q, cache, table, softmax_scale, softcap),
+      /*top_k=*/static_cast<int>(top_k),
+      /*indices=*/nullptr,
+      /*may_use_clusters=*/forced_algorithm(check) != ScoreSelectAlgorithm::kTwoKernels,
+      /*queries_are_ready=*/false};
+  params.num_splits = attention_num_splits(q.size(0) * q.size(1) * cache.num_kv_heads, top_k);
+  return params;
 }
 
 namespace {
@@ -56,21 +64,24 @@ namespace {
 std::tuple<Tensor, Tensor> gather_attention(const Tensor& q, const Tensor& k_cache,
                                             const Tensor& v_cache, const Tensor& block_table,
                                             const Tensor& cache_seqlens, const Tensor& indices,
-                                            std::optional<double> softmax_scale) {
+                                            std::optional<double> softmax_scale,
+                                            std::optional<double> softcap) {
   const ArgumentChecks check("gather_attention", q, "q");
   check.rule(indices.dim() == 4, "indices", "have 4 dimensions", indices.dim());
-  GatherAttentionParams params = gather_attention_params(
-      check, q, k_cache, v_cache, block_table, cache_seqlens, indices.size(3), softmax_scale);
-  const int64_t batch = params.table.batch, q_len = params.q_len, heads = params.num_heads;
-  const int64_t head_dim = params.cache.head_dim;
+  const KvCache cache = kv_cache(check, k_cache, v_cache);
+  const PageTable table =
+      page_table(check, block_table, cache_seqlens, k_cache.size(0), k_cache.size(1));
+  GatherAttentionParams params =
+      gather_attention_params(check, q, cache, table, indices.size(3), softmax_scale, softcap);
+  const int64_t batch = table.batch, q_len = params.q_len, heads = params.num_heads;
   check.tensor(
       indices, "indices", ScalarType::Int,
-      {{"batch", batch}, {"q_len", q_len}, {"num_kv_heads", params.cache.num_kv_heads}, {"top_k"}});
+      {{"batch", batch}, {"q_len", q_len}, {"num_kv_heads", cache.num_kv_heads}, {"top_k"}});
   check.contiguous(indices, "indices");
-  Tensor out = torch::stable::new_empty(q, {batch, q_len, heads, head_dim});
+  Tensor out = torch::stable::new_empty(q, {batch, q_len, heads, cache.head_dim});
   Tensor lse = torch::stable::new_empty(q, {batch, q_len, heads}, ScalarType::Float);
   Tensor out_partial = torch::stable::new_empty(
-      q, {params.num_splits, batch, q_len, heads, head_dim}, ScalarType::Float);
+      q, {params.num_splits, batch, q_len, heads, cache.head_dim}, ScalarType::Float);
   Tensor lse_partial =
       torch::stable::new_empty(q, {params.num_splits, batch, q_len, heads}, ScalarType::Float);
   params.indices = data<int32_t>(indices);

@@ -49,17 +49,19 @@ Budget checked_budget(const ArgumentChecks& check, int64_t top_k, int64_t num_si
 ScoreSelectAlgorithm forced_algorithm(const ArgumentChecks& check);
 
 // `planes`, `keys`, `indices` and `num_selected` are left null.
-ScoreSelectParams score_select_params(const ArgumentChecks& check, const Tensor& code_cache,
-                                      const std::optional<Tensor>& norm_cache,
-                                      const Tensor& block_table, const Tensor& cache_seqlens,
-                                      int64_t weight_sum, int64_t q_len, int64_t top_k,
-                                      int64_t num_sink, int64_t num_recent);
+ScoreSelectParams score_select_params(const ArgumentChecks& check, const CodeCache& cache,
+                                      const PageTable& table, int q_len, int num_kv_heads,
+                                      int weight_sum, const Budget& budget);
 
-// `indices`, `out`, `lse` and the partials are left null.
+// `out`, `lse` and the partials are left null, num_splits 1.
+AttentionParams attention_params(const ArgumentChecks& check, const Tensor& q, const KvCache& cache,
+                                 const PageTable& table, std::optional<double> softmax_scale,
+                                 std::optional<double> softcap);
+
+// The same with its splits; `indices` is left null.
 GatherAttentionParams gather_attention_params(const ArgumentChecks& check, const Tensor& q,
-                                              const Tensor& k_cache, const Tensor& v_cache,
-                                              const Tensor& block_table,
-                                              const Tensor& cache_seqlens, int64_t top_k,
-                                              std::optional<double> softmax_scale);
+                                              const KvCache& cache, const PageTable& table,
+                                              int64_t top_k, std::optional<double> softmax_scale,
+                                              std::optional<double> softcap);
 
 }  // namespace hata

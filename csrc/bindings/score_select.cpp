@@ -22,21 +22,15 @@ ScoreSelectAlgorithm forced_algorithm(const ArgumentChecks& check) {
   return ScoreSelectAlgorithm::kAuto;
 }
 
-ScoreSelectParams score_select_params(const ArgumentChecks& check, const Tensor& code_cache_,
-                                      const std::optional<Tensor>& norm_cache,
-                                      const Tensor& block_table, const Tensor& cache_seqlens,
-                                      int64_t weight_sum, int64_t q_len, int64_t top_k,
-                                      int64_t num_sink, int64_t num_recent) {
-  const CodeCache cache = code_cache(check, code_cache_, norm_cache);
-  const PageTable table =
-      page_table(check, block_table, cache_seqlens, code_cache_.size(0), code_cache_.size(2));
-  const Budget budget = checked_budget(check, top_k, num_sink, num_recent, table.capacity);
+ScoreSelectParams score_select_params(const ArgumentChecks& check, const CodeCache& cache,
+                                      const PageTable& table, int q_len, int num_kv_heads,
+                                      int weight_sum, const Budget& budget) {
   return ScoreSelectParams{
       .table = table,
       .code_cache = cache,
-      .q_len = static_cast<int>(q_len),
-      .num_kv_heads = static_cast<int>(code_cache_.size(1)),
-      .weight_sum = static_cast<int>(weight_sum),
+      .q_len = q_len,
+      .num_kv_heads = num_kv_heads,
+      .weight_sum = weight_sum,
       .top_k = budget.top_k,
       .num_sink = budget.num_sink,
       .num_recent = budget.num_recent,
@@ -55,17 +49,20 @@ std::tuple<Tensor, Tensor> score_select(const Tensor& planes, const Tensor& code
                                         const Tensor& cache_seqlens, int64_t weight_sum,
                                         int64_t top_k, int64_t num_sink, int64_t num_recent) {
   const ArgumentChecks check("score_select", planes, "planes");
-  check.rule(planes.dim() == 5, "planes", "have 5 dimensions", planes.dim());
-  ScoreSelectParams params =
-      score_select_params(check, code_cache_, norm_cache, block_table, cache_seqlens, weight_sum,
-                          planes.size(1), top_k, num_sink, num_recent);
-  const int64_t batch = params.table.batch, q_len = params.q_len, heads = params.num_kv_heads;
-  params.planes = check_planes(check, planes, batch, params.code_cache, heads, weight_sum).data;
+  const CodeCache cache = code_cache(check, code_cache_, norm_cache);
+  const PageTable table =
+      page_table(check, block_table, cache_seqlens, code_cache_.size(0), code_cache_.size(2));
+  const Planes p = check_planes(check, planes, table.batch, cache, code_cache_.size(1), weight_sum);
+  const Budget budget = checked_budget(check, top_k, num_sink, num_recent, table.capacity);
+  ScoreSelectParams params = score_select_params(check, cache, table, p.q_len, p.num_kv_heads,
+                                                 static_cast<int>(weight_sum), budget);
+  const int64_t batch = table.batch, q_len = p.q_len, heads = p.num_kv_heads;
   Tensor indices =
-      torch::stable::new_empty(planes, {batch, q_len, heads, params.top_k}, ScalarType::Int);
+      torch::stable::new_empty(planes, {batch, q_len, heads, budget.top_k}, ScalarType::Int);
   Tensor num_selected = torch::stable::new_empty(planes, {batch, q_len, heads}, ScalarType::Int);
   Tensor keys = torch::stable::new_empty(
-      planes, {batch * q_len * heads * key_row_bytes(params.table.capacity)}, ScalarType::Byte);
+      planes, {batch * q_len * heads * key_row_bytes(table.capacity)}, ScalarType::Byte);
+  params.planes = p.data;
   params.indices = data<int32_t>(indices);
   params.num_selected = data<int32_t>(num_selected);
   params.keys = keys.data_ptr();

@@ -1,6 +1,7 @@
 // The CUDA side of a build without nvcc: every op says what is missing.
 
 #include "decode_step.h"
+#include "dense_attention.h"
 #include "hamming_score.h"
 #include "hash_encode.h"
 #include "merge_attention_states.h"
@@ -40,6 +41,9 @@ void score_select_cuda(const ScoreSelectParams&, CudaStream) {
 }
 void gather_attention_cuda(const GatherAttentionParams&, CudaStream) {
   fail("gather_attention");
+}
+void dense_attention_cuda(const DenseAttentionParams&, CudaStream) {
+  fail("dense_attention");
 }
 void merge_attention_states_cuda(const MergeAttentionStatesParams&, CudaStream) {
   fail("merge_attention_states");

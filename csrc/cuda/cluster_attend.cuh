@@ -42,14 +42,15 @@ __device__ __forceinline__ void attend(const GatherAttentionParams& p, const Clu
   const RowList& list = shared.list;
   const int tiles = ceil_div(list.num_positions, kTileRows);
   RowStream<T, kHeadDim, 1, 1> stream(
-      RowLocator(p, list), {.first = warp,
-                            .step = num_warps,
-                            .end = tiles,
-                            .stages = static_cast<T*>(rows) + warp * 2 * Tile<kHeadDim>::kElements,
-                            .num_stages = 1});
+      RowLocator<T, false>(p, list),
+      {.first = warp,
+       .step = num_warps,
+       .end = tiles,
+       .stages = static_cast<T*>(rows) + warp * 2 * Tile<kHeadDim>::kElements,
+       .num_stages = 1});
   Accumulator<kHeadDim, 1> acc;
   // Columns past the group's queries are not: theirs stay their own.
-  stream.run(acc, reinterpret_cast<const T*>(shared.queries), p.softmax_scale * kLog2E);
+  stream.run(acc, reinterpret_cast<const T*>(shared.queries), LogitScale(p));
   __syncthreads();  // every warp has read its rows, whose place the results take
 
   const int busy_warps = min(num_warps, tiles);

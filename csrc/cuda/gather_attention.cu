@@ -1,8 +1,5 @@
 #include "gather_attention.h"
 
-#include <cmath>
-
-#include "cuda/attention_state.cuh"
 #include "cuda/cluster_barrier.cuh"
 #include "cuda/gather_merge.cuh"
 #include "cuda/gather_rows.cuh"
@@ -16,6 +13,8 @@ namespace {
 struct GatherParams : GatherAttentionParams {
   int stages;       // tiles in flight a warp
   bool is_cluster;  // the splits of a block's queries are one cluster, which combines them
+
+  __device__ int num_parts(int64_t) const { return num_splits; }
 };
 
 // grid: (batch * q_len * num_kv_heads * num_splits, ceil_div(group, 8 kHeadTiles)). A block attends
@@ -38,7 +37,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize)
   const int warp = threadIdx.x / kWarpSize;
   const int split = blockIdx.x % p.num_splits;
   const int64_t pair = blockIdx.x / p.num_splits;
-  const int num_kv_heads = p.cache.num_kv_heads, group_size = p.num_heads / num_kv_heads;
+  const int num_kv_heads = p.cache.num_kv_heads, group_size = group_of(p);
   const int kv_head_idx = pair % num_kv_heads;
   const int64_t token = pair / num_kv_heads;  // of batch * q_len
   const int batch_idx = token / p.q_len, j = token % p.q_len;
@@ -48,7 +47,8 @@ __global__ void __launch_bounds__(kWarps* kWarpSize)
   T* queries = reinterpret_cast<T*>(shared);
   const T* q = static_cast<const T*>(p.q) + batch_idx * p.q_batch_stride + j * p.q_token_stride +
                first_head * p.q_head_stride;
-  load_queries<T, kHeadDim>(queries, q, p.q_head_stride, num_heads, kHeads, threadIdx.x, kThreads);
+  load_queries<T, kHeadDim>(
+      queries, [&](int head) { return q + head * p.q_head_stride; }, num_heads, kHeads);
   cp_async_commit();
 
   const RowList list{.batch_idx = batch_idx,
@@ -62,7 +62,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize)
   const int tiles = ceil_div(p.top_k, kTileRows);
   const int tiles_per_split = ceil_div(tiles, p.num_splits);
   RowStream<T, kHeadDim, kHeadTiles, kMaxStages> stream(
-      RowLocator(p, list),
+      RowLocator<T, false>(p, list),
       {.first = split * tiles_per_split + warp,
        .step = kWarps,
        .end = min(tiles, (split + 1) * tiles_per_split),
@@ -72,7 +72,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize)
   stream.wait_for_earlier_copies();
   __syncthreads();  // every thread's part of the queries is there
   Accumulator<kHeadDim, kHeadTiles> acc;
-  stream.run(acc, queries, p.softmax_scale * kLog2E);
+  stream.run(acc, queries, LogitScale(p));
   __syncthreads();  // every warp has read its tiles, whose place the results take
 
   const Partials<kHeadDim> partials(shared + Layout::kQueryBytes, kWarps, num_heads);
@@ -91,38 +91,16 @@ __global__ void __launch_bounds__(kWarps* kWarpSize)
     return;
   }
 #endif
-  const int64_t num_rows = int64_t{p.table.batch} * p.q_len * p.num_heads;
+  const int64_t first_part = split * num_rows_of(p) + first_row;
   for (int i = threadIdx.x; i < num_heads * kHeadDim; i += kThreads) {
     const int head = i / kHeadDim, d = i % kHeadDim;
     const float max = partials.max(head), sum = partials.sum(head), out = partials.out(head, d);
     if (p.num_splits == 1) {
       write_result<T, kHeadDim>(p, first_row + head, d, max, sum, out);
-      continue;
+    } else {
+      write_part<kHeadDim>(p, first_part + head, d, max, sum, out);
     }
-    const int64_t row = split * num_rows + first_row + head;
-    p.out_partial[row * kHeadDim + d] = sum == 0.0f ? 0.0f : out / sum;
-    if (d == 0) p.lse_partial[row] = sum == 0.0f ? -INFINITY : (max + log2f(sum)) * kLn2;
   }
-}
-
-// grid: batch * q_len * num_heads, one thread an element: merges the splits of a row.
-template <typename T>
-__global__ void combine_splits_kernel(const __grid_constant__ GatherParams p) {
-  const int64_t num_rows = int64_t{p.table.batch} * p.q_len * p.num_heads;
-  const int64_t row = blockIdx.x;
-  wait_for_previous_kernel();
-  let_next_kernel_launch();
-  float max = -INFINITY;
-  for (int s = 0; s < p.num_splits; ++s) max = fmaxf(max, p.lse_partial[s * num_rows + row]);
-  float sum = 0.0f, out = 0.0f;
-  for (int s = 0; s < p.num_splits; ++s) {
-    const float weight = state_weight(p.lse_partial[s * num_rows + row], max);
-    sum += weight;
-    out += weight * p.out_partial[(s * num_rows + row) * p.cache.head_dim + threadIdx.x];
-  }
-  static_cast<T*>(p.out)[row * p.cache.head_dim + threadIdx.x] =
-      static_cast<T>(sum == 0.0f ? 0.0f : out / sum);
-  if (threadIdx.x == 0) p.lse[row] = sum == 0.0f ? -INFINITY : max + logf(sum);
 }
 
 template <typename T, int kHeadDim, int kHeadTiles>
@@ -138,7 +116,7 @@ void launch(const GatherAttentionParams& params, CudaStream stream) {
   const auto kernel_of_warps = kernel_of<T, kHeadDim, kHeadTiles>;
   GatherParams p{params};
   const int64_t pairs = int64_t{p.table.batch} * p.q_len * p.cache.num_kv_heads;
-  const int group_size = p.num_heads / p.cache.num_kv_heads;
+  const int group_size = group_of(p);
   const int head_blocks = ceil_div(group_size, kHeadTiles * kTileHeads);
   const int heads = std::min(group_size, kHeadTiles * kTileHeads);
   if (pairs == 0) return;
@@ -161,18 +139,13 @@ void launch(const GatherAttentionParams& params, CudaStream stream) {
                  .cluster_size = p.is_cluster ? p.num_splits : 0,
                  .overlaps_previous = true},
                 stream, kOp, p);
-  if (p.num_splits == 1 || p.is_cluster) return;
-  const int64_t rows = int64_t{p.table.batch} * p.q_len * p.num_heads;
-  launch_kernel(
-      combine_splits_kernel<T>,
-      {.grid = dim3(static_cast<unsigned>(rows)), .threads = kHeadDim, .overlaps_previous = true},
-      stream, kOp, p);
+  if (p.num_splits > 1 && !p.is_cluster) combine_splits<T>(p, stream, kOp);
 }
 
 }  // namespace
 
 void gather_attention_cuda(const GatherAttentionParams& p, CudaStream stream) {
-  const bool few_heads = p.num_heads / p.cache.num_kv_heads <= kTileHeads;
+  const bool few_heads = group_of(p) <= kTileHeads;
   dispatch_dtype(p.cache.dtype, [&]<typename T>() {
     dispatch_int<64, 96, 128, 192, 256>("head_dim", p.cache.head_dim, [&](auto head_dim) {
       few_heads ? launch<T, head_dim, 1>(p, stream) : launch<T, head_dim, 2>(p, stream);

@@ -1,10 +1,13 @@
 #pragma once
 
+#include "attention.h"
+#include "cuda/attention_state.cuh"
 #include "cuda/cluster_exchange.cuh"
 #include "cuda/gather_rows.cuh"
 #include "cuda/launch.cuh"
 
-// Merging the softmaxes of gather_attention's warps and of the blocks of a cluster.
+// Merging the softmaxes of the warps of gather_attention and dense_attention, and of the blocks
+// that share a list of rows: in a cluster, or by a second kernel.
 namespace hata {
 
 // What a block's warps leave behind for up to `heads` queries: the unnormalized output, the maximum
@@ -128,11 +131,70 @@ struct Received {
 
 // One element of the result and, with d 0, its log-sum-exp, from a maximum and sums in base 2.
 template <typename T, int kHeadDim>
-__device__ __forceinline__ void write_result(const GatherAttentionParams& p, int64_t row, int d,
+__device__ __forceinline__ void write_result(const AttentionParams& p, int64_t row, int d,
                                              float max, float sum, float out) {
   const bool empty = sum == 0.0f;
   static_cast<T*>(p.out)[row * kHeadDim + d] = static_cast<T>(empty ? 0.0f : out / sum);
   if (d == 0) p.lse[row] = empty ? -INFINITY : (max + log2f(sum)) * kLn2;
+}
+
+// The same for combine_splits_kernel; the part of split s of a row is s * num_rows_of(p) + row.
+template <int kHeadDim>
+__device__ __forceinline__ void write_part(const AttentionParams& p, int64_t part, int d, float max,
+                                           float sum, float out) {
+  const bool empty = sum == 0.0f;
+  p.out_partial[part * kHeadDim + d] = empty ? 0.0f : out / sum;
+  if (d == 0) p.lse_partial[part] = empty ? -INFINITY : (max + log2f(sum)) * kLn2;
+}
+
+// grid: batch * q_len * num_heads, one thread an element: merges the first p.num_parts(row) parts
+// of a row, if there is more than one. Lane l of each warp weighs part l of 32, and each thread
+// asks for its element of all of them at once.
+template <typename T, typename Params>
+__global__ void combine_splits_kernel(const __grid_constant__ Params p) {
+  wait_for_previous_kernel();
+  let_next_kernel_launch();
+  const int64_t row = blockIdx.x, num_rows = num_rows_of(p);
+  const int num_parts = p.num_parts(row), lane = threadIdx.x % kWarpSize;
+  if (num_parts <= 1) return;
+  float max = -INFINITY;
+  for (int s = lane; s < num_parts; s += kWarpSize) {
+    max = fmaxf(max, p.lse_partial[s * num_rows + row]);
+  }
+#pragma unroll
+  for (int mask = 1; mask < kWarpSize; mask *= 2) {
+    max = fmaxf(max, __shfl_xor_sync(kFullMask, max, mask));
+  }
+  float sum = 0.0f, out = 0.0f;
+  for (int first = 0; first < num_parts; first += kWarpSize) {
+    const int mine = first + lane;
+    const float weight =
+        mine < num_parts ? state_weight(p.lse_partial[mine * num_rows + row], max) : 0.0f;
+    const float* parts = p.out_partial + (first * num_rows + row) * p.cache.head_dim + threadIdx.x;
+    float values[kWarpSize];
+#pragma unroll
+    for (int i = 0; i < kWarpSize; ++i) {
+      values[i] = first + i < num_parts ? parts[i * num_rows * p.cache.head_dim] : 0.0f;
+    }
+#pragma unroll
+    for (int i = 0; i < kWarpSize; ++i) {
+      const float share = __shfl_sync(kFullMask, weight, i);
+      sum += share;
+      out += share * values[i];
+    }
+  }
+  static_cast<T*>(p.out)[row * p.cache.head_dim + threadIdx.x] =
+      static_cast<T>(sum == 0.0f ? 0.0f : out / sum);
+  if (threadIdx.x == 0) p.lse[row] = sum == 0.0f ? -INFINITY : max + logf(sum);
+}
+
+template <typename T, typename Params>
+void combine_splits(const Params& p, CudaStream stream, const char* op) {
+  launch_kernel(combine_splits_kernel<T, Params>,
+                {.grid = dim3(static_cast<unsigned>(num_rows_of(p))),
+                 .threads = p.cache.head_dim,
+                 .overlaps_previous = true},
+                stream, op, p);
 }
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
@@ -142,7 +204,7 @@ __device__ __forceinline__ void write_result(const GatherAttentionParams& p, int
 // from first_row on are the `heads` queries. A block may end after that: all that is sent to it has
 // arrived.
 template <typename T, int kHeadDim>
-__device__ __forceinline__ void merge_blocks(const GatherAttentionParams& p, int rank, int splits,
+__device__ __forceinline__ void merge_blocks(const AttentionParams& p, int rank, int splits,
                                              const Partials<kHeadDim>& partials,
                                              const Received& received, int64_t first_row,
                                              int heads) {

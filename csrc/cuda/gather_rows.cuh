@@ -5,46 +5,45 @@
 #include "cuda/cp_async.cuh"
 #include "cuda/gather_tile.cuh"
 
-// How a warp of gather_attention reads selected rows and attends over them.
+// How a warp of gather_attention or dense_attention reads rows and attends over them.
 namespace hata {
 
 constexpr int kMaxStages = 3;  // tiles in flight a warp
-constexpr float kLog2E = 1.4426950408889634f;
-constexpr float kLn2 = 0.6931471805599453f;
 
-// Starts the copies of `heads` queries, head_stride elements apart, as rows of Tile's pitch, by
-// `num_threads` threads; the rows up to padded_heads become zero.
-template <typename T, int kHeadDim>
-__device__ __forceinline__ void load_queries(T* to, const T* q, int64_t head_stride, int heads,
-                                             int padded_heads, int thread, int num_threads) {
+// Starts the copies of `heads` queries, of which `q(i)` is the address, as rows of Tile's pitch, by
+// a whole block; the rows up to padded_heads become zero.
+template <typename T, int kHeadDim, typename Query>
+__device__ __forceinline__ void load_queries(T* to, const Query& q, int heads, int padded_heads) {
   constexpr int kPieces = kHeadDim / 8;  // 16-byte pieces of a row
-  for (int i = thread; i < padded_heads * kPieces; i += num_threads) {
+  for (int i = threadIdx.x; i < padded_heads * kPieces; i += blockDim.x) {
     const int head = i / kPieces, piece = i % kPieces;
-    cp_async_16(to + head * Tile<kHeadDim>::kPitch + piece * 8,
-                head < heads ? q + head * head_stride + piece * 8 : q, head < heads);
+    const T* from = q(head < heads ? head : 0);
+    cp_async_16(to + head * Tile<kHeadDim>::kPitch + piece * 8, from + piece * 8, head < heads);
   }
 }
 
-// The selected rows of one (sequence, query token, KV head). The token sees positions below
-// `visible`; the page is only_page().
+// The rows of one KV head that some queries attend to. They see positions below `visible`; the page
+// is only_page().
 struct RowList {
   int batch_idx, kv_head_idx;
   int visible;
   int only_page;
   int num_positions;
-  const int32_t* positions;  // in any memory
+  const int32_t* positions;  // in any memory; unused where the list is all positions in order
 };
 
-// Where they are.
+// Where they are. With kDense they are all positions in order.
+template <typename T, bool kDense>
 class RowLocator {
  public:
-  __device__ RowLocator(const GatherAttentionParams& p, const RowList& list)
+  __device__ RowLocator(const AttentionParams& p, const RowList& list)
       : table_(p.table), cache_(p.cache), list_(list) {}
 
   // The position that a lane looks at of a tile of 16: -1 past the end of the list.
   __device__ int position(int tile) const {
     const int i = tile * kTileRows + static_cast<int>(threadIdx.x) % kTileRows;
-    return i < list_.num_positions ? list_.positions[i] : -1;
+    if (i >= list_.num_positions) return -1;
+    return kDense ? i : list_.positions[i];
   }
 
   // Where a position's key and value are; false where the token does not see it or its page does
@@ -60,12 +59,10 @@ class RowLocator {
     return true;
   }
 
-  template <typename T>
   __device__ const T* key(int page, int row) const {
     return static_cast<const T*>(cache_.k) + page * cache_.k_page_stride +
            row * cache_.k_token_stride + list_.kv_head_idx * cache_.k_head_stride;
   }
-  template <typename T>
   __device__ const T* value(int page, int row) const {
     return static_cast<const T*>(cache_.v) + page * cache_.v_page_stride +
            row * cache_.v_token_stride + list_.kv_head_idx * cache_.v_head_stride;
@@ -89,10 +86,12 @@ struct WarpTiles {
 // Attends over a warp's tiles, with up to kStages of them in flight: construct, which starts the
 // first copies; wait for the queries; run. The keys of one tile and its values are a group of
 // copies each, and the next tile's keys are fetched as soon as this one's have been used.
-template <typename T, int kHeadDim, int kHeadTiles, int kStages>
+template <typename T, int kHeadDim, int kHeadTiles, int kStages, bool kDense = false>
 class RowStream {
  public:
-  __device__ RowStream(const RowLocator& locator, const WarpTiles<T>& tiles)
+  using Locator = RowLocator<T, kDense>;
+
+  __device__ RowStream(const Locator& locator, const WarpTiles<T>& tiles)
       : locator_(locator), tiles_(tiles) {
     int positions[kStages];
 #pragma unroll
@@ -104,8 +103,8 @@ class RowStream {
       if (s >= tiles.num_stages) break;
       const Rows rows = locate(positions[s]);
       T* keys = tiles.stages + 2 * s * Tile::kElements;
-      fetch(keys, locator.key<T>(rows.page, rows.row), rows.valid);
-      fetch(keys + Tile::kElements, locator.value<T>(rows.page, rows.row), rows.valid);
+      fetch(keys, locator.key(rows.page, rows.row), rows.valid);
+      fetch(keys + Tile::kElements, locator.value(rows.page, rows.row), rows.valid);
       valid_rows_ |= ValidRows{rows.valid} << s * kTileRows;
     }
     next_position_ = position_of(tiles.first + tiles.num_stages * tiles.step);
@@ -114,7 +113,11 @@ class RowStream {
   // Waits for the copies that this thread started before the first tile's.
   __device__ void wait_for_earlier_copies() const { wait_for_all_but(2 * tiles_.num_stages); }
 
-  __device__ void run(Accumulator<kHeadDim, kHeadTiles>& acc, const T* queries, float scale_log2) {
+  // In each tile, query heads 2 (lane % 4) + i of tile of heads m attend to the rows that exist and
+  // of which sees(row of the list, m, i) is true.
+  template <typename Sees>
+  __device__ void run(Accumulator<kHeadDim, kHeadTiles>& acc, const T* queries,
+                      const LogitScale& scale, const Sees& sees) {
     const int pending = 2 * tiles_.num_stages - 1;
     for (int tile = tiles_.first, stage = 0; tile < tiles_.end; tile += tiles_.step) {
       T* keys = tiles_.stages + 2 * stage * Tile::kElements;
@@ -125,19 +128,27 @@ class RowStream {
       wait_for_all_but(pending);
       __syncwarp();
       TileWeights<kHeadTiles> weights;
-      if (valid != 0) weights = score_tile<T>(acc, queries, keys, valid, scale_log2);
+      if (valid != 0) {
+        weights = score_tile<T>(acc, queries, keys, valid, scale, [&](int row, int m, int i) {
+          return sees(tile * kTileRows + row, m, i);
+        });
+      }
       __syncwarp();  // every lane has read its part of the keys
-      fetch(keys, locator_.key<T>(next.page, next.row), next.valid);
+      fetch(keys, locator_.key(next.page, next.row), next.valid);
       wait_for_all_but(pending);
       __syncwarp();
       if (valid != 0) add_values<T>(acc, values, weights);
       __syncwarp();
-      fetch(values, locator_.value<T>(next.page, next.row), next.valid);
+      fetch(values, locator_.value(next.page, next.row), next.valid);
       valid_rows_ &= ~(ValidRows{0xffff} << stage * kTileRows);
       valid_rows_ |= ValidRows{next.valid} << stage * kTileRows;
       stage = stage + 1 == tiles_.num_stages ? 0 : stage + 1;
     }
     cp_async_wait<0>();
+  }
+  __device__ void run(Accumulator<kHeadDim, kHeadTiles>& acc, const T* queries,
+                      const LogitScale& scale) {
+    run(acc, queries, scale, [](int, int, int) { return true; });
   }
 
  private:
@@ -196,7 +207,7 @@ class RowStream {
     }
   }
 
-  const RowLocator locator_;
+  const Locator locator_;
   const WarpTiles<T> tiles_;
   ValidRows valid_rows_ = 0;
   int next_position_;

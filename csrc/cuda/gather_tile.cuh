@@ -2,16 +2,18 @@
 
 #include <cmath>
 
+#include "attention.h"
 #include "cuda/mma.cuh"
-#include "gather_attention.h"
 
-// One step of a warp of gather_attention: 16 selected rows against the query heads of a group,
-// eight or sixteen. Rows are the long side of the matrix products and heads the short one, so that
-// a group of up to eight heads pays for eight.
+// One step of a warp of gather_attention or dense_attention: 16 rows against eight or sixteen query
+// heads. Rows are the long side of the matrix products and heads the short one, so that a group of
+// up to eight heads pays for eight.
 namespace hata {
 
-constexpr int kTileRows = 16;  // selected rows of one step of a warp
+constexpr int kTileRows = 16;  // rows of one step of a warp
 constexpr int kTileHeads = 8;  // query heads of one matrix product
+constexpr float kLog2E = 1.4426950408889634f;
+constexpr float kLn2 = 0.6931471805599453f;
 
 // Tiles of keys, of values and of queries in shared memory. Their rows are padded by 16 bytes, an
 // odd multiple of 16 in all, so that ldmatrix meets no bank conflict.
@@ -44,11 +46,30 @@ struct TileWeights {
   float rescale[kHeadTiles][2];
 };
 
-// The first product and the softmax: rows of `k` times queries.
-template <typename T, int kHeadDim, int kHeadTiles>
+// Turns products of queries and keys into logits in base 2. With y = softmax_scale x / softcap,
+// tanh(y) = 1 - 2 / (exp(2 y) + 1) is off by a few roundings of 1, and the logit of softcap.
+class LogitScale {
+ public:
+  explicit __device__ LogitScale(const AttentionParams& p)
+      : p_(p), scale_(p.softmax_scale * kLog2E * (p.softcap == 0.0f ? 1.0f : 2.0f / p.softcap)) {}
+
+  __device__ float operator()(float x) const {
+    const float scaled = x * scale_;
+    if (p_.softcap == 0.0f) return scaled;
+    return p_.softcap * kLog2E * (1.0f - __fdividef(2.0f, exp2f(scaled) + 1.0f));
+  }
+
+ private:
+  const AttentionParams& p_;  // constant memory: only the scale takes a register
+  float scale_;
+};
+
+// The first product and the softmax: rows of `k` times queries. Query head 2c + i of tile m attends
+// to the valid rows of which sees(row, m, i) is true.
+template <typename T, int kHeadDim, int kHeadTiles, typename Sees>
 __device__ __forceinline__ TileWeights<kHeadTiles> score_tile(
     Accumulator<kHeadDim, kHeadTiles>& acc, const T* q, const T* k, unsigned valid_rows,
-    float scale_log2) {
+    const LogitScale& scale, const Sees& sees) {
   constexpr int kPitch = Tile<kHeadDim>::kPitch;
   const int lane = threadIdx.x % kWarpSize;
   float scores[kHeadTiles][4] = {};
@@ -75,7 +96,10 @@ __device__ __forceinline__ TileWeights<kHeadTiles> score_tile(
   for (int m = 0; m < kHeadTiles; ++m) {
     float (&s)[4] = scores[m];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) s[i] = valid[i / 2] ? s[i] * scale_log2 : -INFINITY;
+    for (int i = 0; i < 4; ++i) {
+      const bool counts = valid[i / 2] && sees(lane / 4 + i / 2 * 8, m, i % 2);
+      s[i] = counts ? scale(s[i]) : -INFINITY;
+    }
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       float max = fmaxf(s[i], s[i + 2]);
@@ -84,7 +108,7 @@ __device__ __forceinline__ TileWeights<kHeadTiles> score_tile(
         max = fmaxf(max, __shfl_xor_sync(kFullMask, max, mask));
       }
       max = fmaxf(acc.max[m][i], max);
-      // A tile is attended only if it has a valid row; its score may still be -infinity.
+      // Where no row has been seen yet, or its score is -infinity, so is the maximum.
       weights.rescale[m][i] = acc.max[m][i] == -INFINITY ? 0.0f : exp2f(acc.max[m][i] - max);
       acc.max[m][i] = max;
       acc.sum[m][i] *= weights.rescale[m][i];

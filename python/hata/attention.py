@@ -1,4 +1,4 @@
-"""Attention over a `HataCache`: dense prefill and sparse decoding."""
+"""Attention over a `HataCache`: dense prefill, and decoding that is sparse where that pays."""
 
 from collections.abc import Sequence
 
@@ -7,9 +7,8 @@ from torch import Tensor
 
 from hata import ops
 from hata.cache import HataCache
-from hata.checks import check, check_type
-from hata.decode_buffers import DecodeBuffers, LastStep
-from hata.dense import check_dims, check_queries, dense_attention
+from hata.checks import check_type
+from hata.dense import check_dims, check_queries, prompt_attention
 
 
 @torch.no_grad()
@@ -52,7 +51,7 @@ def prefill(
     new = _new_tokens(where, cache, layer_idx, k, new_seqlens)
     check_queries(where, q, cache, k.shape[1])
     cache.append(layer_idx, k, v, new_seqlens=None if new_seqlens is None else new)
-    return dense_attention(q, cache, layer_idx, new, _scale(cache, softmax_scale))
+    return prompt_attention(q, cache, layer_idx, new, _scale(cache, softmax_scale))
 
 
 @torch.no_grad()
@@ -67,21 +66,20 @@ def decode_attention(
 ) -> Tensor:
     """Appends the new tokens and attends to the positions that their hash scores select.
 
-    Layers below ``config.num_dense_layers`` attend densely. The others run one operator,
-    `hata.ops.decode_step`, into buffers that the cache owns: nothing is allocated after the first
-    call of a shape, and nothing waits for the device. `HataCache.last_selection` tells what was
-    selected; where a sequence has at most ``top_k`` positions, that is all of them and the result
-    is dense attention's. Inference only: no gradients.
+    Layers below ``config.num_dense_layers`` attend to everything, by `hata.ops.dense_attention`.
+    The others run `hata.ops.decode_step` into buffers that the cache owns.
+    `HataCache.last_selection` tells what was selected; where a sequence has at most ``top_k``
+    positions, that is all of them and the result is dense attention's. Inference only: no
+    gradients.
 
     Sequences of fewer than ``cache.min_sparse_len`` positions, the new ones included, attend
-    densely in every layer, and get dense attention's result. Each sequence of a batch is judged by
-    its own length, as the host knows it; a batch with both kinds runs both paths.
+    densely in every layer. Each sequence of a batch is judged by its own length: the sparse step is
+    run for all, and dense attention then replaces the results of the short ones.
 
-    A CUDA graph can capture the sparse layers: call `HataCache.extend` and this function once to
-    warm up, capture this function, and then, for every further token, call `HataCache.extend` and
-    replay. What is captured is the sparse path, whatever the lengths, since a replay cannot choose.
-    A warm-up of any length prepares it: a shape's first call runs the sparse operator too, even if
-    every sequence attends densely.
+    Lengths are the device's, and nothing waits for it, so that a CUDA graph can hold the layers of
+    both kinds and replay for sequences of every length: call `HataCache.extend` and this function
+    once to warm up, capture this function, and then, for every further token, call
+    `HataCache.extend` and replay.
 
     Source: HATA, arXiv 2506.02572, algorithm 3.
 
@@ -96,8 +94,8 @@ def decode_attention(
         softmax_scale: Factor of the logits; None is ``head_dim ** -0.5``.
 
     Returns:
-        ``[batch, q_len, num_heads, head_dim]`` in q's dtype. From a sparse layer it is a buffer
-        that the layer's next call with this q_len overwrites.
+        ``[batch, q_len, num_heads, head_dim]`` in q's dtype. From a layer that is not dense it is a
+        buffer that the layer's next call with this q_len overwrites.
 
     Raises:
         TypeError: An argument has another type.
@@ -107,68 +105,50 @@ def decode_attention(
     where = "decode_attention"
     new = _new_tokens(where, cache, layer_idx, k)
     scale, config = _scale(cache, softmax_scale), cache.config
-    capturing = k.is_cuda and torch.cuda.is_current_stream_capturing()
+    caches = (cache.k_cache[layer_idx], cache.v_cache[layer_idx])
+    tables = (cache.block_table, cache.cache_seqlens)
     if layer_idx < config.num_dense_layers:
-        rule = (
-            f"be at least num_dense_layers={config.num_dense_layers} while a CUDA graph is captured"
-        )
-        check(not capturing, where, "layer_idx", rule, layer_idx)
         check_queries(where, q, cache, k.shape[1])
         cache.append(layer_idx, k, v)
-        return dense_attention(q, cache, layer_idx, new, scale)
+        return ops.dense_attention(q, *caches, *tables, softmax_scale=scale)[0]
 
     check_dims(where, q)
     with cache._sequences.filling(where, layer_idx, new):
         buffers = cache._buffers.get(layer_idx, q.shape[1], q.shape[2])
-        min_sparse_len = 0 if capturing else cache.min_sparse_len
-        dense_lens = {b: n for b, n in enumerate(cache.seq_lens) if n < min_sparse_len}
-        if len(dense_lens) == cache.batch and buffers.used:
-            check_queries(where, q, cache, k.shape[1])
-            cache.append(layer_idx, k, v)
-        else:
-            _sparse_step(q, k, v, cache, layer_idx, scale, buffers)
-    if dense_lens:
-        tokens = [count if b in dense_lens else 0 for b, count in enumerate(new)]
-        dense_attention(q, cache, layer_idx, tokens, scale, buffers.out)
-    cache._buffers.last[layer_idx] = LastStep(buffers, dense_lens)
+        ops.decode_step(
+            *(q, k, v),
+            *cache.weights.layer(layer_idx, cache.dtype, cache.device),
+            *caches,
+            cache.code_cache[layer_idx],
+            cache.norm_cache[layer_idx],
+            *tables,
+            query_bits=cache.weights.query_bits,
+            top_k=cache.layer_top_k[layer_idx],
+            num_sink=config.num_sink,
+            num_recent=config.num_recent,
+            softmax_scale=scale,
+            workspace=buffers.workspace,
+            indices=buffers.indices,
+            num_selected=buffers.num_selected,
+            out=buffers.out,
+            lse=buffers.lse,
+        )
+        # What a graph captures serves any length; an eager step knows its own.
+        shortest = 0 if _is_capturing(k) else min(cache.seq_lens)
+        if shortest < cache.min_sparse_len:
+            ops.dense_attention(
+                *(q, *caches, *tables),
+                softmax_scale=scale,
+                min_sparse_len=cache.min_sparse_len,
+                out=buffers.out,
+                lse=buffers.lse,
+            )
+    cache._buffers.last[layer_idx] = buffers
     return buffers.out
 
 
-def _sparse_step(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cache: HataCache,
-    layer_idx: int,
-    softmax_scale: float,
-    buffers: DecodeBuffers,
-) -> None:
-    config = cache.config
-    key_weights, query_weights = cache.weights.layer(layer_idx, cache.dtype, cache.device)
-    ops.decode_step(
-        q,
-        k,
-        v,
-        key_weights,
-        query_weights,
-        cache.k_cache[layer_idx],
-        cache.v_cache[layer_idx],
-        cache.code_cache[layer_idx],
-        cache.norm_cache[layer_idx],
-        cache.block_table,
-        cache.cache_seqlens,
-        query_bits=cache.weights.query_bits,
-        top_k=cache.layer_top_k[layer_idx],
-        num_sink=config.num_sink,
-        num_recent=config.num_recent,
-        softmax_scale=softmax_scale,
-        workspace=buffers.workspace,
-        indices=buffers.indices,
-        num_selected=buffers.num_selected,
-        out=buffers.out,
-        lse=buffers.lse,
-    )
-    buffers.used = True
+def _is_capturing(t: Tensor) -> bool:
+    return t.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _new_tokens(

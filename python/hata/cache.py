@@ -247,6 +247,9 @@ class HataCache:
     def last_selection(self, layer_idx: int) -> tuple[Tensor, Tensor]:
         """Returns the positions that the layer's last decoding step attended to.
 
+        A replayed CUDA graph counts. Ask before the lengths change: they tell which sequences were
+        too short to be decoded sparsely.
+
         Args:
             layer_idx: A sparse layer that has decoded.
 
@@ -260,7 +263,8 @@ class HataCache:
         """
         last, rule = self._buffers.last, "be a sparse layer that has decoded"
         check(layer_idx in last, "HataCache.last_selection", "layer_idx", rule, layer_idx)
-        return last[layer_idx].selection()
+        lengths = enumerate(self.seq_lens)
+        return last[layer_idx].selection({b: n for b, n in lengths if n < self.min_sparse_len})
 
     def _new_tokens(
         self,

@@ -9,7 +9,7 @@ from torch import Tensor
 from hata import ops
 
 
-@dataclass
+@dataclass(frozen=True)
 class DecodeBuffers:
     """Workspace and outputs of `hata.ops.decode_step`.
 
@@ -18,9 +18,7 @@ class DecodeBuffers:
         indices: ``[batch, q_len, num_kv_heads, min(top_k, capacity)]``, int32; the layer's top_k.
         num_selected: ``[batch, q_len, num_kv_heads]``, int32.
         out: ``[batch, q_len, num_heads, head_dim]``, the cache's dtype.
-        lse: ``[batch, q_len, num_heads]``, float32; of the sparse sequences alone.
-        used: Whether the operator has run with them, and so what it sets up when it first runs, and
-            a CUDA graph could not capture, is there.
+        lse: ``[batch, q_len, num_heads]``, float32.
     """
 
     workspace: Tensor
@@ -28,34 +26,24 @@ class DecodeBuffers:
     num_selected: Tensor
     out: Tensor
     lse: Tensor
-    used: bool = False
 
+    def selection(self, dense_lens: dict[int, int]) -> tuple[Tensor, Tensor]:
+        """Returns indices and num_selected, with every visible position where it was dense.
 
-@dataclass(frozen=True)
-class LastStep:
-    """What a layer's last decoding step left behind.
-
-    Attributes:
-        buffers: What it wrote.
-        dense_lens: Length of each sequence that was attended densely, by batch index.
-    """
-
-    buffers: DecodeBuffers
-    dense_lens: dict[int, int]
-
-    def selection(self) -> tuple[Tensor, Tensor]:
-        """Returns indices and num_selected, with every visible position where it was dense."""
-        indices, num_selected = self.buffers.indices, self.buffers.num_selected
-        if not self.dense_lens:
+        Args:
+            dense_lens: Length of each sequence that was attended densely, by batch index.
+        """
+        indices, num_selected = self.indices, self.num_selected
+        if not dense_lens:
             return indices, num_selected
         batch, q_len, num_kv_heads, top_k = indices.shape
-        width = max(top_k, *self.dense_lens.values())
+        width = max(top_k, *dense_lens.values())
         wide = indices.new_full((batch, q_len, num_kv_heads, width), -1)
         wide[..., :top_k] = indices
         num_selected = num_selected.clone()
         t = torch.arange(width, dtype=torch.int32, device=indices.device)
         token = torch.arange(1 - q_len, 1, dtype=torch.int32, device=indices.device)[:, None]
-        for b, seq_len in self.dense_lens.items():
+        for b, seq_len in dense_lens.items():
             visible = (token + seq_len).clamp(min=0)  # [q_len, 1]
             wide[b] = torch.where(t < visible, t, -1)[:, None]
             num_selected[b] = visible
@@ -66,7 +54,7 @@ class DecodeBufferPool:
     """The buffers of every layer and (q_len, num_heads) that a cache has decoded with.
 
     Attributes:
-        last: By layer, what its last step left behind.
+        last: By layer, the buffers that its last step wrote.
 
     Args:
         batch: Sequences.
@@ -92,7 +80,7 @@ class DecodeBufferPool:
         self.batch, self.num_kv_heads, self.head_dim = batch, num_kv_heads, head_dim
         self.capacity, self.top_k = capacity, top_k
         self.dtype, self.device = dtype, device
-        self.last: dict[int, LastStep] = {}
+        self.last: dict[int, DecodeBuffers] = {}
         self._workspaces: dict[tuple[int, int], Tensor] = {}
         self._buffers: dict[tuple[int, int, int], DecodeBuffers] = {}
 

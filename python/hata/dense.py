@@ -1,4 +1,4 @@
-"""Dense causal attention over a cache, and how much of it a selection holds."""
+"""Dense causal attention of a prompt, and how much of it a selection holds."""
 
 import torch
 from torch import Tensor
@@ -33,13 +33,8 @@ def check_queries(function: str, q: Tensor, cache: HataCache, q_len: int | None 
     return num_heads
 
 
-def dense_attention(
-    q: Tensor,
-    cache: HataCache,
-    layer_idx: int,
-    new: list[int],
-    softmax_scale: float,
-    out: Tensor | None = None,
+def prompt_attention(
+    q: Tensor, cache: HataCache, layer_idx: int, new: list[int], softmax_scale: float
 ) -> Tensor:
     """Attends densely and causally over what the cache holds, with torch's attention.
 
@@ -52,17 +47,14 @@ def dense_attention(
         layer_idx: The layer.
         new: How many of a sequence's last query tokens are real, ``[batch]``; the rest is padding.
         softmax_scale: Factor of the logits.
-        out: Where the result goes, but for padding; None allocates it.
 
     Returns:
-        ``[batch, q_len, num_heads, head_dim]`` in q's dtype; padding is 0, or as in ``out``.
+        ``[batch, q_len, num_heads, head_dim]`` in q's dtype; padding is 0.
     """
     q_len = q.shape[1]
     if new == [q_len] * cache.batch and len(set(cache.seq_lens)) == 1:
-        result = _attend(q, *cache.keys_values(layer_idx), softmax_scale)
-        return result if out is None else out.copy_(result)
-    if out is None:
-        out = torch.zeros_like(q)
+        return _attend(q, *cache.keys_values(layer_idx), softmax_scale)
+    out = torch.zeros_like(q)
     for b, count in enumerate(new):
         if count > 0:
             tokens = (slice(b, b + 1), slice(q_len - count, q_len))

@@ -199,6 +199,7 @@ def gather_attention(
     indices: Tensor,
     *,
     softmax_scale: float | None = None,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention over the named rows in float64; float64 too for a float64 q."""
     batch, q_len, num_heads, head_dim = q.shape
@@ -216,9 +217,34 @@ def gather_attention(
                 k = k_cache[page[t], row[t], i // group].double()  # [selected, head_dim]
                 v = v_cache[page[t], row[t], i // group].double()
                 logits = scale * (k @ q[b, j, i].double())
+                if softcap is not None:
+                    logits = softcap * torch.tanh(logits / softcap)
                 out[b, j, i] = logits.softmax(0) @ v
                 lse[b, j, i] = logits.logsumexp(0)
     return out.to(q.dtype), lse if q.dtype == torch.float64 else lse.float()
+
+
+def dense_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    cache_seqlens: Tensor,
+    *,
+    softmax_scale: float | None = None,
+    softcap: float | None = None,
+    min_sparse_len: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """gather_attention over all positions; 0 and -infinity for long sequences, which it leaves."""
+    batch, q_len, num_kv_heads = *q.shape[:2], k_cache.shape[2]
+    capacity = block_table.shape[1] * k_cache.shape[1]
+    positions = torch.arange(capacity, dtype=torch.int32, device=q.device)
+    indices = positions.expand(batch, q_len, num_kv_heads, -1)
+    if min_sparse_len is not None:
+        is_long = cache_seqlens[:, None, None, None] >= min_sparse_len
+        indices = indices.masked_fill(is_long, -1)
+    tensors = (q, k_cache, v_cache, block_table, cache_seqlens)
+    return gather_attention(*tensors, indices, softmax_scale=softmax_scale, softcap=softcap)
 
 
 def merge_attention_states(
@@ -251,6 +277,7 @@ def decode_step(
     num_sink: int = 0,
     num_recent: int = 0,
     softmax_scale: float | None = None,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Appends, encodes, scores, selects and attends, one after the other."""
     codes = (code_cache, norm_cache, block_table, cache_seqlens)
@@ -264,8 +291,9 @@ def decode_step(
         num_sink=num_sink,
         num_recent=num_recent,
     )
+    settings = {"softmax_scale": softmax_scale, "softcap": softcap}
     out, lse = gather_attention(
-        q, k_cache, v_cache, block_table, cache_seqlens, indices, softmax_scale=softmax_scale
+        q, k_cache, v_cache, block_table, cache_seqlens, indices, **settings
     )
     return out, lse, indices, num_selected
 

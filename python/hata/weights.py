@@ -175,7 +175,9 @@ class HashWeights:
         longest = max(layer_bits)
         blocks = math.ceil(longest / head_dim)
         shape = (num_layers, num_kv_heads, blocks, head_dim, head_dim)
-        q, r = torch.linalg.qr(torch.randn(shape, generator=generator))
+        # Whatever the defaults are: an engine sets them while it loads a model.
+        gaussian = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
+        q, r = torch.linalg.qr(gaussian)
         q = q * r.diagonal(dim1=-2, dim2=-1).sign()[..., None, :]  # makes the decomposition unique
         key_weights = q.transpose(2, 3).flatten(3)[..., :longest].contiguous()
         metadata = {"origin": f"random orthogonal, seed {seed}"}

@@ -3,6 +3,7 @@
 #include "hata_internals.h"
 
 #include "cpu/dtype.h"
+#include "dense_attention.h"
 #include "hash_code.h"
 #include "query_planes.h"
 #include "selection.h"
@@ -58,7 +59,11 @@ PYBIND11_MODULE(hata_internals, m) {
   m.def("bfloat16_to_float", py::vectorize(&hata::bfloat16_to_float));
   m.def("float_to_bfloat16", py::vectorize(&hata::float_to_bfloat16));
 
-  m.def("gather_num_splits", &hata::gather_num_splits);
+  m.def("attention_num_splits", &hata::attention_num_splits);
+  m.def("split_sequence", [](int seq_len, int num_splits) {
+    const auto [pieces, used] = hata::split_sequence(seq_len, num_splits);
+    return std::pair(pieces, used);
+  });
   m.def("workspace_layout", &workspace_layout);
   m.attr("MAX_PLANES") = hata::kMaxPlanes;
   m.attr("MAX_WORDS") = hata::kMaxWords;

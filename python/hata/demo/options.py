@@ -10,6 +10,7 @@ from typer import Option
 from hata.checks import check
 from hata.config import HataConfig
 from hata.device import ModelOptions, torch_device, torch_dtype
+from hata.weights import check_format
 
 WHERE = "demo"
 
@@ -49,8 +50,11 @@ class DemoOptions(ModelOptions):
         longest = self.max_new_tokens
         check(longest >= 2, WHERE, "--max-new-tokens", "be at least 2", longest)
         rule = f"be more than --max-new-tokens={longest}"
-        check(self.context > self.max_new_tokens, WHERE, "--context", rule, self.context)
+        check(self.context > longest, WHERE, "--context", rule, self.context)
         self.config()
+        num_bits = 32 if self.num_bits is None else self.num_bits
+        query_bits = 1 if self.query_bits is None else self.query_bits
+        check_format(WHERE, num_bits, query_bits, key_norms=False)
         self.torch_dtype()
         if self.plot is not None:
             png = self.plot.suffix == ".png"

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 
 from rich.console import Console
@@ -29,38 +30,26 @@ class Bytes:
 
     @classmethod
     def of_step(
-        cls,
-        config: HataConfig,
-        weights: HashWeights,
-        *,
-        itemsize: int,
-        seq_len: int,
+        cls, config: HataConfig, weights: HashWeights, *, itemsize: int, seq_len: int
     ) -> "Bytes":
         """Counts the bytes of one step at ``seq_len`` positions, which the demo selects from."""
         num_layers, num_kv_heads, head_dim, _ = weights.shape
         row = num_kv_heads * 2 * head_dim * itemsize
-        dense_layer = seq_len * row
-        dense_layers = min(config.num_dense_layers, num_layers)
+        num_dense = min(config.num_dense_layers, num_layers)
         layers = zip(weights.layer_bits, config.layer_top_k(num_layers), strict=True)
-        sparse_layers = [
+        sparse = sum(
             seq_len * num_kv_heads * (num_bits // 8 + 2 * weights.key_norms)
             + min(top_k, seq_len) * row
-            for num_bits, top_k in layers
-        ]
-        return cls(
-            dense=num_layers * dense_layer,
-            hata=dense_layers * dense_layer + sum(sparse_layers[dense_layers:]),
+            for num_bits, top_k in list(layers)[num_dense:]
         )
+        return cls(num_layers * seq_len * row, num_dense * seq_len * row + sparse)
 
 
 def agreement(dense: list[int], hata: list[int]) -> str:
     """Says whether two answers agree, token for token."""
     if dense == hata:
         return f"yes, in all {len(dense)} tokens"
-    same = next(
-        (i for i, (a, b) in enumerate(zip(dense, hata, strict=False)) if a != b),
-        min(len(dense), len(hata)),
-    )
+    same = len(list(takewhile(lambda pair: pair[0] == pair[1], zip(dense, hata, strict=False))))
     return f"no, in the first {same} of {max(len(dense), len(hata))} tokens"
 
 

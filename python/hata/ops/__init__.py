@@ -28,6 +28,7 @@ Inference only: a wrapper refuses tensors that require a gradient while autograd
 from hata.ops.cache_append import cache_append
 from hata.ops.cache_write import cache_write
 from hata.ops.decode_step import DecodeStepOutput, decode_step
+from hata.ops.dense_attention import dense_attention
 from hata.ops.encode_query import encode_query, num_planes, plane_weight_sum
 from hata.ops.gather_attention import gather_attention
 from hata.ops.hamming_score import hamming_score
@@ -42,6 +43,7 @@ __all__ = [
     "cache_append",
     "cache_write",
     "decode_step",
+    "dense_attention",
     "encode_query",
     "gather_attention",
     "hamming_score",

@@ -32,10 +32,11 @@ def cache_write(
             too on CPU); ``page_size`` a power of two. Written.
         v_cache: The same. Written.
         code_cache: ``[num_pages, num_kv_heads, page_size, num_bits // 32]``, int32. Written.
-        norm_cache: ``[num_pages, num_kv_heads, page_size]``, float16. Written, if given.
+        norm_cache: ``[num_pages, num_kv_heads, page_size]``, float16, or None. Written.
         slot_mapping: ``[num_tokens]``, int64, contiguous; no row twice.
 
     Raises:
+        ValueError: A tensor requires a gradient while autograd is on.
         RuntimeError: A shape, dtype, stride or device is not as above; on CPU also a slot past the
             last page. Nothing has been written then.
     """

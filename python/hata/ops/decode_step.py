@@ -44,6 +44,7 @@ def decode_step(
     num_sink: int = 0,
     num_recent: int = 0,
     softmax_scale: float | None = None,
+    softcap: float | None = None,
     workspace: Tensor | None = None,
     indices: Tensor | None = None,
     num_selected: Tensor | None = None,
@@ -82,6 +83,8 @@ def decode_step(
         num_recent: Visible positions at the end that are always selected;
             ``num_sink + num_recent <= top_k``.
         softmax_scale: Default: ``head_dim ** -0.5``.
+        softcap: Turns each logit into ``softcap * tanh(logit / softcap)``, as Gemma 2 has it; above
+            0. None: logits stay.
         workspace: uint8, 1-D, contiguous, at least ``workspace_size(batch, q_len, num_heads,
             num_kv_heads, head_dim, max_pages * page_size, top_k)`` bytes; allocated where missing.
         indices: Where to write the output of that name, contiguous; allocated where missing.
@@ -125,6 +128,7 @@ def decode_step(
         num_sink,
         num_recent,
         softmax_scale,
+        softcap,
         workspace=workspace,
         indices=indices,
         num_selected=num_selected,
@@ -152,6 +156,7 @@ def _(
     num_sink: int = 0,
     num_recent: int = 0,
     softmax_scale: float | None = None,
+    softcap: float | None = None,
     *,
     workspace: Tensor | None = None,
     indices: Tensor,

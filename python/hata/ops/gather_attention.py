@@ -16,6 +16,7 @@ def gather_attention(
     indices: Tensor,
     *,
     softmax_scale: float | None = None,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attends to the positions in ``indices`` alone, whoever selected them.
 
@@ -37,6 +38,8 @@ def gather_attention(
         indices: ``[batch, q_len, num_kv_heads, top_k]``, int32, contiguous; each position at most
             once.
         softmax_scale: Default: ``head_dim ** -0.5``.
+        softcap: Turns each logit into ``softcap * tanh(logit / softcap)``, as Gemma 2 has it; above
+            0. None: logits stay.
 
     Returns:
         ``out`` ``[batch, q_len, num_heads, head_dim]``, dtype of ``q``; and ``lse`` ``[batch,
@@ -48,7 +51,7 @@ def gather_attention(
             out of range.
     """
     return torch.ops.hata.gather_attention.default(
-        q, k_cache, v_cache, block_table, cache_seqlens, indices, softmax_scale
+        q, k_cache, v_cache, block_table, cache_seqlens, indices, softmax_scale, softcap
     )
 
 
@@ -61,5 +64,6 @@ def _(
     cache_seqlens: Tensor,
     indices: Tensor,
     softmax_scale: float | None = None,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), q.new_empty(q.shape[:-1], dtype=torch.float32)

@@ -1,12 +1,9 @@
 """Which selectors ``hata recall`` compares."""
 
-from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
-
-import torch
 
 from hata.checks import check
+from hata.recall.options import WHERE, RecallOptions
 from hata.selectors import (
     ExactSelector,
     HataSelector,
@@ -19,79 +16,50 @@ from hata.selectors import (
 from hata.training.captures import CaptureInfo, Captures
 from hata.weights import HashWeights, load_weights
 
-_WHERE = "recall"
 
-
-def trained_selectors(
-    info: CaptureInfo, files: Sequence[Path], query_bits: int | None, key_norms: bool | None
-) -> list[HataSelector]:
-    """Loads hash weights, to be used as they were made unless told otherwise.
-
-    Args:
-        info: Of the captures that will be measured; the weights must fit their model.
-        files: What `hata.save_weights` wrote.
-        query_bits: Overrides what the files say.
-        key_norms: Likewise.
-
-    Returns:
-        One selector for each file.
+def trained_selectors(info: CaptureInfo, options: RecallOptions) -> list[HataSelector]:
+    """Loads the files of hash weights, to be used as they were made unless told otherwise.
 
     Raises:
-        ValueError: A file holds no weights for the model.
+        ValueError: A file holds no weights for the model that was captured.
     """
     found = []
-    for file in files:
+    for file in options.weights:
         weights = load_weights(file)
         sizes = (len(info.layer_types), info.num_kv_heads, info.head_dim)
-        weights = weights.for_model(_WHERE, *sizes, layers=info.layers)
-        weights = replace(
-            weights,
-            query_bits=weights.query_bits if query_bits is None else query_bits,
-            key_norms=weights.key_norms if key_norms is None else key_norms,
-        )
-        found.append(HataSelector(weights))
+        weights = weights.for_model(WHERE, *sizes, layers=info.layers)
+        bits, norms = options.query_bits, options.key_norms
+        bits = weights.query_bits if bits is None else bits
+        norms = weights.key_norms if norms is None else norms
+        found.append(HataSelector(replace(weights, query_bits=bits, key_norms=norms)))
     return found
 
 
 def baseline_selectors(
-    info: CaptureInfo,
-    calibration: Captures | None,
-    device: torch.device,
-    *,
-    random_bits: Sequence[int],
-    channels: Sequence[int],
-    page_size: int,
+    info: CaptureInfo, calibration: Captures | None, options: RecallOptions
 ) -> list[Selector]:
-    """Makes what learned weights are compared with.
+    """Makes what learned weights are compared with, beside the exact selector.
 
-    Args:
-        info: Of the captures that will be measured.
-        calibration: Captures of other text, for Loki's components; None leaves Loki out.
-        device: Where to fit them.
-        random_bits: Bits of untrained codes; each is used as the paper does, with one query bit and
-            norms, and with four query bits and none.
-        channels: Channels of Loki and SparQ.
-        page_size: Of Quest's pages.
-
-    Returns:
-        The selectors, without the exact one.
+    Random codes are used as the paper does, with one query bit and norms, and with four query bits
+    and none. Without a calibration Loki is left out: its components are of other text.
 
     Raises:
         ValueError: The calibration is another model's, or a number is out of range.
     """
     shape = {name: getattr(info, name) for name in ("num_layers", "num_kv_heads", "head_dim")}
     of_model = {**shape, "layers": info.layers}
+    channels = options.channels or (info.head_dim // 4, info.head_dim // 2)
     found: list[Selector] = [ExactSelector(sum_logits=True)]
-    for num_bits in random_bits:
+    for num_bits in options.random_bits:
         weights = HashWeights.random(**shape, num_bits=num_bits)
         papers = replace(weights, query_bits=1, key_norms=True)
         found += [HataSelector(papers), HataSelector(weights)]
     if calibration is not None:
         same = all(getattr(calibration.info, name) == size for name, size in of_model.items())
         rule = f"be captures of a model with {of_model}"
-        check(same, _WHERE, "--calibration", rule, calibration.info.model)
+        check(same, WHERE, "--calibration", rule, calibration.info.model)
         layers = (calibration.layer(i).k.flatten(0, 1) for i in range(info.num_layers))
-        components = key_components(layers, device)
+        components = key_components(layers, options.torch_device())
         found += [LokiSelector(number, components) for number in channels]
-    found.append(QuestSelector(page_size))
+    found.append(QuestSelector(options.page_size))
     return [*found, *(SparqSelector(number) for number in channels)]

@@ -48,20 +48,10 @@ def run_recall(options: RecallOptions) -> Results:
     rule = f"leave one of the captured layers, {list(info.layers)}"
     check(dense <= info.layers[-1], WHERE, "--num-dense-layers", rule, dense)
     budgets = options.budgets(info.seq_len)
-    device = options.torch_device()
     calibration = None if options.calibration is None else Captures.open(options.calibration)
-    trained = trained_selectors(info, options.weights, options.query_bits, options.key_norms)
-    selectors: list[Selector] = [ExactSelector(), *trained]
-    if options.baselines:
-        others = baseline_selectors(
-            info,
-            calibration,
-            device,
-            random_bits=options.random_bits,
-            channels=options.channels or (info.head_dim // 4, info.head_dim // 2),
-            page_size=options.page_size,
-        )
-        selectors = [ExactSelector(), *others, *trained]
+    trained = trained_selectors(info, options)
+    others = baseline_selectors(info, calibration, options) if options.baselines else []
+    selectors = [ExactSelector(), *others, *trained]
     options.make_folders()
 
     console = Console(highlight=False)
@@ -73,7 +63,7 @@ def run_recall(options: RecallOptions) -> Results:
     codes = [x for x in measurements if x.selector.name in ("exact", "hata")]
     print_layers(console, results.only(codes))
 
-    made = origin(device, shlex.join(["hata", *sys.argv[1:]]))
+    made = origin(options.torch_device(), shlex.join(["hata", *sys.argv[1:]]))
     if options.csv is not None:
         write_rows(options.csv, MEAN_COLUMNS, mean_rows(results), made)
     if options.per_head is not None:

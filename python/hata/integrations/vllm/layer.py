@@ -3,6 +3,7 @@
 import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import groupby, pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -66,30 +67,22 @@ def make_batch(
     """
     num_reqs, q_len = common.num_reqs, common.max_query_len
     if q_len <= max_decode_len and common.num_actual_tokens == num_reqs * q_len:
-        runs, num_decodes, num_tokens = [(0, num_reqs, q_len)], num_reqs, num_reqs * q_len
-        starts = [0]
+        new_tokens = [q_len] * num_reqs
     else:
         starts = common.query_start_loc_cpu[: num_reqs + 1].tolist()
-        runs, num_decodes = [], 0
-        for b in range(num_reqs):
-            q_len = starts[b + 1] - starts[b]
-            if q_len > max_decode_len:
-                break
-            num_decodes = b + 1
-            if runs and runs[-1][2] == q_len:
-                runs[-1] = (runs[-1][0], b + 1, q_len)
-            elif q_len > 0:
-                runs.append((b, b + 1, q_len))
-        num_tokens = starts[num_decodes]
-    decodes = [
-        Decodes(
-            slice(starts[first], starts[first] + (end - first) * q_len),
-            q_len,
-            common.block_table_tensor[first:end],
-            common.seq_lens[first:end],
-        )
-        for first, end, q_len in runs
-    ]
+        new_tokens = [end - start for start, end in pairwise(starts)]
+    decodes: list[Decodes] = []
+    num_decodes = num_tokens = 0
+    for q_len, run in groupby(new_tokens):
+        if q_len > max_decode_len:
+            break
+        end = num_decodes + len(list(run))
+        tokens = slice(num_tokens, num_tokens + (end - num_decodes) * q_len)
+        if q_len > 0:
+            rows = slice(num_decodes, end)
+            table, seqlens = common.block_table_tensor[rows], common.seq_lens[rows]
+            decodes.append(Decodes(tokens, q_len, table, seqlens))
+        num_decodes, num_tokens = end, tokens.stop
     all_prompts, any_prompt = num_decodes == 0, num_decodes < num_reqs
     everything = describe(common, True) if has_dense_layers or all_prompts else None
     prompts = everything if all_prompts else None
@@ -166,7 +159,8 @@ class HataLayer:
         )
         self.engine = get_current_vllm_config()
         self.settings = Settings.of(self.engine)
-        self.hash_weights = self.settings.load(self.engine)
+        draft = self.engine.model_config.runner_type == "draft"
+        self.hash_weights = None if draft else self.settings.load(self.engine)
         observer = self.settings.observer
         self.observer = None if observer is None else pkgutil.resolve_name(observer)
         self.codes: SideCache | None = None  # None in a dense layer
@@ -178,13 +172,10 @@ class HataLayer:
         name = next(name for name, layer in layers.items() if getattr(layer, "impl", None) is self)
         self.layer_idx = extract_layer_index(name)
         weights, config = self.hash_weights, self.settings.config
+        if weights is None or self.layer_idx < config.num_dense_layers:
+            return
         num_layers, total_kv_heads, _, _ = weights.shape
-        speculative = self.engine.speculative_config
-        is_draft = speculative is not None and (
-            self.layer_idx >= num_layers
-            or self.engine.model_config is speculative.draft_model_config
-        )
-        if is_draft or self.layer_idx < config.num_dense_layers:
+        if self.layer_idx >= num_layers:  # a draft that continues the model, as EAGLE's do
             return
         # As vLLM shares out KV heads: in order, and each to several ranks where they are too few.
         rank, ranks = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
@@ -279,6 +270,7 @@ class HataLayer:
         output: Tensor,
     ) -> None:
         assert self.codes is not None
+        assert self.hash_weights is not None
         shape = (-1, run.q_len)
         q, k, v, out = (t[run.tokens].unflatten(0, shape) for t in (query, key, value, output))
         step = ops.decode_step(

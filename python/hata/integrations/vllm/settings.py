@@ -109,11 +109,8 @@ class Settings:
             model.get_total_num_kv_heads(),
             model.get_head_size(),
         )
-        weights = _load(self.weights, shape)
-        rule = f"have the model's num_layers, num_kv_heads and head_dim, {list(shape)}"
-        check(weights.shape[:3] == shape, HERE, "weights", rule, list(weights.shape[:3]))
         self.config.layer_top_k(shape[0])  # raises where it names another number of layers
-        return weights
+        return _load(self.weights, shape).for_model(HERE, *shape)
 
 
 @cache
@@ -121,6 +118,4 @@ def _load(path: str, shape: tuple[int, int, int]) -> HashWeights:
     if path != RANDOM:
         return load_weights(path)
     num_layers, num_kv_heads, head_dim = shape
-    return HashWeights.random(
-        num_layers=num_layers, num_kv_heads=num_kv_heads, head_dim=head_dim, num_bits=64
-    )
+    return HashWeights.random(num_layers=num_layers, num_kv_heads=num_kv_heads, head_dim=head_dim)

@@ -1,0 +1,145 @@
+#include "dense_attention.h"
+
+#include "cuda/gather_merge.cuh"
+#include "cuda/gather_rows.cuh"
+#include "cuda/gather_shape.cuh"
+#include "cuda/launch.cuh"
+#include "dispatch.h"
+
+namespace hata {
+namespace {
+
+constexpr int kWarps = 4;
+constexpr int kPieceTiles = kMinRowsPerSplit / kTileRows;
+
+struct DenseParams : DenseAttentionParams {
+  int stages;  // tiles in flight a warp
+
+  // How many splits wrote parts of a row, or 0 where its sequence is not ours.
+  __device__ int num_parts(int64_t row) const {
+    const int seq_len = seq_len_of(table, row / (int64_t{q_len} * num_heads));
+    return seq_len < min_sparse_len ? split_sequence(seq_len, num_splits).used : 0;
+  }
+};
+
+// grid: (batch * num_kv_heads * num_splits, ceil_div(q_len * group, 8 kColumnTiles)). A block
+// attends over one split of a sequence for up to 8 or 16 columns: column c is query head c % group
+// of the KV head's group, of query token c / group. Each warp takes every kWarps-th tile of 16 rows
+// and runs by itself; the block then merges its warps. Splits past the sequence's end leave.
+template <typename T, int kHeadDim, int kColumnTiles>
+__global__ void __launch_bounds__(kWarps* kWarpSize)
+    dense_attention_kernel(const __grid_constant__ DenseParams p) {
+  constexpr int kColumns = kColumnTiles * kTileHeads;
+  using Layout = GatherLayout<kHeadDim, kColumnTiles>;
+  extern __shared__ __align__(16) char shared[];
+  wait_for_previous_kernel();
+  let_next_kernel_launch();
+  const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
+  const int split = blockIdx.x % p.num_splits;
+  const int list_idx = blockIdx.x / p.num_splits;  // of batch * num_kv_heads
+  const int batch_idx = list_idx / p.cache.num_kv_heads;
+  const int kv_head_idx = list_idx % p.cache.num_kv_heads;
+  const int seq_len = seq_len_of(p.table, batch_idx);
+  const auto [pieces, used] = split_sequence(seq_len, p.num_splits);
+  if (seq_len >= p.min_sparse_len || split >= used) return;
+
+  const int group = group_of(p);
+  const int first_column = blockIdx.y * kColumns;
+  const int num_columns = min(kColumns, p.q_len * group - first_column);
+  const auto token_of = [&](int column) { return (first_column + column) / group; };
+  const auto head_of = [&](int column) {
+    return kv_head_idx * group + (first_column + column) % group;
+  };
+  T* queries = reinterpret_cast<T*>(shared);
+  const T* q = static_cast<const T*>(p.q) + batch_idx * p.q_batch_stride;
+  load_queries<T, kHeadDim>(
+      queries,
+      [&](int column) {
+        return q + token_of(column) * p.q_token_stride + head_of(column) * p.q_head_stride;
+      },
+      num_columns, kColumns);
+  cp_async_commit();
+
+  const int visible = visible_len(seq_len, p.q_len, token_of(num_columns - 1));
+  const RowList list{.batch_idx = batch_idx,
+                     .kv_head_idx = kv_head_idx,
+                     .visible = visible,
+                     .only_page = only_page(p.table, batch_idx),
+                     .num_positions = visible,
+                     .positions = nullptr};
+  const int tiles = ceil_div(visible, kTileRows), tiles_per_split = pieces * kPieceTiles;
+  RowStream<T, kHeadDim, kColumnTiles, kMaxStages, true> stream(
+      RowLocator<T, true>(p, list),
+      {.first = split * tiles_per_split + warp,
+       .step = kWarps,
+       .end = min(tiles, (split + 1) * tiles_per_split),
+       .stages = reinterpret_cast<T*>(shared + Layout::kQueryBytes +
+                                      warp * p.stages * Tile<kHeadDim>::kStageBytes),
+       .num_stages = p.stages});
+  int seen[kColumnTiles][2];  // positions that this thread's columns see
+#pragma unroll
+  for (int m = 0; m < kColumnTiles; ++m) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      seen[m][i] = visible_len(seq_len, p.q_len, token_of(m * kTileHeads + lane % 4 * 2 + i));
+    }
+  }
+  stream.wait_for_earlier_copies();
+  __syncthreads();  // every thread's part of the queries is there
+  Accumulator<kHeadDim, kColumnTiles> acc;
+  stream.run(acc, queries, LogitScale(p),
+             [&](int position, int m, int i) { return position < seen[m][i]; });
+  __syncthreads();  // every warp has read its tiles, whose place the results take
+
+  const Partials<kHeadDim> partials(shared + Layout::kQueryBytes, kWarps, num_columns);
+  partials.store(acc);
+  __syncthreads();
+  partials.weigh();
+  __syncthreads();
+  for (int i = threadIdx.x; i < num_columns * kHeadDim; i += kWarps * kWarpSize) {
+    const int column = i / kHeadDim, d = i % kHeadDim;
+    const int64_t token = int64_t{batch_idx} * p.q_len + token_of(column);
+    const int64_t row = token * p.num_heads + head_of(column);
+    const float max = partials.max(column), sum = partials.sum(column);
+    if (used == 1) {
+      write_result<T, kHeadDim>(p, row, d, max, sum, partials.out(column, d));
+    } else {
+      const int64_t part = split * num_rows_of(p) + row;
+      write_part<kHeadDim>(p, part, d, max, sum, partials.out(column, d));
+    }
+  }
+}
+
+template <typename T, int kHeadDim, int kColumnTiles>
+void launch(const DenseAttentionParams& params, CudaStream stream) {
+  constexpr const char* kOp = "hata::dense_attention";
+  using Layout = GatherLayout<kHeadDim, kColumnTiles>;
+  const auto kernel = dense_attention_kernel<T, kHeadDim, kColumnTiles>;
+  if (num_rows_of(params) == 0) return;
+  DenseParams p{params, kMaxStages};
+  const auto shared_bytes = [&] { return Layout::bytes(kWarps, p.stages, 1, kMaxColumns); };
+  while (p.stages > 1 && !allow_shared_memory(kernel, shared_bytes(), kOp)) --p.stages;
+  const int64_t lists = int64_t{p.table.batch} * p.cache.num_kv_heads;
+  const int columns = p.q_len * group_of(p);
+  launch_kernel(kernel,
+                {.grid = dim3(static_cast<unsigned>(lists * p.num_splits),
+                              ceil_div(columns, kColumnTiles * kTileHeads)),
+                 .threads = kWarps * kWarpSize,
+                 .shared_bytes = shared_bytes(),
+                 .overlaps_previous = true},
+                stream, kOp, p);
+  if (p.num_splits > 1) combine_splits<T>(p, stream, kOp);
+}
+
+}  // namespace
+
+void dense_attention_cuda(const DenseAttentionParams& p, CudaStream stream) {
+  const bool few_columns = p.q_len * group_of(p) <= kTileHeads;
+  dispatch_dtype(p.cache.dtype, [&]<typename T>() {
+    dispatch_int<64, 96, 128, 192, 256>("head_dim", p.cache.head_dim, [&](auto head_dim) {
+      few_columns ? launch<T, head_dim, 1>(p, stream) : launch<T, head_dim, 2>(p, stream);
+    });
+  });
+}
+
+}  // namespace hata
