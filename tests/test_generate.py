@@ -174,6 +174,36 @@ def test_a_forward_pass_without_a_cache_is_dense_and_has_gradients(use_cache: bo
         disable(model)
 
 
+def test_a_cache_serves_inference_mode_and_other_passes() -> None:
+    model, tokens = make_model("llama-group4"), random_prompt(1, 30)
+    cache, _ = switch_on(model, FEW)
+    logits = []
+    for inference in (False, True):
+        cache.reset()
+        for length in (20, 1, 1, 5, 1):
+            inference = not inference
+            with torch.inference_mode(inference), torch.set_grad_enabled(not inference):
+                out = model(tokens[:, :length], **{CACHE_ARGUMENT: cache}).logits
+            logits.append(out.detach().clone())
+    for a, b in zip(logits[:5], logits[5:], strict=True):
+        assert_equal(a, b)
+
+
+def test_autocast_casts_queries_keys_and_values() -> None:
+    model, tokens = make_model("llama-group4"), random_prompt(2, 30)
+    dense = DynamicCache(config=model.config)
+
+    def logits(cache: Any) -> Tensor:
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            parts = (tokens[:, :28], tokens[:, 28:29], tokens[:, 29:])
+            return torch.cat([model(x, **{CACHE_ARGUMENT: cache}).logits for x in parts], 1)
+
+    expected = logits(dense)
+    cache, _ = switch_on(model)
+    torch.testing.assert_close(logits(cache), expected, rtol=0.05, atol=0.05)
+    assert cache.hata_cache.dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("config", [EVERYTHING, FEW], ids=["everything", "few"])
 @pytest.mark.parametrize("page_size", [None, 16])
 def test_each_row_of_a_padded_batch_is_its_solo_run(
