@@ -165,3 +165,28 @@ def test_rejects_changes_of_the_batch_and_of_the_length(model: PreTrainedModel) 
     with pytest.raises(ValueError, match=r"batch_idx must be in 0\.\.1, got 2"):
         cache.reorder_cache(torch.tensor([0, 2]))
     assert cache.get_seq_length() == 9
+
+
+@pytest.mark.parametrize("error", [KeyError("no"), KeyboardInterrupt(), torch.OutOfMemoryError()])
+def test_whatever_happens_while_it_is_tried_the_model_is_unchanged(
+    model: PreTrainedModel, error: BaseException
+) -> None:
+    def fail(*args: object) -> None:
+        raise error
+
+    model.train()
+    hook = model.model.layers[1].register_forward_pre_hook(fail)
+    raised = ValueError if isinstance(error, KeyError) else type(error)
+    with pytest.raises(raised):
+        enable(model, EVERYTHING, weights=make_weights(model))
+    hook.remove()
+    assert model.config._attn_implementation == "sdpa"
+    assert all(module.training for module in model.modules())
+    assert "_hata" not in vars(model)
+
+
+def test_a_layer_that_does_not_attend_is_refused(model: PreTrainedModel) -> None:
+    model.model.layers[2].self_attn.forward = lambda hidden_states, **_: (hidden_states, None)
+    with pytest.raises(ValueError, match=r"all hold the tokens of the last step.*layers \[2\]"):
+        enable(model, EVERYTHING, weights=make_weights(model))
+    assert model.config._attn_implementation == "sdpa"

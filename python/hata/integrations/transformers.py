@@ -281,26 +281,23 @@ def _try(function: str, model: PreTrainedModel, settings: CacheSettings) -> None
     What a model's attention does is written nowhere but in its code: extra inputs, heads of another
     size, keys that change after they were cached. So it is tried.
     """
-    before = model.config._attn_implementation
+    before, name = model.config._attn_implementation, type(model).__name__
     training = [module for module in model.modules() if module.training]
     cache = HataTransformersCache(settings, min(2, settings.max_seq_len))
     token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+    fits = False
     try:
         model.eval()
         model.set_attn_implementation(ATTENTION)
         for _ in range(cache.max_seq_len):
             model(token, use_cache=True, **{CACHE_ARGUMENT: cache})
         attended = [layer.seen for layer in cache.layers if isinstance(layer, HataLayer)]
-        rule = "call the attention function in every full-attention layer"
-        calls = f"{sum(seen > 0 for seen in attended)} of {len(attended)}"
-        called = all(seen == cache.max_seq_len for seen in attended)
-        check(called, function, "model", rule, calls)
+        fits = attended == [cache.max_seq_len] * len(attended)
+        rule = "call its attention function in every full-attention layer"
+        check(fits, function, "model", rule, f"{name}, with {attended} calls")
     except torch.OutOfMemoryError:
-        model.set_attn_implementation(before)
         raise
-    except (ValueError, TypeError, RuntimeError, AttributeError) as error:
-        model.set_attn_implementation(before)
-        name = type(model).__name__
+    except (ValueError, TypeError, RuntimeError, AttributeError, LookupError) as error:
         raise ValueError(
             f"hata.{function}: model must attend as hata does, got {name}, in which one token "
             f"fails: {error}"
@@ -308,3 +305,5 @@ def _try(function: str, model: PreTrainedModel, settings: CacheSettings) -> None
     finally:
         for module in training:
             module.training = True
+        if not fits:
+            model.set_attn_implementation(before)
