@@ -24,13 +24,13 @@ from hata.config import HataConfig
 from hata.integrations.model_shape import ModelShape, full_attention_layers, model_shape
 from hata.integrations.transformers_cache import (
     ATTENTION,
-    HERE,
     MAX_DRAFT_LEN,
     CacheSettings,
     DecodeObserver,
     HataLayer,
     HataTransformersCache,
 )
+from hata.integrations.transformers_mask import HERE
 from hata.pretrained import find_pretrained
 from hata.sequences import check_page_size
 from hata.weights import HashWeights, load_weights

@@ -1,4 +1,4 @@
-"""The transformers cache of hata, and the attention and mask functions that belong to it.
+"""The transformers cache of hata, and the attention function that belongs to it.
 
 The layers of a `HataTransformersCache` are transformers' own but for those that attend to the whole
 context, which are `HataLayer`. Such a layer stores nothing when it is handed new keys; it hands
@@ -9,7 +9,6 @@ other kind with transformers' "sdpa", and so the model's other layers and passes
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, NoReturn
 from weakref import WeakValueDictionary
 
@@ -18,16 +17,16 @@ from torch import Tensor
 from transformers import AttentionInterface
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
+from transformers.masking_utils import AttentionMaskInterface
 
 from hata.attention import decode_attention, prefill
 from hata.cache import HataCache
 from hata.checks import check, check_int
 from hata.config import HataConfig
 from hata.integrations.model_shape import own_cache_layers
+from hata.integrations.transformers_mask import HERE, CausalMask, Padding, mask_function
 from hata.weights import HashWeights
 
-HERE = "integrations.transformers"
 ATTENTION = "hata"  # transformers' name of the attention and mask functions
 
 # After a prompt that `generate` has announced, longer passes are prompt again: no draft is as long.
@@ -66,73 +65,6 @@ class CacheSettings:
     def __deepcopy__(self, memo: object) -> "CacheSettings":
         """Returns itself: nothing in it changes."""
         return self
-
-
-@dataclass(frozen=True)
-class _Padding:
-    """Where a prompt has padding.
-
-    Attributes:
-        new_seqlens: Real tokens, ``[batch]``.
-        order: ``[batch, q_len]``: the tokens' columns, padding first, as a `HataCache` takes them.
-        unpadded: Last columns without any padding.
-    """
-
-    new_seqlens: list[int]
-    order: Tensor
-    unpadded: int
-
-    def first(self, x: Tensor) -> Tensor:
-        """Moves padding to the left; x is ``[batch, q_len, heads, head_dim]``."""
-        return x.take_along_dim(self.order[:, :, None, None], 1)
-
-    def back(self, x: Tensor) -> Tensor:
-        """Undoes `first`."""
-        return x.take_along_dim(self.order.argsort(1)[:, :, None, None], 1)
-
-
-@dataclass
-class _CausalMask:
-    """The mask of a layer that attends to the whole context: causal, and perhaps padded.
-
-    Attributes:
-        arguments: What transformers hands to a mask function; ``attention_mask`` among them is None
-            or ``[batch, kv_length]``, bool, with False for padding.
-    """
-
-    arguments: dict[str, Any]
-
-    @property
-    def padded(self) -> tuple[Tensor | None, int]:
-        """The mask of padding, or None, and the number of keys."""
-        return self.arguments["attention_mask"], self.arguments["kv_length"]
-
-    @cached_property
-    def for_sdpa(self) -> Tensor | None:
-        """The mask as "sdpa" takes it; None where it is causal and nothing else."""
-        return sdpa_mask(**self.arguments)
-
-    def padding(self, q_len: int) -> "_Padding | None":
-        """Reads which of the last ``q_len`` tokens are padding; None if none is.
-
-        Waits for the device: once a prompt, where `generate` has found padding in it.
-        """
-        mask, kv_len = self.padded
-        if mask is None:
-            return None
-        rule = "cover the tokens of the cache and the new ones"
-        check(mask.shape[1] == kv_len, HERE, "attention_mask", rule, list(mask.shape))
-        new = mask[:, kv_len - q_len :]
-        column = torch.arange(1, q_len + 1, device=mask.device)
-        last = (column * ~new).amax()  # the last column with padding, counted from 1
-        *real, last_column = torch.cat([new.sum(1), last[None]]).tolist()
-        if last_column == 0:
-            return None
-        return _Padding(real, new.int().argsort(dim=1, stable=True), q_len - last_column)
-
-    def __getattr__(self, name: str) -> NoReturn:
-        """Refuses what a model that changes its mask asks for."""
-        raise AttributeError(f"hata.{HERE}: the model must leave its mask as it is, got .{name}")
 
 
 @dataclass
@@ -177,7 +109,7 @@ class _LayerGroup:
     prompt_len: int | None = None
     croppable: int = 0
     decoding: bool = False
-    padding: _Padding | None = None
+    padding: Padding | None = None
 
     def cache_for(self, k: Tensor, seen: int) -> HataCache:
         """Returns the cache, made anew where it is empty and k is of another batch or kind."""
@@ -195,7 +127,7 @@ class _LayerGroup:
             )
         return cache
 
-    def open_step(self, seen: int, q_len: int, mask: _CausalMask | None) -> None:
+    def open_step(self, seen: int, q_len: int, mask: CausalMask | None) -> None:
         """Decides how all layers treat the tokens of a forward pass.
 
         Args:
@@ -263,7 +195,7 @@ class HataLayer(CacheLayerMixin):
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        mask: _CausalMask | None,
+        mask: CausalMask | None,
         softmax_scale: float | None,
     ) -> Tensor:
         """Stores new tokens and attends: sparsely where they are decoded, densely in a prompt.
@@ -416,7 +348,7 @@ def _attend(
     query: Tensor,
     key: Tensor | NewKeys,
     value: Tensor,
-    attention_mask: _CausalMask | Tensor | None,
+    attention_mask: CausalMask | Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
     **kwargs: Any,
@@ -426,7 +358,7 @@ def _attend(
         check(kwargs.get(name) is None, HERE, name, "be None", "a value")
     if not isinstance(key, NewKeys):
         mask = attention_mask
-        if isinstance(mask, _CausalMask):
+        if isinstance(mask, CausalMask):
             mask = mask.for_sdpa
         return sdpa_attention_forward(
             module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs
@@ -460,7 +392,7 @@ def _attend_as_operator(
     softmax_scale: float | None,
     number: int,
 ) -> Tensor:
-    mask = _CausalMask({"attention_mask": padding, "kv_length": kv_len})
+    mask = CausalMask({"attention_mask": padding, "kv_length": kv_len})
     return _layers[number].attend(q, k, v, mask, softmax_scale).contiguous()
 
 
@@ -469,12 +401,5 @@ def _(q: Tensor, *args: object) -> Tensor:
     return q.new_empty(q.shape)
 
 
-def _mask(**arguments: Any) -> _CausalMask | Tensor | None:
-    """The mask function: leaves the plain causal mask to the attention function."""
-    if arguments.get("mask_function", causal_mask_function) is causal_mask_function:
-        return _CausalMask(arguments)
-    return sdpa_mask(**arguments)
-
-
 AttentionInterface.register(ATTENTION, _attend)
-AttentionMaskInterface.register(ATTENTION, _mask)
+AttentionMaskInterface.register(ATTENTION, mask_function)

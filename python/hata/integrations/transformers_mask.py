@@ -1,0 +1,92 @@
+"""Masks of a transformers model with hata attention: causal, and perhaps padded.
+
+For layers that attend to the whole context the mask function makes no tensor: a `CausalMask` goes
+to the attention function, which reads the padding of a prompt from it, or makes the mask that
+"sdpa" takes. Other layers get transformers' own masks.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from transformers.masking_utils import causal_mask_function, sdpa_mask
+
+from hata.checks import check
+
+HERE = "integrations.transformers"  # in messages
+
+
+@dataclass(frozen=True)
+class Padding:
+    """Where a prompt has padding.
+
+    Attributes:
+        new_seqlens: Real tokens, ``[batch]``.
+        order: ``[batch, q_len]``: the tokens' columns, padding first, as a `HataCache` takes them.
+        unpadded: Last columns without any padding.
+    """
+
+    new_seqlens: list[int]
+    order: Tensor
+    unpadded: int
+
+    def first(self, x: Tensor) -> Tensor:
+        """Moves padding to the left; x is ``[batch, q_len, heads, head_dim]``."""
+        return x.take_along_dim(self.order[:, :, None, None], 1)
+
+    def back(self, x: Tensor) -> Tensor:
+        """Undoes `first`."""
+        return x.take_along_dim(self.order.argsort(1)[:, :, None, None], 1)
+
+
+@dataclass
+class CausalMask:
+    """The mask of a layer that attends to the whole context: causal, and perhaps padded.
+
+    Attributes:
+        arguments: What transformers hands to a mask function; ``attention_mask`` among them is None
+            or ``[batch, kv_length]``, bool, with False for padding.
+    """
+
+    arguments: dict[str, Any]
+
+    @property
+    def padded(self) -> tuple[Tensor | None, int]:
+        """The mask of padding, or None, and the number of keys."""
+        return self.arguments["attention_mask"], self.arguments["kv_length"]
+
+    @cached_property
+    def for_sdpa(self) -> Tensor | None:
+        """The mask as "sdpa" takes it; None where it is causal and nothing else."""
+        return sdpa_mask(**self.arguments)
+
+    def padding(self, q_len: int) -> Padding | None:
+        """Reads which of the last ``q_len`` tokens are padding; None if none is.
+
+        Waits for the device: once a prompt, where `generate` has found padding in it.
+        """
+        mask, kv_len = self.padded
+        if mask is None:
+            return None
+        rule = "cover the tokens of the cache and the new ones"
+        check(mask.shape[1] == kv_len, HERE, "attention_mask", rule, list(mask.shape))
+        new = mask[:, kv_len - q_len :]
+        column = torch.arange(1, q_len + 1, device=mask.device)
+        last = (column * ~new).amax()  # the last column with padding, counted from 1
+        *real, last_column = torch.cat([new.sum(1), last[None]]).tolist()
+        if last_column == 0:
+            return None
+        return Padding(real, new.int().argsort(dim=1, stable=True), q_len - last_column)
+
+    def __getattr__(self, name: str) -> NoReturn:
+        """Refuses what a model that changes its mask asks for."""
+        raise AttributeError(f"hata.{HERE}: the model must leave its mask as it is, got .{name}")
+
+
+def mask_function(**arguments: Any) -> CausalMask | Tensor | None:
+    """Makes the mask of one kind of layer, as transformers asks for it."""
+    if arguments.get("mask_function", causal_mask_function) is causal_mask_function:
+        return CausalMask(arguments)
+    return sdpa_mask(**arguments)
