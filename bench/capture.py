@@ -58,11 +58,11 @@ def attention_inputs(model: Any, token_ids: list[int], layer_idx: int) -> tuple[
     """Returns q of the last positions and all of k, as `capture` writes them."""
     from hata.training.record import Recorder  # transformers is an extra
 
-    layers: dict[int, tuple[Tensor, Tensor]] = {}
+    found: list[tuple[Tensor, Tensor]] = []
     positions = torch.arange(len(token_ids))[-NUM_QUERIES:]
 
-    def keep(layer_idx: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> None:
-        layers[layer_idx] = (q, k)
+    def keep(recorded_idx: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> None:
+        found.append((q, k))
 
-    Recorder(model, len(token_ids)).run(token_ids, positions, keep)
-    return layers[layer_idx]
+    Recorder(model, [layer_idx], len(token_ids)).run(token_ids, positions, keep)
+    return found[0]

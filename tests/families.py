@@ -38,7 +38,32 @@ _LATENT = {
     "topk_group": 1,
     "first_k_dense_replace": 1,
 }
+_LINEAR = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+}
+_ROUTED = {
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "moe_intermediate_size": 32,
+}
+_MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 32, "mamba_n_groups": 1, "mamba_d_state": 16}
 _SLIDING, _FULL = "sliding_attention", "full_attention"
+_MIXED = [_SLIDING, _FULL, _SLIDING]
+_GEMMA_3N = {
+    "num_hidden_layers": 4,
+    "layer_types": [_SLIDING, _FULL, _SLIDING, _FULL],
+    "intermediate_size": [64] * 4,
+    "laurel_rank": 8,
+    "vocab_size_per_layer_input": VOCABULARY,
+    "hidden_size_per_layer_input": 16,
+    "activation_sparsity_pattern": [0.0] * 4,
+    **_WINDOW,
+}
 
 
 @dataclass(frozen=True)
@@ -75,6 +100,7 @@ def _refused(name: str, model: str, notes: str, refusal: str, **settings: Any) -
 
 
 _OWN = "layers with a window stay the model's own"
+_STATE = "layers with a state stay the model's own"
 
 FAMILIES = [
     Family("Llama 2, 3; SmolLM2; DeepSeek distillations", "Llama"),
@@ -91,10 +117,12 @@ FAMILIES = [
         (1,),
         "layers with chunks stay the model's own",
     ),
-    Family("Mistral from 0.2; Ministral", "Mistral", {"sliding_window": None}),
+    Family("Mistral from 0.2", "Mistral", {"sliding_window": None}),
     _refused(
         "Mistral 0.1", "Mistral", "every layer has a window", "got sliding_window=16", **_WINDOW
     ),
+    Family("Ministral", "Ministral", {**_WINDOW, "layer_types": _MIXED}, layers=(1,), notes=_OWN),
+    Family("Ministral 3", "Ministral3"),
     Family("Mixtral", "Mixtral", {**_EXPERTS, "sliding_window": None}),
     Family("Qwen 2, 2.5", "Qwen2"),
     Family(
@@ -118,13 +146,18 @@ FAMILIES = [
             "num_hidden_layers": 4,
             "moe_intermediate_size": 32,
             "shared_expert_intermediate_size": 32,
-            "linear_num_key_heads": 2,
-            "linear_num_value_heads": 4,
-            "linear_key_head_dim": 16,
-            "linear_value_head_dim": 16,
+            **_LINEAR,
         },
         layers=(3,),
         notes="linear-attention layers stay the model's own",
+    ),
+    Family(
+        "Qwen 3.5 (text)",
+        "Qwen3_5",
+        {"num_hidden_layers": 4, **_LINEAR},
+        "Qwen3_5TextConfig",
+        (3,),
+        "linear-attention layers stay the model's own",
     ),
     Family("Gemma 1", "Gemma"),
     _refused("Gemma 2", "Gemma2", "logits are capped (softcap)", "softcap must be None", **_WINDOW),
@@ -174,6 +207,46 @@ FAMILIES = [
     Family("GLM 4 0414", "Glm4"),
     Family("Starcoder 2", "Starcoder2", {"sliding_window": None}),
     Family("StableLM 2", "StableLm"),
+    Family("EXAONE 4", "Exaone4", {**_WINDOW, "layer_types": _MIXED}, layers=(1,), notes=_OWN),
+    Family("GLM 4.5, 4.6", "Glm4Moe", _ROUTED),
+    Family("Phi 1, 2", "Phi"),
+    Family("Phi 3.5 MoE", "Phimoe", _EXPERTS),
+    Family("OLMoE", "Olmoe", _EXPERTS),
+    Family("Granite 3 MoE", "GraniteMoe", _EXPERTS),
+    Family("ERNIE 4.5", "Ernie4_5"),
+    Family("Seed-OSS", "SeedOss"),
+    Family("Hunyuan", "HunYuanDenseV1"),
+    Family("Apertus", "Apertus"),
+    Family("Nemotron", "Nemotron"),
+    Family("Bamba", "Bamba", {"attn_layer_indices": [1], **_MAMBA}, layers=(1,), notes=_STATE),
+    Family(
+        "Jamba",
+        "Jamba",
+        {"attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False, **_EXPERTS},
+        layers=(1,),
+        notes=_STATE,
+    ),
+    Family("LFM 2", "Lfm2", {"layer_types": ["conv", _FULL, "conv"]}, layers=(1,), notes=_STATE),
+    Family(
+        "Gemma 3n (text)",
+        "Gemma3n",
+        {"num_kv_shared_layers": 2, **_GEMMA_3N},
+        "Gemma3nTextConfig",
+        (),
+        "layers share their keys",
+        "one token fails",
+    ),
+    _refused(
+        "Falcon H1",
+        "FalconH1",
+        "attention and state in one layer",
+        "hybrid",
+        mamba_d_ssm=64,
+        mamba_n_heads=4,
+        mamba_d_head=16,
+        mamba_n_groups=1,
+        mamba_d_state=16,
+    ),
     _refused(
         "gpt-oss",
         "GptOss",

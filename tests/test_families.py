@@ -17,7 +17,7 @@ from tiny_models import generate, random_prompt
 EVERYTHING = HataConfig(top_k=POSITIONS, num_dense_layers=0, min_sparse_len=0)
 SUPPORTED = [family for family in FAMILIES if family.layers]
 REFUSED = [family for family in FAMILIES if not family.layers]
-SIZES = {"num_layers": 3, "num_kv_heads": 2, "head_dim": 32}
+SIZES = {"num_kv_heads": 2, "head_dim": 32}
 HYBRIDS = [family for family in SUPPORTED if family.layers != (0, 1, 2)]
 
 
@@ -53,9 +53,9 @@ def test_the_text_of_a_family_is_the_dense_text_where_everything_is_selected(
 def test_a_family_that_is_refused_stays_as_it_was(family: Family) -> None:
     model, prompt = family.make(), random_prompt(1, 9)
     before, text = model.config._attn_implementation, generate(model, prompt, 8)
-    attributes = set(vars(model))
+    attributes, num_layers = set(vars(model)), model.config.num_hidden_layers
     with pytest.raises(ValueError, match=r"transformers\.enable: model must") as error:
-        enable(model, EVERYTHING, weights=HashWeights.random(**SIZES))
+        enable(model, EVERYTHING, weights=HashWeights.random(num_layers=num_layers, **SIZES))
     assert family.refusal in str(error.value)
     assert model.config._attn_implementation == before
     assert set(vars(model)) == attributes

@@ -256,6 +256,8 @@ class HataLayer(CacheLayerMixin):
         """Hands the new keys and values on to the attention function."""
         return NewKeys(self, key_states), value_states
 
+    @torch.inference_mode(False)  # its tensors serve passes inside and outside of inference mode
+    @torch.no_grad()
     def attend(
         self,
         q: Tensor,
@@ -436,6 +438,8 @@ def _attend(
     check(not key.taken, HERE, "the keys of a layer", "be attended to once", "another time")
     key.taken = True
     q, k, v = (x.transpose(1, 2) for x in (query, key.states, value))
+    if torch.is_autocast_enabled(q.device.type):  # casts inputs of attention
+        q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
     if not torch.compiler.is_compiling():
         return key.layer.attend(q, k, v, attention_mask, scaling), None
     padding, kv_len = (None, 0) if attention_mask is None else attention_mask.padded
