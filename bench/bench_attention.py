@@ -53,7 +53,7 @@ def gather_then_sdpa(pool: CodePool) -> Attend:
 
 
 def dense_attention(run: Run, pool: CodePool) -> Row:
-    check_dense(pool.kv, pool.dense_attention(0)[0], "dense_attention")
+    check_dense(pool.kv, pool.dense_attention(0)[0], "dense_attention", pool)
     shape = pool.kv.shape
     timing = run.timer(pool.calls("dense_attention"))
     num_bytes = shape.kv_bytes + 2 * pool.out.nbytes

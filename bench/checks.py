@@ -51,15 +51,21 @@ def float32_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return scores.softmax(dim=-1) @ v.float()
 
 
-def check_dense(kv: KvPool, out: Tensor, name: str) -> None:
-    """Requires that out, reshaped to its heads, is one token's dense attention over input set 0."""
+def check_dense(kv: KvPool, out: Tensor, name: str, pool: CodePool | None = None) -> None:
+    """Requires that out, reshaped to its heads, is one token's dense attention over input set 0.
+
+    With a pool a sequence's rows are those of its pages, which lie anywhere among all sequences'.
+    """
     group = kv.shape.group
     out = out.reshape(kv.shape.batch, kv.shape.num_heads, kv.shape.head_dim)
     for b, h in sampled_pairs(kv):
         heads = slice(h * group, (h + 1) * group)
-        expected = float32_attention(
-            kv.qs[0, b, 0, heads], kv.k_caches[0, b, :, h], kv.v_caches[0, b, :, h]
-        )
+        caches = [kv.k_caches[0, b], kv.v_caches[0, b]]
+        if pool is not None:
+            pages = pool.live_pages[b]
+            caches = [cache[pages].flatten(0, 1) for cache in (pool.k_cache(0), pool.v_cache(0))]
+        k, v = (cache[:, h] for cache in caches)
+        expected = float32_attention(kv.qs[0, b, 0, heads], k, v)
         require_close(out[b, heads], expected, f"{name} is attention over the whole cache")
 
 

@@ -3,7 +3,12 @@ import torch
 from torch import Tensor
 
 from cases import LAYOUTS, Caches, make_caches, poisoned, random_vectors, strided
-from closeness import assert_equal, assert_no_worse_than_pytorch, plain_gather_attention
+from closeness import (
+    assert_equal,
+    assert_no_worse_than_pytorch,
+    assert_within_rounding,
+    plain_gather_attention,
+)
 from devices import gpu_only
 from hata import dense_attention, gather_attention, merge_attention_states, reference
 
@@ -111,7 +116,10 @@ def test_softcap(device, dtype, q_len, group, softcap):
 def test_large_logits_do_not_overflow(device, dtype):
     caches = make_caches([400], device=device, dtype=dtype)
     q = random_vectors(1, 2, 4, 64, dtype=dtype, device=device) * 100
-    assert_attends(q, caches, dense_attention(q, *caches.kv))
+    attended = dense_attention(q, *caches.kv)
+    truth = reference.dense_attention(q.double(), *caches.double().kv)
+    # Logits of hundreds have roundings in float32 that plain PyTorch may have the luck to avoid.
+    assert_within_rounding(attended, truth, q, caches.k_cache, caches.v_cache, 400)
 
 
 @pytest.mark.parametrize("min_sparse_len", [0, 1, 64, 65, 2**31 - 1])
