@@ -3,6 +3,7 @@
 In all engines but stock vLLM's own, codes are checked after every step.
 """
 
+import csv
 import json
 import os
 from collections.abc import Iterator
@@ -26,10 +27,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from vllm import LLM, SamplingParams, TokensPrompt
 from vllm.distributed import cleanup_dist_env_and_memory
 
+from bench.__main__ import app
 from hata import HashWeights, HataConfig, load_weights, pretrained, save_weights
+from hata.cli import run_app
 from hata.demo.model import bundled_model
 from hata.integrations.transformers import enable
 from hata.integrations.vllm import engine_args
+from tiny_folder import save_tiny_llama
 
 pytestmark = pytest.mark.vllm
 
@@ -276,6 +280,24 @@ def test_models_that_are_not_supported_are_refused(llama, tmp_path):
         engine(tmp_path, load_format="dummy", **hata(llama)),
     ):
         pass
+
+
+def test_answers_are_compared_with_stock_vllm(tmp_path, monkeypatch):
+    """Where everything is selected there is nothing to tell; where little is, there is."""
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    model = save_tiny_llama(tmp_path / "model")
+    weights, output = tmp_path / "hash.safetensors", tmp_path / "rows.csv"
+    save_weights(weights, HashWeights.random(**{**SHAPE, "num_layers": 4}, num_bits=64))
+    command = f"vllm-quality --model {model} --weights {weights} --output {output} --context 800"
+    command += " --top-k 1024 --top-k 24 --prompts 2 --tokens 12"
+    with pytest.raises(SystemExit) as exit_info:
+        run_app(app, "python -m bench", command.split())
+    assert exit_info.value.code == 0
+    with output.open(newline="") as file:
+        everything, little = csv.DictReader(file)
+    assert everything["tokens_equal"] == everything["first_difference"] == "1"
+    assert abs(float(everything["logprob_difference"])) < 1e-4
+    assert abs(float(little["logprob_difference"])) > 1e-2
 
 
 @pytest.mark.model
