@@ -142,7 +142,7 @@ def answers(
         prompts: Those of each context.
         num_tokens: Of each answer.
         settings: vLLM's, or hata's where they name its weights.
-        texts: Answers to say again, in another pass.
+        texts: Answers to say again, in another pass; None: none.
     """
     os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # its logits processors differ between versions
     import vllm
@@ -173,6 +173,7 @@ def answers(
         [len(prompts[0])],
         dtype="bfloat16" if torch.cuda.is_available() else "float32",
         logits_processors=[Forced],
+        async_scheduling=False,  # a logits processor counts the tokens so far
         **(engine_args(**settings) if "weights" in settings else settings),
     )
 
@@ -197,7 +198,7 @@ def answers(
         return found
 
     free = [ask(asked, None) for asked in prompts]
-    forced = [ask(asked, said) for asked, said in zip(prompts, texts or (), strict=bool(texts))]
+    forced = [ask(*pair) for pair in zip(prompts, texts, strict=True)] if texts else []
     return Answers(vllm.__version__, free, forced)
 
 
