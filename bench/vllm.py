@@ -9,11 +9,11 @@ import os
 import random
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import torch
 from rich.console import Console
@@ -52,6 +52,8 @@ SHAPES = {
 COLUMNS = ["vllm", "shape", "layers", "dense_layers", "tp", "batch", "context", "top_k", "backend"]
 COLUMNS += ["ms_per_token", "tokens_per_s", "prefill_s", "kv_tokens"]
 SHOWN = {name: name.replace("_", " ") for name in COLUMNS}
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,7 @@ def measure_vllm(options: Options) -> None:
     for backend in options.backend or BACKENDS:
         for top_k in sorted({top_k_of(n) for _, n in chosen}) if backend == "hata" else [0]:
             cases = [case for case in chosen if top_k in (0, top_k_of(case[1]))]
-            for row in in_a_process(Engine(backend, top_k, longest, cases, *model)):
+            for row in in_a_process(rows_of, Engine(backend, top_k, longest, cases, *model)):
                 report.add(row)
     report.show(Console(), SHOWN, "Decoding in vLLM", "dummy weights, bfloat16, CUDA graphs")
     print(f"{len(report.rows)} rows in {path}")
@@ -130,10 +132,37 @@ def top_k_of(context: int) -> int:
     return max(MIN_TOP_K, round(context * PAPER_BUDGET))
 
 
-def in_a_process(engine: Engine) -> Iterable[Row]:
+def in_a_process(function: Callable[..., Result], *arguments: Any) -> Result:
+    """Calls a function that starts an engine in a process of its own."""
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=spawn) as pool:
-        return pool.submit(rows_of, engine).result()
+    with ProcessPoolExecutor(1, mp_context=spawn, initializer=set_environment) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def set_environment() -> None:
+    os.environ |= {name: os.environ.get(name, value) for name, value in ENVIRONMENT.items()}
+
+
+def start(model: str, max_len: int, batches: list[int], **settings: Any) -> Any:
+    """Starts an engine in this process, with CUDA graphs for batches that decode."""
+    import vllm
+
+    return vllm.LLM(
+        model,
+        max_model_len=max_len,
+        max_num_seqs=max(batches),
+        max_num_batched_tokens=min(16384, max_len),
+        gpu_memory_utilization=0.88,
+        block_size=32 if vllm.platforms.current_platform.is_cpu() else 16,
+        enable_prefix_caching=True,
+        disable_log_stats=True,
+        compilation_config={
+            "mode": 0,
+            "cudagraph_mode": "FULL_DECODE_ONLY",
+            "cudagraph_capture_sizes": batches,
+        },
+        **settings,
+    )
 
 
 def rows_of(engine: Engine) -> list[Row]:
@@ -141,7 +170,6 @@ def rows_of(engine: Engine) -> list[Row]:
 
 
 def measure(engine: Engine) -> Iterator[Row]:
-    os.environ |= {name: os.environ.get(name, value) for name, value in ENVIRONMENT.items()}
     import vllm
     from transformers import LlamaConfig
 
@@ -163,24 +191,14 @@ def measure(engine: Engine) -> Iterator[Row]:
         settings = engine_args("random", **budget)
     with tempfile.TemporaryDirectory() as folder:
         config.save_pretrained(folder)
-        llm = vllm.LLM(
+        llm = start(
             folder,
+            engine.max_context + ROOM,
+            batches,
             load_format="dummy",
             dtype="bfloat16",
-            max_model_len=engine.max_context + ROOM,
-            max_num_seqs=max(batches),
-            max_num_batched_tokens=min(16384, engine.max_context),
-            gpu_memory_utilization=0.88,
-            block_size=32 if vllm.platforms.current_platform.is_cpu() else 16,
             skip_tokenizer_init=True,
-            enable_prefix_caching=True,
-            disable_log_stats=True,
             tensor_parallel_size=engine.tp,
-            compilation_config={
-                "mode": 0,
-                "cudagraph_mode": "FULL_DECODE_ONLY",
-                "cudagraph_capture_sizes": batches,
-            },
             **settings,
         )
     cache = llm.llm_engine.vllm_config.cache_config

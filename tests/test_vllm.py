@@ -3,6 +3,7 @@
 In all engines but stock vLLM's own, codes are checked after every step.
 """
 
+import csv
 import json
 import os
 from collections.abc import Iterator
@@ -22,14 +23,19 @@ os.environ.update(
     VLLM_NO_USAGE_STATS="1",
 )
 
+from prometheus_client import REGISTRY, CollectorRegistry
+from prometheus_client.multiprocess import MultiProcessCollector
 from transformers import LlamaConfig, LlamaForCausalLM
 from vllm import LLM, SamplingParams, TokensPrompt
 from vllm.distributed import cleanup_dist_env_and_memory
 
+from bench.__main__ import app
 from hata import HashWeights, HataConfig, load_weights, pretrained, save_weights
+from hata.cli import run_app
 from hata.demo.model import bundled_model
 from hata.integrations.transformers import enable
 from hata.integrations.vllm import engine_args
+from tiny_folder import save_tiny_llama
 
 pytestmark = pytest.mark.vllm
 
@@ -210,13 +216,51 @@ def test_speculative_decoding(llama, monkeypatch):
         assert metric(llm, "vllm:spec_decode_num_draft_tokens") > 0
 
 
-def test_tensor_parallel_equals_one_process(llama):
-    """Two processes with a KV head each; a small budget, since selection does not know of ranks."""
+def test_tensor_parallel_equals_one_process(llama, monkeypatch, tmp_path):
+    """Two processes with a KV head each; a small budget, since selection does not know of ranks.
+
+    Their measures of the attention mass, one each a step, come together to those of one process.
+    """
     prompts = random_prompts(60, 200, seed=3)
-    with engine(llama, **hata(llama, top_k=24)) as llm:
+    settings = hata(llama, top_k=24, measure_every=1)
+    before = measured(REGISTRY)
+    with engine(llama, **settings) as llm:
         expected = tokens(generate(llm, prompts))
-    with engine(llama, tensor_parallel_size=2, **hata(llama, top_k=24)) as llm:
+    steps, mass = measured(REGISTRY) - before
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
+    monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "spawn")  # here metrics are in one process
+    with engine(llama, tensor_parallel_size=2, **settings) as llm:
         assert tokens(generate(llm, prompts)) == expected
+    registry = CollectorRegistry()
+    MultiProcessCollector(registry)
+    expected_measures = torch.tensor([2 * steps, 2 * mass], dtype=torch.float64)
+    torch.testing.assert_close(measured(registry), expected_measures, rtol=1e-5, atol=0)
+
+
+def measured(registry: CollectorRegistry, layer_idx: int = 1) -> Tensor:
+    """How many steps were measured, and the sum of their attention masses."""
+    names, labels = ("count", "sum"), {"layer": str(layer_idx)}
+    values = [registry.get_sample_value(f"hata:attention_mass_{x}", labels) for x in names]
+    return torch.tensor([value or 0 for value in values], dtype=torch.float64)
+
+
+def test_metrics_that_nobody_can_see_are_refused(llama, monkeypatch):
+    """In an engine's process without the folder where metrics of processes come together."""
+    monkeypatch.setattr("hata.integrations.vllm.settings.parent_process", lambda: "the server")
+    message = "measure_every must be 0 where PROMETHEUS_MULTIPROC_DIR, .* is not set, got 9"
+    with pytest.raises(ValueError, match=message), engine(llama, **hata(llama, measure_every=9)):
+        pass
+
+
+def test_attention_mass_is_measured_every_few_steps(llama):
+    """All of it where everything is selected, a part with a small budget."""
+    for top_k, low, high in ((MAX_LEN, 1 - 1e-5, 1 + 1e-5), (24, 0.1, 0.99)):
+        before = measured(REGISTRY)
+        with engine(llama, **hata(llama, top_k=top_k, measure_every=4)) as llm:
+            generate(llm, random_prompts(80, seed=3), num_tokens=30)
+        steps, mass = measured(REGISTRY) - before
+        assert steps == 29 // 4
+        assert low < mass / steps < high
 
 
 def test_codes_are_counted(llama):
@@ -254,6 +298,7 @@ def test_wrong_settings_stop_the_engine(llama, tmp_path):
         ({**entry, "weights": "no.safetensors"}, {}, "weights must name an existing file"),
         ({**entry, "top_k": 0}, {}, "top_k must be in 1"),
         ({**entry, "check": 1}, {}, "check must be a bool"),
+        ({**entry, "measure_every": -1}, {}, "measure_every must be at least 0"),
         ({**entry, "weights": str(other)}, {}, "weights must be for the model's"),
         (entry, {"block_size": 96}, "block_size must be a power of two, got 96"),
         (entry, {"kv_cache_dtype": "fp8"}, "kv_cache_dtype must be one of"),
@@ -276,6 +321,24 @@ def test_models_that_are_not_supported_are_refused(llama, tmp_path):
         engine(tmp_path, load_format="dummy", **hata(llama)),
     ):
         pass
+
+
+def test_answers_are_compared_with_stock_vllm(tmp_path, monkeypatch):
+    """Where everything is selected there is nothing to tell; where little is, there is."""
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    model = save_tiny_llama(tmp_path / "model")
+    weights, output = tmp_path / "hash.safetensors", tmp_path / "rows.csv"
+    save_weights(weights, HashWeights.random(**{**SHAPE, "num_layers": 4}, num_bits=64))
+    command = f"vllm-quality --model {model} --weights {weights} --output {output} --context 800"
+    command += " --top-k 1024 --top-k 24 --prompts 2 --tokens 12"
+    with pytest.raises(SystemExit) as exit_info:
+        run_app(app, "python -m bench", command.split())
+    assert exit_info.value.code == 0
+    with output.open(newline="") as file:
+        everything, little = csv.DictReader(file)
+    assert everything["tokens_equal"] == everything["first_difference"] == "1"
+    assert abs(float(everything["logprob_difference"])) < 1e-4
+    assert abs(float(little["logprob_difference"])) > 1e-2
 
 
 @pytest.mark.model

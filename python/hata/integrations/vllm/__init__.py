@@ -31,7 +31,7 @@ def engine_args(
         weights: The file of the model's hash weights, or "random" for untrained ones.
         top_k: Positions that each KV head attends to, of all layers or of each.
         settings: The other fields of `Settings`: ``num_sink``, ``num_recent``,
-            ``num_dense_layers``, ``check``, ``observer``, ``any_version``.
+            ``num_dense_layers``, ``check``, ``observer``, ``measure_every``, ``any_version``.
 
     Returns:
         ``attention_backend`` and ``additional_config``, for ``vllm.LLM`` and ``EngineArgs``.

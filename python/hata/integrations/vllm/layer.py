@@ -15,6 +15,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from hata import ops
 from hata.checks import check
+from hata.integrations.vllm.metrics import measure_mass
 from hata.integrations.vllm.settings import HERE, Settings
 from hata.integrations.vllm.side_cache import SideCache
 
@@ -164,6 +165,7 @@ class HataLayer:
         observer = self.settings.observer
         self.observer = None if observer is None else pkgutil.resolve_name(observer)
         self.codes: SideCache | None = None  # None in a dense layer
+        self.num_steps = 0  # with sequences that decode
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         """Takes this rank's part of the layer's hash weights, and a side cache for its codes."""
@@ -223,8 +225,10 @@ class HataLayer:
             self.attend_dense(layer, query, kv_cache, batch.everything, output)
             return output
         k_cache, v_cache = kv_cache.transpose(1, 2).split(self.head_size, -1)
+        self.num_steps += len(batch.decodes) > 0
         for run in batch.decodes:
-            self._decode(run, query, key, value, k_cache, v_cache, output)
+            slots = batch.common.slot_mapping[run.tokens]
+            self._decode(run, slots, query, key, value, k_cache, v_cache, output)
         if batch.prompts is not None:
             tokens = slice(batch.num_decode_tokens, batch.common.num_actual_tokens)
             ops.cache_write(
@@ -262,6 +266,7 @@ class HataLayer:
     def _decode(
         self,
         run: Decodes,
+        slots: Tensor,
         query: Tensor,
         key: Tensor,
         value: Tensor,
@@ -294,6 +299,13 @@ class HataLayer:
         )
         if self.observer is not None:
             self.observer(self.layer_idx, step.indices, step.num_selected, run.cache_seqlens)
+        every = self.settings.measure_every
+        chosen = every > 0 and self.num_steps % every == 0
+        if chosen and not (q.is_cuda and torch.cuda.is_current_stream_capturing()):
+            _, dense_lse = ops.dense_attention(
+                q, k_cache, v_cache, run.block_table, run.cache_seqlens, softmax_scale=self.scale
+            )
+            measure_mass(self.layer_idx, step.lse, dense_lse, slots)
 
     def _check_codes(self, common: CommonAttentionMetadata, k_cache: Tensor) -> None:
         """Raises at the first cached key whose code is not that of the key."""

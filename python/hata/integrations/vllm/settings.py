@@ -1,13 +1,15 @@
 """The settings of one engine, from its ``additional_config``."""
 
+import os
 from dataclasses import dataclass, field, fields
 from functools import cache
+from multiprocessing import parent_process
 from pathlib import Path
 from typing import Any
 
 from vllm.config import VllmConfig
 
-from hata.checks import check, check_type
+from hata.checks import check, check_int, check_type
 from hata.config import HataConfig
 from hata.integrations.vllm.versions import check_version
 from hata.weights import HashWeights, load_weights
@@ -34,6 +36,9 @@ class Settings:
             ``observer(layer_idx, indices, num_selected, cache_seqlens)``: the selection of a run of
             sequences as `hata.decode_step` returns it, of this rank's KV heads, and their lengths.
             A step that is replayed from a CUDA graph calls nothing.
+        measure_every: Every so many decoding steps, the share of dense attention that the selection
+            holds is measured and becomes a metric of Prometheus, ``hata:attention_mass``; 0:
+            never. Not in steps that are replayed from a CUDA graph.
         any_version: Whether to run with a version of vLLM that was not tested.
     """
 
@@ -41,6 +46,7 @@ class Settings:
     config: HataConfig = field(default_factory=HataConfig)
     check: bool = False
     observer: str | None = None
+    measure_every: int = 0
     any_version: bool = False
 
     @classmethod
@@ -69,6 +75,7 @@ class Settings:
         observer = entry.get("observer")
         function = observer is None or (isinstance(observer, str) and observer.count(":") == 1)
         check(function, HERE, "observer", 'be like "module:function"', observer)
+        check_int(HERE, "measure_every", entry.get("measure_every", 0), 0)
         config = HataConfig(**{name: entry[name] for name in entry if name in budget})
         return cls(config=config, **{name: entry[name] for name in entry if name in own})
 
@@ -95,6 +102,11 @@ class Settings:
         check(context_parallel == 1, HERE, "decode_context_parallel_size", "be 1", context_parallel)
         eager = engine.device_config.device_type == "cpu" or engine.model_config.enforce_eager
         check(eager or not settings.check, HERE, "check", "be used with enforce_eager", True)
+        seen = parent_process() is None or "PROMETHEUS_MULTIPROC_DIR" in os.environ
+        rule = "be 0 where PROMETHEUS_MULTIPROC_DIR, a folder for metrics, is not set"
+        check(
+            seen or not settings.measure_every, HERE, "measure_every", rule, settings.measure_every
+        )
         return settings
 
     def load(self, engine: VllmConfig) -> HashWeights:
