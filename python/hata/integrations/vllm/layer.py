@@ -219,16 +219,15 @@ class HataLayer:
         batch = attn_metadata
         if batch is None:
             return output.fill_(0)
+        slot_mapping = batch.common.slot_mapping
         if self.codes is None:
-            slots = batch.common.slot_mapping
-            self.write_dense(layer, key, value, kv_cache, slots)
+            self.write_dense(layer, key, value, kv_cache, slot_mapping)
             self.attend_dense(layer, query, kv_cache, batch.everything, output)
             return output
         k_cache, v_cache = kv_cache.transpose(1, 2).split(self.head_size, -1)
         self.num_steps += len(batch.decodes) > 0
         for run in batch.decodes:
-            slots = batch.common.slot_mapping[run.tokens]
-            self._decode(run, slots, query, key, value, k_cache, v_cache, output)
+            self._decode(run, slot_mapping, query, key, value, k_cache, v_cache, output)
         if batch.prompts is not None:
             tokens = slice(batch.num_decode_tokens, batch.common.num_actual_tokens)
             ops.cache_write(
@@ -239,7 +238,7 @@ class HataLayer:
                 v_cache,
                 self.codes.code_cache,
                 self.codes.norm_cache,
-                batch.common.slot_mapping[tokens],
+                slot_mapping[tokens],
             )
             self.attend_dense(layer, query[tokens], kv_cache, batch.prompts, output[tokens])
         if self.settings.check:
@@ -266,7 +265,7 @@ class HataLayer:
     def _decode(
         self,
         run: Decodes,
-        slots: Tensor,
+        slot_mapping: Tensor,
         query: Tensor,
         key: Tensor,
         value: Tensor,
@@ -305,7 +304,7 @@ class HataLayer:
             _, dense_lse = ops.dense_attention(
                 q, k_cache, v_cache, run.block_table, run.cache_seqlens, softmax_scale=self.scale
             )
-            measure_mass(self.layer_idx, step.lse, dense_lse, slots)
+            measure_mass(self.layer_idx, step.lse, dense_lse, slot_mapping[run.tokens])
 
     def _check_codes(self, common: CommonAttentionMetadata, k_cache: Tensor) -> None:
         """Raises at the first cached key whose code is not that of the key."""
