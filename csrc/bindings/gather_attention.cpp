@@ -24,7 +24,8 @@ AttentionParams attention_params(const ArgumentChecks& check, const Tensor& q, c
   const double scale = softmax_scale.value_or(1 / std::sqrt(cache.head_dim));
   check.rule(std::isfinite(scale), "softmax_scale", "be finite", scale);
   if (softcap) {
-    check.rule(std::isfinite(*softcap) && *softcap > 0, "softcap", "be above 0 and finite", *softcap);
+    check.rule(std::isfinite(*softcap) && *softcap > 0, "softcap", "be above 0 and finite",
+               *softcap);
   }
   return AttentionParams{
       .table = table,

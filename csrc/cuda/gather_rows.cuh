@@ -115,9 +115,9 @@ class RowStream {
 
   // In each tile, query heads 2 (lane % 4) + i of tile of heads m attend to the rows that exist and
   // of which sees(row of the list, m, i) is true.
-  template <typename Sees>
-  __device__ void run(Accumulator<kHeadDim, kHeadTiles>& acc, const T* queries,
-                      const LogitScale& scale, const Sees& sees) {
+  template <typename Scale, typename Sees>
+  __device__ void run(Accumulator<kHeadDim, kHeadTiles>& acc, const T* queries, const Scale& scale,
+                      const Sees& sees) {
     const int pending = 2 * tiles_.num_stages - 1;
     for (int tile = tiles_.first, stage = 0; tile < tiles_.end; tile += tiles_.step) {
       T* keys = tiles_.stages + 2 * stage * Tile::kElements;
@@ -146,8 +146,9 @@ class RowStream {
     }
     cp_async_wait<0>();
   }
+  template <typename Scale>
   __device__ void run(Accumulator<kHeadDim, kHeadTiles>& acc, const T* queries,
-                      const LogitScale& scale) {
+                      const Scale& scale) {
     run(acc, queries, scale, [](int, int, int) { return true; });
   }
 

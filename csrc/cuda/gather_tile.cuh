@@ -46,7 +46,13 @@ struct TileWeights {
   float rescale[kHeadTiles][2];
 };
 
-// Turns products of queries and keys into logits in base 2. With y = softmax_scale x / softcap,
+// Turns products of queries and keys into logits in base 2, where no softcap is asked for.
+struct PlainScale {
+  float scale;
+  __device__ float operator()(float x) const { return x * scale; }
+};
+
+// The same with softcap, if there is one. With y = softmax_scale x / softcap,
 // tanh(y) = 1 - 2 / (exp(2 y) + 1) is off by a few roundings of 1, and the logit of softcap.
 class LogitScale {
  public:
@@ -66,10 +72,10 @@ class LogitScale {
 
 // The first product and the softmax: rows of `k` times queries. Query head 2c + i of tile m attends
 // to the valid rows of which sees(row, m, i) is true.
-template <typename T, int kHeadDim, int kHeadTiles, typename Sees>
+template <typename T, int kHeadDim, int kHeadTiles, typename Scale, typename Sees>
 __device__ __forceinline__ TileWeights<kHeadTiles> score_tile(
     Accumulator<kHeadDim, kHeadTiles>& acc, const T* q, const T* k, unsigned valid_rows,
-    const LogitScale& scale, const Sees& sees) {
+    const Scale& scale, const Sees& sees) {
   constexpr int kPitch = Tile<kHeadDim>::kPitch;
   const int lane = threadIdx.x % kWarpSize;
   float scores[kHeadTiles][4] = {};
