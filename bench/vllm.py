@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import torch
@@ -24,12 +23,12 @@ from hata.commands.options import with_options
 from hata.provenance import origin
 
 from .cases import PAPER_BUDGET, tokens
-from .options import check_output
+from .options import Output, check_output, repeated
 from .report import RESULTS, Report, Row, slug
 
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
-    "VLLM_ALLREDUCE_USE_SYMM_MEM": "0",  # NVLink multicast, which a rented machine may not have
+    "VLLM_ALLREDUCE_USE_SYMM_MEM": "0",  # no NVLink multicast, which not every machine has
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine in this process, which asks for its cache
     "VLLM_LOGGING_LEVEL": "WARNING",
     "VLLM_NO_USAGE_STATS": "1",
@@ -56,8 +55,8 @@ SHOWN = {name: name.replace("_", " ") for name in COLUMNS}
 Result = TypeVar("Result")
 
 
-@dataclass(frozen=True)
-class Options:
+@dataclass(frozen=True, kw_only=True)
+class Options(Output):
     """What the command line chose."""
 
     shape: Annotated[str, Option(help=f"Of the model: {', '.join(SHAPES)}.")] = "8b"
@@ -70,17 +69,13 @@ class Options:
         field(default_factory=list)
     )
     dense_layers: Annotated[int, Option(help="First layers that stay dense, with hata.")] = 2
-    output: Annotated[
-        Path | None, Option(help="CSV file; by default bench/results/vllm_<device>.csv.")
-    ] = None
-    append: Annotated[bool, Option("--append", help="Keep the rows that the file has.")] = False
 
     def words(self) -> list[str]:
         """Returns the options that decide what a row holds, as they are typed."""
         return [
             f"--shape {self.shape} --tp {self.tp} --dense-layers {self.dense_layers}",
             *([f"--layers {self.layers}"] if self.layers else []),
-            *(f"--case {case}" for case in self.case),
+            *repeated("--case", self.case),
         ]
 
 

@@ -27,7 +27,7 @@ from hata.pretrained import pretrained_weights
 from hata.provenance import origin
 from hata.weights import save_weights
 
-from .options import check_output, repeated
+from .options import Output, check_output, repeated
 from .report import RESULTS, Report, Row, slug
 from .vllm import in_a_process, start
 
@@ -39,8 +39,8 @@ COLUMNS += ["stderr"]
 SHOWN = {name: name.replace("_", " ") for name in COLUMNS}
 
 
-@dataclass(frozen=True)
-class Options:
+@dataclass(frozen=True, kw_only=True)
+class Options(Output):
     """What the command line chose."""
 
     model: ModelFolder = None
@@ -56,10 +56,6 @@ class Options:
     prompts: Annotated[int, Option(help="Of each context.")] = 8
     tokens: Annotated[int, Option(help="To generate after each prompt.")] = 64
     dense_layers: Annotated[int, Option(help="First layers that stay dense.")] = 2
-    output: Annotated[
-        Path | None, Option(help="CSV file; by default bench/results/vllm_quality_<device>.csv.")
-    ] = None
-    append: Annotated[bool, Option("--append", help="Keep the rows that the file has.")] = False
 
     def words(self) -> list[str]:
         """Returns the options that decide what a row holds, as they are typed."""

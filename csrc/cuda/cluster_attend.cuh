@@ -10,7 +10,8 @@ namespace hata {
 constexpr int kMaxAttendHeads = kTileHeads;  // query heads of a KV head
 constexpr int kMaxAttendHeadDim = 128;
 
-// A softcap is left to gather_attention: asking for it took the step 0.5 us more without one.
+// A step with a softcap attends by gather_attention: a branch for it here costs every step
+// (docs/kernels/log.md).
 constexpr bool cluster_can_attend(const GatherAttentionParams& p) {
   return p.q_len == 1 && p.num_heads / p.cache.num_kv_heads <= kMaxAttendHeads &&
          p.cache.head_dim <= kMaxAttendHeadDim && p.softcap == 0.0f;

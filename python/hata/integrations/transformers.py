@@ -1,8 +1,9 @@
 """transformers models with hata attention: ``enable(model)``, then ``model.generate(...)``.
 
-`enable` works through transformers' public interfaces, an attention function, a mask function and a
-`Cache` (`hata.integrations.transformers_cache`), and one method of the model: where `generate`
-prepares its cache.
+`enable` works through transformers' public interfaces, an attention function
+(`hata.integrations.transformers_attention`), a mask function and a `Cache`
+(`hata.integrations.transformers_cache`), and one method of the model: where `generate` prepares its
+cache.
 """
 
 import warnings
@@ -19,6 +20,7 @@ from transformers import PreTrainedModel
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.utils import ALL_CACHE_NAMES
 
+import hata.integrations.transformers_attention  # noqa: F401  (registers itself)
 from hata.checks import check, check_int, check_type
 from hata.config import HataConfig
 from hata.integrations.model_shape import ModelShape, full_attention_layers, model_shape

@@ -45,7 +45,7 @@ class Allocation:
         return sum(pair.bytes_per_step for pair in self.pairs) / len(self.pairs)
 
     def settings(self, layers: Sequence[int], num_layers: int) -> dict[str, list[int]]:
-        """What `hata.HataConfig` takes; layers that select nothing get the first pair.
+        """What `hata.HashWeights` and `hata.HataConfig` take; dense layers get the first pair.
 
         Args:
             layers: The model's index of each pair's layer.
