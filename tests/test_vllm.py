@@ -8,6 +8,7 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ os.environ.update(
 
 from prometheus_client import REGISTRY, CollectorRegistry
 from prometheus_client.multiprocess import MultiProcessCollector
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
 from vllm import LLM, SamplingParams, TokensPrompt
 from vllm.distributed import cleanup_dist_env_and_memory
 
@@ -317,9 +318,44 @@ def test_models_that_are_not_supported_are_refused(llama, tmp_path):
     settings |= {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
     (tmp_path / "config.json").write_text(json.dumps({**settings, "sliding_window": 64}))
     with (
-        pytest.raises(ValueError, match="the model must have no sliding_window, got 64"),
+        pytest.raises(ValueError, match="the model must have no sliding_window in all layers, got"),
         engine(tmp_path, load_format="dummy", **hata(llama)),
     ):
+        pass
+
+
+def test_layers_with_a_window_stay_dense(tmp_path):
+    """Gemma 3, whose layers take turns, with hash weights for the others alone."""
+    torch.manual_seed(0)
+    kinds = ["sliding_attention", "full_attention"] * 2
+    config = Gemma3TextConfig(
+        vocab_size=512,
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        query_pre_attn_scalar=64,
+        max_position_embeddings=MAX_LEN,
+        initializer_range=0.2,
+        sliding_window=40,
+        layer_types=kinds,
+    )
+    model = tmp_path / "gemma"
+    Gemma3ForCausalLM(config).save_pretrained(model)
+    weights = HashWeights.random(**{**SHAPE, "num_layers": 2}, num_bits=64)
+    save_weights(hash_weights(model), replace(weights, layers=(1, 3)))
+    prompts, one_pool = random_prompts(5, 150, 70), {"disable_hybrid_kv_cache_manager": True}
+    with engine(model, **one_pool) as llm:
+        expected = tokens(generate(llm, prompts))
+    observed.clear()
+    settings = hata(model, num_dense_layers=0, observer=f"{__name__}:observe")
+    with engine(model, **one_pool, **settings) as llm:
+        assert tokens(generate(llm, prompts)) == expected
+    assert observed == {1, 3}
+    message = "disable_hybrid_kv_cache_manager must be True for a model with sliding windows"
+    with pytest.raises(ValueError, match=message), engine(model, **settings):
         pass
 
 

@@ -81,12 +81,19 @@ class HataImpl(HataLayer, CPUAttentionBackendImpl):
             pages = batch.block_table_tensor[b, : -(-seq_len // block_size)].long()
             kv = kv_cache[pages].transpose(0, 1).flatten(1, 2)[None, :, :seq_len]
             k, v = kv.split(self.head_size, -1)
+            mask: Tensor | None = None
+            if self.window is not None:
+                ends = torch.arange(seq_len - q_len, seq_len)[:, None]
+                positions = torch.arange(seq_len)
+                mask = (positions <= ends) & (positions > ends - self.window)
+            elif 1 < q_len < seq_len:
+                mask = causal_lower_right(q_len, seq_len)
             out = scaled_dot_product_attention(
                 query[tokens].transpose(0, 1)[None],
                 k,
                 v,
-                attn_mask=causal_lower_right(q_len, seq_len) if 1 < q_len < seq_len else None,
-                is_causal=1 < q_len == seq_len,
+                attn_mask=mask,
+                is_causal=mask is None and q_len > 1,
                 scale=self.scale,
                 enable_gqa=True,
             )
