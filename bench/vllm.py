@@ -35,6 +35,11 @@ ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_USE_FLASHINFER_SAMPLER": "0",
 }
+RANDOM_CACHE = {
+    "kv_connector": "RandomCache",
+    "kv_connector_module_path": "bench.vllm_random",
+    "kv_role": "kv_both",
+}
 NEW_TOKENS = 96
 ROOM = 1024  # of a sequence, for what is decoded
 MIN_TOP_K = 512
@@ -274,9 +279,7 @@ def rows_of(engine: Engine, cases: list[tuple[int, int]], fill: bool) -> list[Ro
 
 
 def measure(engine: Engine, cases: list[tuple[int, int]], fill: bool) -> Iterator[Row]:
-    connector = {"kv_connector": "RandomCache", "kv_connector_module_path": "bench.vllm_random"}
-    settings = {"kv_transfer_config": {**connector, "kv_role": "kv_both"}} if fill else {}
-    llm = engine.start(**settings)
+    llm = engine.start(**({"kv_transfer_config": RANDOM_CACHE} if fill else {}))
     common, draw = engine.columns(llm), random.Random(0)
     for batch, context in cases:
         asked = prompts([random_tokens(context, draw) for _ in range(batch)])

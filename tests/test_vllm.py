@@ -31,11 +31,13 @@ from vllm import LLM, SamplingParams, TokensPrompt
 from vllm.distributed import cleanup_dist_env_and_memory
 
 from bench.__main__ import app
+from bench.vllm import RANDOM_CACHE
 from hata import HashWeights, HataConfig, load_weights, pretrained, save_weights
 from hata.cli import run_app
 from hata.demo.model import bundled_model
 from hata.integrations.transformers import enable
 from hata.integrations.vllm import engine_args
+from hata.integrations.vllm.metrics import measure_mass
 from tiny_folder import save_tiny_llama
 
 pytestmark = pytest.mark.vllm
@@ -264,6 +266,16 @@ def test_attention_mass_is_measured_every_few_steps(llama):
         assert low < mass / steps < high
 
 
+def test_padding_is_not_measured():
+    """Of a CUDA graph: a sequence of length 0, and a token that goes nowhere."""
+    before = measured(REGISTRY, 7)
+    lse = torch.tensor([[[1.0, 2.0]], [[-torch.inf, -torch.inf]], [[5.0, 5.0]]])
+    measure_mass(7, lse, lse + torch.log(torch.tensor([2.0, 4.0])), torch.tensor([32, -1, -1]))
+    measure_mass(7, lse[1:], lse[1:], torch.tensor([-1, -1]))
+    expected = torch.tensor([1, (1 / 2 + 1 / 4) / 2], dtype=torch.float64)
+    torch.testing.assert_close(measured(REGISTRY, 7) - before, expected)
+
+
 def test_codes_are_counted(llama):
     """A token has 64 float32 numbers of key and of value in each head, and 64 bits."""
     for settings, token_bytes in (({}, 512), (hata(llama, num_dense_layers=0), 512 + 8)):
@@ -375,6 +387,35 @@ def test_answers_are_compared_with_stock_vllm(tmp_path, monkeypatch):
     assert everything["tokens_equal"] == everything["first_difference"] == "1"
     assert abs(float(everything["logprob_difference"])) < 1e-4
     assert abs(float(little["logprob_difference"])) > 1e-2
+
+
+def test_arrivals_are_measured(tmp_path, monkeypatch):
+    """Requests about three texts that are in the prefix cache, some alone and some together."""
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    output = tmp_path / "rows.csv"
+    command = f"vllm-arrivals --shape tiny --backend hata --output {output} --mix 64 --mix 200"
+    command += " --documents 3 --requests 5 --rate 2 --rate 1000 --tokens 8 --max-num-seqs 4"
+    with pytest.raises(SystemExit) as exit_info:
+        run_app(app, "python -m bench", command.split())
+    assert exit_info.value.code == 0
+    with output.open(newline="") as file:
+        slow, fast = csv.DictReader(file)
+    assert float(slow["tokens_per_s"]) < float(fast["tokens_per_s"])
+    for row in (slow, fast):
+        assert 0 < float(row["tpot_p50_ms"]) <= float(row["tpot_p99_ms"])
+        assert float(row["ttft_p50_s"]) > 0
+
+
+def test_random_numbers_take_the_place_of_a_prompt(llama):
+    """Normal keys and values, random bits of codes; the last block has the token that is new."""
+    settings = hata(llama, top_k=24, check=False)
+    with engine(llama, kv_transfer_config=RANDOM_CACHE, **settings) as llm:
+        generate(llm, random_prompts(8 * BLOCK))
+        layer = attention_layer(llm)
+        keys, codes = layer.kv_cache[1:8], layer.impl.codes.code_cache[1:8]
+    torch.testing.assert_close(keys.std(), torch.tensor(1.0), rtol=0.02, atol=0)
+    bits = codes[..., None] >> torch.arange(32, dtype=torch.int32) & 1
+    torch.testing.assert_close(bits.float().mean(), torch.tensor(0.5), rtol=0.02, atol=0)
 
 
 @pytest.mark.model
