@@ -91,7 +91,9 @@ def test_tables_quote_the_rows(results, capsys):
     dense = 8 + shape.kv_bytes / 3e6
     a, b, c = (9 + Case(shape, config).num_bytes / 2.5e6 for config in CONFIGS)
     cells = " | ".join(f"{us:.3g} | {dense / us:.1f}x" for us in (a, b, c))
-    assert f"| 8 | 28/4 | 128K | {dense:.0f} | {cells} |" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"| 8 | 28/4 | 128K | {dense:.0f} | {cells} |" in printed
+    assert "| 16 | 2 | hata | 198 | 11 |" in printed
 
 
 @pytest.mark.parametrize("command", ["plot", "tables"])
