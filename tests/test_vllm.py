@@ -26,7 +26,14 @@ os.environ.update(
 
 from prometheus_client import REGISTRY, CollectorRegistry
 from prometheus_client.multiprocess import MultiProcessCollector
-from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 from vllm import LLM, SamplingParams, TokensPrompt
 from vllm.distributed import cleanup_dist_env_and_memory
 
@@ -336,11 +343,15 @@ def test_models_that_are_not_supported_are_refused(llama, tmp_path):
         pass
 
 
-def test_layers_with_a_window_stay_dense(tmp_path):
-    """Gemma 3, whose layers take turns, with hash weights for the others alone."""
+@pytest.mark.parametrize(
+    "family", [(Gemma2Config, Gemma2ForCausalLM), (Gemma3TextConfig, Gemma3ForCausalLM)]
+)
+def test_layers_with_a_window_stay_dense(tmp_path, family):
+    """Gemma 3, and Gemma 2, whose logits are capped: layers take turns, hash weights for half."""
     torch.manual_seed(0)
+    make_config, make_model = family
     kinds = ["sliding_attention", "full_attention"] * 2
-    config = Gemma3TextConfig(
+    config = make_config(
         vocab_size=512,
         hidden_size=256,
         intermediate_size=512,
@@ -355,7 +366,7 @@ def test_layers_with_a_window_stay_dense(tmp_path):
         layer_types=kinds,
     )
     model = tmp_path / "gemma"
-    Gemma3ForCausalLM(config).save_pretrained(model)
+    make_model(config).save_pretrained(model)
     weights = HashWeights.random(**{**SHAPE, "num_layers": 2}, num_bits=64)
     save_weights(hash_weights(model), replace(weights, layers=(1, 3)))
     prompts, one_pool = random_prompts(5, 150, 70), {"disable_hybrid_kv_cache_manager": True}

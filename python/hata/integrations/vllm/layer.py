@@ -140,7 +140,6 @@ class HataLayer:
     ) -> None:
         for name, value in {
             "alibi_slopes": alibi_slopes,
-            "logits_soft_cap": logits_soft_cap or None,
             "attention sinks": extra.get("sinks"),
             "cross-layer KV sharing": kv_sharing_target_layer_name,
             "encoder attention": None if attn_type == "decoder" else attn_type,
@@ -162,6 +161,7 @@ class HataLayer:
         self.engine = get_current_vllm_config()
         self.settings = Settings.of(self.engine)
         self.window = sliding_window
+        self.softcap = logits_soft_cap or None  # 0 says None to some models of vLLM
         if sliding_window is not None:
             check_windows(self.engine, sliding_window)
         draft = self.engine.model_config.runner_type == "draft"
@@ -299,6 +299,7 @@ class HataLayer:
             num_recent=self.settings.config.num_recent,
             norm_cache=self.codes.norm_cache,
             softmax_scale=self.scale,
+            softcap=self.softcap,
             out=out,
         )
         if self.observer is not None:
@@ -307,7 +308,13 @@ class HataLayer:
         chosen = every > 0 and self.num_steps % every == 0
         if chosen and not (q.is_cuda and torch.cuda.is_current_stream_capturing()):
             _, dense_lse = ops.dense_attention(
-                q, k_cache, v_cache, run.block_table, run.cache_seqlens, softmax_scale=self.scale
+                q,
+                k_cache,
+                v_cache,
+                run.block_table,
+                run.cache_seqlens,
+                softmax_scale=self.scale,
+                softcap=self.softcap,
             )
             measure_mass(self.layer_idx, step.lse, dense_lse, slot_mapping[run.tokens])
 
