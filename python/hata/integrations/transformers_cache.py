@@ -9,6 +9,7 @@ them on as `NewKeys`, which only hata's attention function takes
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NoReturn
 from weakref import WeakValueDictionary
 
@@ -199,6 +200,8 @@ class HataLayer(CacheLayerMixin):
         v: Tensor,
         mask: CausalMask | None,
         softmax_scale: float | None,
+        softcap: float | None,
+        sink_logits: Tensor | None,
     ) -> Tensor:
         """Stores new tokens and attends: sparsely where they are decoded, densely in a prompt.
 
@@ -208,6 +211,8 @@ class HataLayer(CacheLayerMixin):
             v: The same.
             mask: The model's mask.
             softmax_scale: Factor of the logits, or None.
+            softcap: Cap of the logits, or None.
+            sink_logits: ``[num_heads]``, or None.
 
         Returns:
             ``[batch, q_len, num_heads, head_dim]``.
@@ -216,17 +221,19 @@ class HataLayer(CacheLayerMixin):
         cache = group.cache_for(k, self.seen)
         if layer_idx == 0:
             group.open_step(self.seen, q_len, mask)
-        padding = group.padding
-        if group.decoding:
-            out = decode_attention(q, k, v, cache, layer_idx, softmax_scale=softmax_scale)
-        elif padding is None:
-            out = prefill(q, k, v, cache, layer_idx, softmax_scale=softmax_scale)
-        else:
+        padding, new_seqlens = group.padding, None
+        if padding is not None:
             q, k, v = (padding.first(x) for x in (q, k, v))
-            new = padding.new_seqlens
-            out = padding.back(
-                prefill(q, k, v, cache, layer_idx, softmax_scale=softmax_scale, new_seqlens=new)
-            )
+            new_seqlens = padding.new_seqlens
+        function = decode_attention if group.decoding else partial(prefill, new_seqlens=new_seqlens)
+        out = function(
+            *(q, k, v, cache, layer_idx),
+            softmax_scale=softmax_scale,
+            softcap=softcap,
+            sink_logits=sink_logits,
+        )
+        if padding is not None:
+            out = padding.back(out)
         self.seen += q_len
         if layer_idx == 0:
             group.close_step(q_len)
