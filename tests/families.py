@@ -54,8 +54,14 @@ _ROUTED = {
 _MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 32, "mamba_n_groups": 1, "mamba_d_state": 16}
 _SLIDING, _FULL = "sliding_attention", "full_attention"
 _MIXED = [_SLIDING, _FULL, _SLIDING]
-# Logits large enough to be capped, which those of the default initialization are not.
-_CAPPED = {"attn_logit_softcapping": 2.0, "initializer_range": 0.2, "query_pre_attn_scalar": 32}
+# Logits large enough to be capped, which those of the default initialization are not. By "sdpa",
+# the default of transformers 5.17, they are not capped at all.
+_CAPPED = {
+    "attn_logit_softcapping": 2.0,
+    "initializer_range": 0.2,
+    "query_pre_attn_scalar": 32,
+    "attn_implementation": "eager",
+}
 _GEMMA_3N = {
     "num_hidden_layers": 4,
     "layer_types": [_SLIDING, _FULL, _SLIDING, _FULL],
