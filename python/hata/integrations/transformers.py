@@ -23,16 +23,24 @@ from transformers.generation.utils import ALL_CACHE_NAMES
 import hata.integrations.transformers_attention  # noqa: F401  (registers itself)
 from hata.checks import check, check_int, check_type
 from hata.config import HataConfig
-from hata.integrations.model_shape import ModelShape, full_attention_layers, model_shape
+from hata.integrations.model_shape import (
+    ModelShape,
+    full_attention_layers,
+    model_shape,
+    tensor_parallel_shard,
+)
 from hata.integrations.transformers_cache import (
     ATTENTION,
     MAX_DRAFT_LEN,
-    CacheSettings,
-    DecodeObserver,
     HataLayer,
     HataTransformersCache,
 )
 from hata.integrations.transformers_mask import HERE
+from hata.integrations.transformers_settings import (
+    CacheSettings,
+    DecodeObserver,
+    layers_by_device,
+)
 from hata.pretrained import find_pretrained
 from hata.sequences import check_page_size
 from hata.weights import HashWeights, load_weights
@@ -140,9 +148,12 @@ def enable(
         max_seq_len=max_seq_len,
         page_size=page_size,
         observer=observer,
+        devices=tuple((row,) for row in range(len(layers))),
+        shard=tensor_parallel_shard(model),
     )
     attention = model.config._attn_implementation
-    _try(where, model, replace(settings, page_size=None, observer=None))
+    tried_on = _try(where, model, replace(settings, page_size=None, observer=None))
+    settings = replace(settings, devices=layers_by_device(tried_on))
     before: _Enabled | None = vars(model).get("_hata")
     if before is not None:
         attention = before.attention
@@ -277,11 +288,15 @@ def _supported(function: str, model: Any) -> tuple[ModelShape, tuple[int, ...]]:
 
 
 @torch.no_grad()
-def _try(function: str, model: PreTrainedModel, settings: CacheSettings) -> None:
+def _try(function: str, model: PreTrainedModel, settings: CacheSettings) -> list[torch.device]:
     """Runs one token of prompt and one of answer, and leaves the model on hata's attention.
 
     What a model's attention does is written nowhere but in its code: extra inputs, heads of another
-    size, keys that change after they were cached. So it is tried.
+    size, keys that change after they were cached. So it is tried. Each layer has a cache of its own
+    meanwhile.
+
+    Returns:
+        The device of each layer's keys.
     """
     before, name = model.config._attn_implementation, type(model).__name__
     training = [module for module in model.modules() if module.training]
@@ -309,3 +324,4 @@ def _try(function: str, model: PreTrainedModel, settings: CacheSettings) -> None
             module.training = True
         if not fits:
             model.set_attn_implementation(before)
+    return [layer.device for layer in cache.hata_caches]

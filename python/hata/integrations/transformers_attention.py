@@ -36,6 +36,7 @@ def _attend(
         mask = attention_mask
         if isinstance(mask, CausalMask):
             mask = mask.for_sdpa
+            mask = None if mask is None else mask.to(query.device)
         if softcap is None and sink_logits is None:
             return sdpa_attention_forward(
                 module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs
