@@ -275,9 +275,17 @@ FAMILIES = [
         layers=(1,),
         notes=f"logits have sinks; {_OWN}",
     ),
-    _refused("DeepSeek V2", "DeepseekV2", "latent attention (MLA)", "not latent ones", **_LATENT),
-    _refused(
-        "DeepSeek V3, R1", "DeepseekV3", "latent attention (MLA)", "not latent ones", **_LATENT
+    *(
+        _refused(name, model, "latent attention (MLA)", "not latent ones", **_LATENT)
+        for name, model in (
+            ("DeepSeek V2", "DeepseekV2"),
+            ("DeepSeek V3, R1", "DeepseekV3"),
+            ("DeepSeek V3.2", "DeepseekV32"),
+            ("GLM 4.7 Flash", "Glm4MoeLite"),
+            ("GLM 5", "GlmMoeDsa"),
+            ("MiniCPM 3", "MiniCPM3"),
+            ("Youtu-LLM", "Youtu"),
+        )
     ),
     _refused("Doge", "Doge", "its mask depends on the values", "must leave its mask as it is"),
     _refused("Diff Llama", "DiffLlama", "the difference of two attentions", "be attended to once"),

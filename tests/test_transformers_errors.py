@@ -17,7 +17,7 @@ from transformers import (
 from transformers.cache_utils import Cache
 
 from hata import HashWeights
-from hata.integrations.transformers import CACHE_ARGUMENT, enable
+from hata.integrations.transformers import CACHE_ARGUMENT, disable, enable
 from tiny_models import EVERYTHING, POSITIONS, generate, make_model, make_weights, random_prompt
 
 SMALL = {"num_layers": 3, "num_kv_heads": 2, "head_dim": 64, "num_bits": 64}
@@ -116,6 +116,24 @@ def test_rejects_a_request_for_another_cache(model: PreTrainedModel, kind: str) 
     enable(model, EVERYTHING, weights=make_weights(model), max_seq_len=POSITIONS)
     with pytest.raises(ValueError, match=f"cache_implementation must be None, got {kind}"):
         generate(model, random_prompt(1, 9), 2, cache_implementation=kind)
+
+
+def test_continuous_batching_is_refused_while_the_model_is_enabled(
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = object()
+    own = lambda self, **kwargs: made  # noqa: E731
+    monkeypatch.setattr(type(model), "init_continuous_batching", own)
+    enable(model, EVERYTHING, weights=make_weights(model), max_seq_len=POSITIONS)
+    rule = r"generate_batch: continuous batching must be used after disable\(model\)"
+    with pytest.raises(ValueError, match=rule):
+        model.generate_batch([[1, 2, 3]])
+    with pytest.raises(ValueError, match=rule):
+        generate(model, random_prompt(1, 9), 2, cache_implementation="paged")
+    model.set_attn_implementation("sdpa")
+    assert model.init_continuous_batching() is made
+    disable(model)
+    assert "init_continuous_batching" not in vars(model)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

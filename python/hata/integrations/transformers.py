@@ -7,7 +7,7 @@ cache.
 """
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from os import PathLike
@@ -160,7 +160,8 @@ def enable(
         before.hook.remove()
     hook = model.register_forward_pre_hook(_check_cache, with_kwargs=True)
     vars(model)["_hata"] = _Enabled(settings, attention, hook)
-    vars(model)["_prepare_cache_for_generation"] = MethodType(_prepare_cache, model)
+    for name, method in _METHODS.items():
+        vars(model)[name] = MethodType(method, model)
     return HataTransformersCache(settings, max_seq_len)
 
 
@@ -173,7 +174,8 @@ def disable(model: PreTrainedModel) -> None:
     enabled = vars(model).pop("_hata", None)
     if enabled is not None:
         enabled.hook.remove()
-        del vars(model)["_prepare_cache_for_generation"]
+        for name in _METHODS:
+            del vars(model)[name]
         model.set_attn_implementation(enabled.attention)
 
 
@@ -226,6 +228,26 @@ def _prepare_cache(
         mask = model_kwargs.get("attention_mask")  # None where it would be all ones, since 5.24
         without_mask = getattr(generation_config, "_mask_length", None)
         cache.announce_prompt(without_mask if mask is None else mask.shape[1])
+
+
+def _continuous_batching(model: Any, *args: Any, **kwargs: Any) -> Any:
+    """Stands in for ``init_continuous_batching``, through which ``generate_batch`` goes.
+
+    Continuous batching keeps keys in transformers' paged cache, which has no codes, and where
+    FlashAttention is installed it takes that in place of the model's attention function.
+    """
+    attention = model.config._attn_implementation
+    rule = "be used after disable(model): transformers' paged cache holds no codes"
+    where = f"{HERE}.generate_batch"
+    check(attention != ATTENTION, where, "continuous batching", rule, f"attention {attention!r}")
+    return type(model).init_continuous_batching(model, *args, **kwargs)
+
+
+# What stands in for the model's own methods while it is enabled.
+_METHODS: dict[str, Callable[..., Any]] = {
+    "_prepare_cache_for_generation": _prepare_cache,
+    "init_continuous_batching": _continuous_batching,
+}
 
 
 def _check_cache(model: Any, args: Any, kwargs: dict[str, Any]) -> None:
