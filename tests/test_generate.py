@@ -1,6 +1,7 @@
 """What people do with generate, after one line: enable(model)."""
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +180,17 @@ def test_a_forward_pass_without_a_cache_is_dense_and_has_gradients(
         for found, expected in zip(loss_and_gradients(), dense, strict=True):
             torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
         disable(model)
+
+
+def test_threads_share_a_model_and_no_cache() -> None:
+    model = make_model("llama-group4")
+    prompts = [random_prompt(batch, 20 + batch) for batch in (1, 2, 3, 4)]
+    switch_on(model, FEW)
+    alone = [generate(model, prompt, 20) for prompt in prompts]
+    with ThreadPoolExecutor(len(prompts)) as threads:
+        together = threads.map(lambda prompt: generate(model, prompt, 20), prompts)
+        for found, expected in zip(together, alone, strict=True):
+            assert_equal(found, expected)
 
 
 def test_a_cache_serves_inference_mode_and_other_passes() -> None:

@@ -31,6 +31,10 @@ def encoder_decoder() -> PreTrainedModel:
     ("make", "message"),
     [
         (lambda: nn.Linear(1, 1), "model must be a PreTrainedModel, got Linear"),
+        (
+            lambda: torch.compile(make_model("llama-group1")),
+            "model must be a PreTrainedModel, got OptimizedModule",
+        ),
         (encoder_decoder, "model must be a text-only decoder, got T5ForConditionalGeneration"),
         (
             lambda: BertModel(BertConfig(hidden_size=12, num_hidden_layers=1, vocab_size=9)),
