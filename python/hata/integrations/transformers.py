@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 from transformers.generation.configuration_utils import GenerationMode
-from transformers.generation.utils import ALL_CACHE_NAMES
 
 import hata.integrations.transformers_attention  # noqa: F401  (registers itself)
 from hata.checks import check, check_int, check_type
@@ -26,19 +25,18 @@ from hata.config import HataConfig
 from hata.integrations.model_shape import ModelShape, full_attention_layers, model_shape
 from hata.integrations.transformers_cache import (
     ATTENTION,
+    CACHE_ARGUMENT,
     MAX_DRAFT_LEN,
     CacheSettings,
     DecodeObserver,
     HataLayer,
     HataTransformersCache,
 )
+from hata.integrations.transformers_graphs import DecodeGraphs, graphed_forward
 from hata.integrations.transformers_mask import HERE
 from hata.pretrained import find_pretrained
 from hata.sequences import check_page_size
 from hata.weights import HashWeights, load_weights
-
-# What forward passes and `generate` call a cache, and their outputs too: renamed in 5.24.
-CACHE_ARGUMENT = "cache" if "cache" in ALL_CACHE_NAMES else "past_key_values"
 
 
 @dataclass
@@ -49,11 +47,20 @@ class _Enabled:
         settings: What `enable` has settled.
         attention: The model's attention implementation before.
         hook: Of the model's forward pass.
+        graphs: Of its decoding; None if it stays eager.
     """
 
     settings: CacheSettings
     attention: str
     hook: Any
+    graphs: DecodeGraphs | None
+
+    def remove_from(self, model: PreTrainedModel) -> None:
+        """Takes out of the model what `enable` has put into it."""
+        self.hook.remove()
+        for name in ("_hata", "_prepare_cache_for_generation", "forward"):
+            if name != "forward" or self.graphs is not None:
+                del vars(model)[name]
 
 
 def enable(
@@ -65,6 +72,7 @@ def enable(
     max_seq_len: int | None = None,
     page_size: int | None = None,
     observer: DecodeObserver | None = None,
+    cuda_graphs: bool | None = None,
 ) -> HataTransformersCache:
     """Switches a model to hata attention and makes a cache for it.
 
@@ -101,6 +109,9 @@ def enable(
         observer: Called after each sparse layer's decoding step as ``observer(layer_idx, q, cache,
             indices, num_selected)``: q ``[batch, q_len, num_heads, head_dim]``, cache the
             `hata.HataCache`, layer_idx its layer, the rest as `HataCache.last_selection` gives it.
+        cuda_graphs: Whether passes that decode are captured in CUDA graphs and replayed. None does
+            it where it can be: on one GPU, where every layer is hata's, without an observer; and
+            warns if the model's own code then turns out to forbid it. True raises in place of that.
 
     Returns:
         The cache to pass to ``generate``; empty, and good for one ``generate`` at a time.
@@ -109,6 +120,7 @@ def enable(
         TypeError: An argument has another type.
         ValueError: An argument breaks its rule, the model is not supported, or the weights are of
             another shape; the model is then unchanged.
+        RuntimeError: When it decodes: ``cuda_graphs`` is True, and the model cannot be captured.
     """
     where = f"{HERE}.enable"
     check_type(isinstance(model, PreTrainedModel), where, "model", "be a PreTrainedModel", model)
@@ -141,14 +153,20 @@ def enable(
         page_size=page_size,
         observer=observer,
     )
-    attention = model.config._attn_implementation
-    _try(where, model, replace(settings, page_size=None, observer=None))
+    check_type(cuda_graphs in (None, True, False), where, "cuda_graphs", "be a bool", cuda_graphs)
     before: _Enabled | None = vars(model).get("_hata")
+    attention = model.config._attn_implementation if before is None else before.attention
+    if cuda_graphs:
+        _check_capturable(where, model, layers, observer)
+    _try(where, model, replace(settings, page_size=None, observer=None))
     if before is not None:
-        attention = before.attention
-        before.hook.remove()
+        before.remove_from(model)
     hook = model.register_forward_pre_hook(_check_cache, with_kwargs=True)
-    vars(model)["_hata"] = _Enabled(settings, attention, hook)
+    graphs = None
+    if cuda_graphs is not False and "forward" not in vars(model):
+        graphs = DecodeGraphs(required=cuda_graphs is True)
+        vars(model)["forward"] = graphed_forward(model)
+    vars(model)["_hata"] = _Enabled(settings, attention, hook, graphs)
     vars(model)["_prepare_cache_for_generation"] = MethodType(_prepare_cache, model)
     return HataTransformersCache(settings, max_seq_len)
 
@@ -159,10 +177,9 @@ def disable(model: PreTrainedModel) -> None:
     Args:
         model: The model. Its hata caches are of no more use.
     """
-    enabled = vars(model).pop("_hata", None)
+    enabled: _Enabled | None = vars(model).get("_hata")
     if enabled is not None:
-        enabled.hook.remove()
-        del vars(model)["_prepare_cache_for_generation"]
+        enabled.remove_from(model)
         model.set_attn_implementation(enabled.attention)
 
 
@@ -274,6 +291,21 @@ def _supported(function: str, model: Any) -> tuple[ModelShape, tuple[int, ...]]:
     got = f"sliding_window={window}" if kinds is None else f"layer_types {sorted(set(kinds))}"
     check(layers != (), function, "model", rule, got)
     return model_shape(model), layers
+
+
+def _check_capturable(
+    function: str, model: PreTrainedModel, layers: tuple[int, ...], observer: DecodeObserver | None
+) -> None:
+    """Raises ValueError if decoding cannot be captured, whatever the model's code is."""
+    before: _Enabled | None = vars(model).get("_hata")
+    replaced = "forward" in vars(model) and (before is None or before.graphs is None)
+    for holds, rule in (
+        (model.device.type == "cuda", "be on a GPU"),
+        (not replaced, "run its own forward pass, on one GPU"),
+        (len(layers) == model_shape(model)["num_layers"], "attend to everything in every layer"),
+    ):
+        check(holds, function, "model", f"{rule} for cuda_graphs=True", type(model).__name__)
+    check(observer is None, function, "observer", "be None for cuda_graphs=True", observer)
 
 
 @torch.no_grad()
