@@ -74,6 +74,7 @@ def decode_attention(
     softmax_scale: float | None = None,
     softcap: float | None = None,
     sink_logits: Tensor | None = None,
+    seq_len_range: tuple[int, int] | None = None,
 ) -> Tensor:
     """Appends the new tokens and attends to the positions that their hash scores select.
 
@@ -84,13 +85,15 @@ def decode_attention(
     gradients.
 
     Sequences of fewer than ``cache.min_sparse_len`` positions, the new ones included, attend
-    densely in every layer. Each sequence of a batch is judged by its own length: the sparse step is
-    run for all, and dense attention then replaces the results of the short ones.
+    densely in every layer. Each sequence of a batch is judged by its own length: where some are
+    long, the sparse step is run for all, and dense attention then replaces the results of the short
+    ones.
 
     Lengths are the device's, and nothing waits for it, so that a CUDA graph can hold the layers of
     both kinds and replay for sequences of every length: call `HataCache.extend` and this function
     once to warm up, capture this function, and then, for every further token, call
-    `HataCache.extend` and replay.
+    `HataCache.extend` and replay. A graph that is known to serve lengths of a ``seq_len_range``
+    holds only what they need.
 
     Source: HATA, arXiv 2506.02572, algorithm 3.
 
@@ -107,6 +110,8 @@ def decode_attention(
             0. None: logits stay.
         sink_logits: ``[num_heads]``, a floating dtype: one more logit of each query head's softmax,
             uncapped, to which no value belongs, as gpt-oss has them. None: there are none.
+        seq_len_range: Least and greatest length, the new tokens included, of the sequences that are
+            decoded; None: what they are now, and any length where a CUDA graph is captured.
 
     Returns:
         ``[batch, q_len, num_heads, head_dim]`` in q's dtype. From a layer that is not dense it is a
@@ -135,27 +140,29 @@ def decode_attention(
     check_logits(where, q, softcap, sink_logits)
     with cache._sequences.filling(where, layer_idx, new):
         buffers = cache._buffers.get(layer_idx, q.shape[1], q.shape[2])
-        ops.decode_step(
-            *(q, k, v),
-            *cache.weights.layer(layer_idx, cache.dtype, cache.device),
-            *caches,
-            cache.code_cache[layer_idx],
-            cache.norm_cache[layer_idx],
-            *tables,
-            query_bits=cache.weights.query_bits,
-            top_k=cache.layer_top_k[layer_idx],
-            num_sink=config.num_sink,
-            num_recent=config.num_recent,
-            softmax_scale=scale,
-            softcap=softcap,
-            workspace=buffers.workspace,
-            indices=buffers.indices,
-            num_selected=buffers.num_selected,
-            out=buffers.out,
-            lse=buffers.lse,
-        )
-        # What a graph captures serves any length; an eager step knows its own.
-        shortest = 0 if _is_capturing(k) else min(cache.seq_lens)
+        shortest, longest = seq_len_range or _seq_len_range(cache)
+        if longest < cache.min_sparse_len:
+            cache._write(layer_idx, k, v, None)
+        else:
+            ops.decode_step(
+                *(q, k, v),
+                *cache.weights.layer(layer_idx, cache.dtype, cache.device),
+                *caches,
+                cache.code_cache[layer_idx],
+                cache.norm_cache[layer_idx],
+                *tables,
+                query_bits=cache.weights.query_bits,
+                top_k=cache.layer_top_k[layer_idx],
+                num_sink=config.num_sink,
+                num_recent=config.num_recent,
+                softmax_scale=scale,
+                softcap=softcap,
+                workspace=buffers.workspace,
+                indices=buffers.indices,
+                num_selected=buffers.num_selected,
+                out=buffers.out,
+                lse=buffers.lse,
+            )
         if shortest < cache.min_sparse_len:
             ops.dense_attention(
                 *(q, *caches, *tables),
@@ -171,8 +178,11 @@ def decode_attention(
     return buffers.out
 
 
-def _is_capturing(t: Tensor) -> bool:
-    return t.is_cuda and torch.cuda.is_current_stream_capturing()
+def _seq_len_range(cache: HataCache) -> tuple[int, int]:
+    """Lengths of the cache's sequences; those that a graph being captured will serve are any."""
+    if cache.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return 0, cache.max_seq_len
+    return min(cache.seq_lens), max(cache.seq_lens)
 
 
 def _new_tokens(

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 from transformers.generation.configuration_utils import GenerationMode
-from transformers.generation.utils import ALL_CACHE_NAMES
 
 import hata.integrations.transformers_attention  # noqa: F401  (registers itself)
 from hata.checks import check, check_int, check_type
@@ -31,10 +30,12 @@ from hata.integrations.model_shape import (
 )
 from hata.integrations.transformers_cache import (
     ATTENTION,
+    CACHE_ARGUMENT,
     MAX_DRAFT_LEN,
     HataLayer,
     HataTransformersCache,
 )
+from hata.integrations.transformers_graphs import DecodeGraphs, graphed_forward
 from hata.integrations.transformers_mask import HERE
 from hata.integrations.transformers_settings import (
     CacheSettings,
@@ -45,9 +46,6 @@ from hata.pretrained import find_pretrained
 from hata.sequences import check_page_size
 from hata.weights import HashWeights, load_weights
 
-# What forward passes and `generate` call a cache, and their outputs too: renamed in 5.24.
-CACHE_ARGUMENT = "cache" if "cache" in ALL_CACHE_NAMES else "past_key_values"
-
 
 @dataclass
 class _Enabled:
@@ -57,11 +55,19 @@ class _Enabled:
         settings: What `enable` has settled.
         attention: The model's attention implementation before.
         hook: Of the model's forward pass.
+        graphs: Of its decoding; None if it stays eager.
     """
 
     settings: CacheSettings
     attention: str
     hook: Any
+    graphs: DecodeGraphs | None
+
+    def remove_from(self, model: PreTrainedModel) -> None:
+        """Takes out of the model what `enable` has put into it."""
+        self.hook.remove()
+        for name in ("_hata", *_METHODS, *(["forward"] if self.graphs is not None else [])):
+            del vars(model)[name]
 
 
 def enable(
@@ -73,6 +79,7 @@ def enable(
     max_seq_len: int | None = None,
     page_size: int | None = None,
     observer: DecodeObserver | None = None,
+    cuda_graphs: bool | None = None,
 ) -> HataTransformersCache:
     """Switches a model to hata attention and makes a cache for it.
 
@@ -109,6 +116,9 @@ def enable(
         observer: Called after each sparse layer's decoding step as ``observer(layer_idx, q, cache,
             indices, num_selected)``: q ``[batch, q_len, num_heads, head_dim]``, cache the
             `hata.HataCache`, layer_idx its layer, the rest as `HataCache.last_selection` gives it.
+        cuda_graphs: Whether passes that decode are captured in CUDA graphs and replayed. None does
+            it where it can be: on one GPU, where every layer is hata's, without an observer; and
+            warns if the model's own code then turns out to forbid it. True raises in place of that.
 
     Returns:
         The cache to pass to ``generate``; empty, and good for one ``generate`` at a time.
@@ -117,6 +127,7 @@ def enable(
         TypeError: An argument has another type.
         ValueError: An argument breaks its rule, the model is not supported, or the weights are of
             another shape; the model is then unchanged.
+        RuntimeError: When it decodes: ``cuda_graphs`` is True, and the model cannot be captured.
     """
     where = f"{HERE}.enable"
     check_type(isinstance(model, PreTrainedModel), where, "model", "be a PreTrainedModel", model)
@@ -151,15 +162,22 @@ def enable(
         devices=tuple((row,) for row in range(len(layers))),
         shard=tensor_parallel_shard(model),
     )
-    attention = model.config._attn_implementation
+    check_type(cuda_graphs in (None, True, False), where, "cuda_graphs", "be a bool", cuda_graphs)
+    before: _Enabled | None = vars(model).get("_hata")
+    attention = model.config._attn_implementation if before is None else before.attention
+    if cuda_graphs:
+        _check_capturable(where, model, settings)
     tried_on = _try(where, model, replace(settings, page_size=None, observer=None))
     settings = replace(settings, devices=layers_by_device(tried_on))
-    before: _Enabled | None = vars(model).get("_hata")
     if before is not None:
-        attention = before.attention
-        before.hook.remove()
+        before.remove_from(model)
     hook = model.register_forward_pre_hook(_check_cache, with_kwargs=True)
-    vars(model)["_hata"] = _Enabled(settings, attention, hook)
+    graphs = None
+    whole = "forward" not in vars(model) and settings.shard[1] == 1
+    if cuda_graphs is not False and whole:
+        graphs = DecodeGraphs(required=cuda_graphs is True)
+        vars(model)["forward"] = graphed_forward(model)
+    vars(model)["_hata"] = _Enabled(settings, attention, hook, graphs)
     for name, method in _METHODS.items():
         vars(model)[name] = MethodType(method, model)
     return HataTransformersCache(settings, max_seq_len)
@@ -171,11 +189,9 @@ def disable(model: PreTrainedModel) -> None:
     Args:
         model: The model. Its hata caches are of no more use.
     """
-    enabled = vars(model).pop("_hata", None)
+    enabled: _Enabled | None = vars(model).get("_hata")
     if enabled is not None:
-        enabled.hook.remove()
-        for name in _METHODS:
-            del vars(model)[name]
+        enabled.remove_from(model)
         model.set_attn_implementation(enabled.attention)
 
 
@@ -307,6 +323,23 @@ def _supported(function: str, model: Any) -> tuple[ModelShape, tuple[int, ...]]:
     got = f"sliding_window={window}" if kinds is None else f"layer_types {sorted(set(kinds))}"
     check(layers != (), function, "model", rule, got)
     return model_shape(model), layers
+
+
+def _check_capturable(function: str, model: PreTrainedModel, settings: CacheSettings) -> None:
+    """Raises ValueError if decoding cannot be captured, whatever the model's code is."""
+    before: _Enabled | None = vars(model).get("_hata")
+    replaced = "forward" in vars(model) and (before is None or before.graphs is None)
+    for holds, rule in (
+        (model.device.type == "cuda", "be on a GPU"),
+        (not replaced and settings.shard[1] == 1, "run its own forward pass, on one GPU"),
+        (
+            len(settings.layers) == model_shape(model)["num_layers"],
+            "attend to everything in every layer",
+        ),
+    ):
+        check(holds, function, "model", f"{rule} for cuda_graphs=True", type(model).__name__)
+    rule, observer = "be None for cuda_graphs=True", settings.observer
+    check(observer is None, function, "observer", rule, observer)
 
 
 @torch.no_grad()

@@ -7,7 +7,8 @@ them on as `NewKeys`, which only hata's attention function takes
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NoReturn
@@ -16,6 +17,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.generation.utils import ALL_CACHE_NAMES
 
 from hata.attention import decode_attention, prefill
 from hata.cache import HataCache
@@ -25,6 +27,9 @@ from hata.integrations.transformers_mask import HERE, CausalMask, Padding
 from hata.integrations.transformers_settings import CacheSettings
 
 ATTENTION = "hata"  # transformers' name of the attention and mask functions
+
+# What forward passes and `generate` call a cache, and their outputs too: renamed in 5.24.
+CACHE_ARGUMENT = "cache" if "cache" in ALL_CACHE_NAMES else "past_key_values"
 
 # After a prompt that `generate` has announced, longer passes are prompt again: no draft is as long.
 MAX_DRAFT_LEN = 32
@@ -65,6 +70,7 @@ class _LayerGroup:
         croppable: Last tokens that are real in every sequence.
         decoding: Whether the step decodes; else its tokens are prompt.
         padding: Of the step's tokens; None if all are real.
+        seq_len_range: Lengths that a CUDA graph being captured is good for, or None.
     """
 
     settings: CacheSettings
@@ -74,6 +80,7 @@ class _LayerGroup:
     croppable: int = 0
     decoding: bool = False
     padding: Padding | None = None
+    seq_len_range: tuple[int, int] | None = None
 
     def cache_for(self, rows: tuple[int, ...], k: Tensor, seen: int) -> HataCache:
         """Returns one device's cache, made anew where it is empty and k is of another kind."""
@@ -91,6 +98,12 @@ class _LayerGroup:
             )
         return cache
 
+    def decodes(self, seen: int, q_len: int) -> bool:
+        """Returns whether ``q_len`` new tokens after ``seen`` are decoded, not prompt."""
+        if self.prompt_len is None:
+            return seen > 0 and q_len == 1
+        return seen >= self.prompt_len and q_len <= MAX_DRAFT_LEN
+
     def open_step(self, seen: int, q_len: int, mask: CausalMask | None) -> None:
         """Decides how all layers treat the tokens of a forward pass.
 
@@ -99,10 +112,7 @@ class _LayerGroup:
             q_len: New tokens.
             mask: The model's mask.
         """
-        if self.prompt_len is None:
-            self.decoding = seen > 0 and q_len == 1
-        else:
-            self.decoding = seen >= self.prompt_len and q_len <= MAX_DRAFT_LEN
+        self.decoding = self.decodes(seen, q_len)
         self.padding = None if self.decoding or mask is None else mask.padding(q_len)
 
     def close_step(self, q_len: int) -> None:
@@ -192,7 +202,9 @@ class HataLayer(CacheLayerMixin):
         if padding is not None:
             q, k, v = (padding.first(x) for x in (q, k, v))
             new_seqlens = padding.new_seqlens
-        function = decode_attention if group.decoding else partial(prefill, new_seqlens=new_seqlens)
+        function = partial(prefill, new_seqlens=new_seqlens)
+        if group.decoding:
+            function = partial(decode_attention, seq_len_range=group.seq_len_range)
         out = function(
             *(q, k, v, cache, layer_idx),
             softmax_scale=softmax_scale,
@@ -266,6 +278,41 @@ class HataTransformersCache(Cache):
         """
         caches = self._group.caches
         return tuple(caches[rows] for rows in self._group.settings.devices if rows in caches)
+
+    def decodes(self, q_len: int) -> bool:
+        """Returns whether a pass with as many new tokens is decoded, not prompt."""
+        return self._group.decodes(self.get_seq_length(), q_len)
+
+    @property
+    def capturable(self) -> bool:
+        """Whether a CUDA graph can hold its decoding: no layer of another kind, and no observer."""
+        on_gpu = [cache.device.type for cache in self.hata_caches] == ["cuda"]
+        all_hata = len(self.hata_layers) == len(self.layers)
+        return on_gpu and all_hata and self._group.settings.observer is None
+
+    @contextmanager
+    def captured(self, seq_len_range: tuple[int, int]) -> Iterator[None]:
+        """Lets a CUDA graph capture a decoding pass inside the block, which counts no tokens.
+
+        Args:
+            seq_len_range: Least and greatest length that the graph is good for.
+        """
+        group, seen = self._group, self.get_seq_length()
+        croppable, group.seq_len_range = group.croppable, seq_len_range
+        try:
+            yield
+        finally:
+            group.croppable, group.seq_len_range = croppable, None
+            for layer in self.layers:
+                layer.seen = seen
+
+    def replayed(self, q_len: int) -> None:
+        """Counts the tokens of a pass that a CUDA graph has run, in a step that is open."""
+        assert self.hata_cache is not None  # which a graph has written to
+        self.hata_cache.close_step()
+        self._group.close_step(q_len)
+        for layer in self.layers:
+            layer.seen += q_len
 
     def announce_prompt(self, prompt_len: int | None) -> None:
         """Says how many tokens of every sequence, padding included, are prompt.
