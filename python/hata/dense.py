@@ -5,7 +5,7 @@ from torch import Tensor
 
 from hata.cache import HataCache
 from hata.checks import check, check_int, check_tensor, check_type
-from hata.torch_attention import torch_attention
+from hata.torch_attention import check_logits, torch_attention
 
 
 def check_dims(function: str, q: object) -> None:
@@ -88,12 +88,14 @@ def attention_mass(
     indices: Tensor,
     *,
     softmax_scale: float | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     """Computes the share of the dense attention mass that selected positions hold.
 
     ``mass[b, j, i] = sum of softmax_t(softmax_scale q[b, j, i] . k_t) over the positions t in
     indices[b, j, h]``, h the KV head of query head i, the softmax over every position that token j
-    sees. It costs as much as dense attention.
+    sees. It costs as much as dense attention. What sink logits take is no position's, and is left
+    out of the whole too.
 
     Args:
         q: ``[batch, q_len, num_heads, head_dim]``, the queries of the last ``q_len`` tokens in the
@@ -103,6 +105,7 @@ def attention_mass(
         indices: ``[batch, q_len, num_kv_heads, top_k]``, int32, distinct positions or negative for
             none; those that the token does not see count nothing.
         softmax_scale: Factor of the logits; None is ``head_dim ** -0.5``.
+        softcap: Cap of the logits, above 0; None: they stay.
 
     Returns:
         ``[batch, q_len, num_heads]``, float32, in 0..1; 0 where a token sees nothing.
@@ -114,6 +117,7 @@ def attention_mass(
     where = "attention_mass"
     check_int(where, "layer_idx", layer_idx, 0, cache.num_layers - 1)
     num_heads = check_queries(where, q, cache)
+    check_logits(where, q, softcap, None)
     q_len, num_kv_heads = q.shape[1], cache.num_kv_heads
     dims = (
         ("batch", cache.batch),
@@ -132,6 +136,8 @@ def attention_mass(
         k, _ = cache.keys_values(layer_idx, b)
         heads = q[b].float().unflatten(1, (num_kv_heads, group))
         logits = torch.einsum("jhgd,thd->jhgt", heads, k[0].float()) * scale
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
         last = torch.arange(seq_len - q_len, seq_len, device=cache.device)  # what token j sees
         seen = torch.arange(seq_len, device=cache.device) <= last[:, None]
         shares = logits.masked_fill(~seen[:, None, None], -torch.inf).softmax(-1).nan_to_num(0.0)

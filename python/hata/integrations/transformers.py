@@ -67,7 +67,7 @@ class _Enabled:
         """Takes out of the model what `enable` has put into it."""
         self.hook.remove()
         for name in ("_hata", *_METHODS, *(["forward"] if self.graphs is not None else [])):
-            del vars(model)[name]
+            vars(model).pop(name, None)  # someone may have taken a forward pass back
 
 
 def enable(
