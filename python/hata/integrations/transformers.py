@@ -7,7 +7,7 @@ cache.
 """
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from os import PathLike
@@ -22,18 +22,26 @@ from transformers.generation.configuration_utils import GenerationMode
 import hata.integrations.transformers_attention  # noqa: F401  (registers itself)
 from hata.checks import check, check_int, check_type
 from hata.config import HataConfig
-from hata.integrations.model_shape import ModelShape, full_attention_layers, model_shape
+from hata.integrations.model_shape import (
+    ModelShape,
+    full_attention_layers,
+    model_shape,
+    tensor_parallel_shard,
+)
 from hata.integrations.transformers_cache import (
     ATTENTION,
     CACHE_ARGUMENT,
     MAX_DRAFT_LEN,
-    CacheSettings,
-    DecodeObserver,
     HataLayer,
     HataTransformersCache,
 )
 from hata.integrations.transformers_graphs import DecodeGraphs, graphed_forward
 from hata.integrations.transformers_mask import HERE
+from hata.integrations.transformers_settings import (
+    CacheSettings,
+    DecodeObserver,
+    layers_by_device,
+)
 from hata.pretrained import find_pretrained
 from hata.sequences import check_page_size
 from hata.weights import HashWeights, load_weights
@@ -58,9 +66,8 @@ class _Enabled:
     def remove_from(self, model: PreTrainedModel) -> None:
         """Takes out of the model what `enable` has put into it."""
         self.hook.remove()
-        for name in ("_hata", "_prepare_cache_for_generation", "forward"):
-            if name != "forward" or self.graphs is not None:
-                del vars(model)[name]
+        for name in ("_hata", *_METHODS, *(["forward"] if self.graphs is not None else [])):
+            vars(model).pop(name, None)  # someone may have taken a forward pass back
 
 
 def enable(
@@ -152,22 +159,27 @@ def enable(
         max_seq_len=max_seq_len,
         page_size=page_size,
         observer=observer,
+        devices=tuple((row,) for row in range(len(layers))),
+        shard=tensor_parallel_shard(model),
     )
     check_type(cuda_graphs in (None, True, False), where, "cuda_graphs", "be a bool", cuda_graphs)
     before: _Enabled | None = vars(model).get("_hata")
     attention = model.config._attn_implementation if before is None else before.attention
     if cuda_graphs:
-        _check_capturable(where, model, layers, observer)
-    _try(where, model, replace(settings, page_size=None, observer=None))
+        _check_capturable(where, model, settings)
+    tried_on = _try(where, model, replace(settings, page_size=None, observer=None))
+    settings = replace(settings, devices=layers_by_device(tried_on))
     if before is not None:
         before.remove_from(model)
     hook = model.register_forward_pre_hook(_check_cache, with_kwargs=True)
     graphs = None
-    if cuda_graphs is not False and "forward" not in vars(model):
+    whole = "forward" not in vars(model) and settings.shard[1] == 1
+    if cuda_graphs is not False and whole:
         graphs = DecodeGraphs(required=cuda_graphs is True)
         vars(model)["forward"] = graphed_forward(model)
     vars(model)["_hata"] = _Enabled(settings, attention, hook, graphs)
-    vars(model)["_prepare_cache_for_generation"] = MethodType(_prepare_cache, model)
+    for name, method in _METHODS.items():
+        vars(model)[name] = MethodType(method, model)
     return HataTransformersCache(settings, max_seq_len)
 
 
@@ -234,6 +246,26 @@ def _prepare_cache(
         cache.announce_prompt(without_mask if mask is None else mask.shape[1])
 
 
+def _continuous_batching(model: Any, *args: Any, **kwargs: Any) -> Any:
+    """Stands in for ``init_continuous_batching``, through which ``generate_batch`` goes.
+
+    Continuous batching keeps keys in transformers' paged cache, which has no codes, and where
+    FlashAttention is installed it takes that in place of the model's attention function.
+    """
+    attention = model.config._attn_implementation
+    rule = "be used after disable(model): transformers' paged cache holds no codes"
+    where = f"{HERE}.generate_batch"
+    check(attention != ATTENTION, where, "continuous batching", rule, f"attention {attention!r}")
+    return type(model).init_continuous_batching(model, *args, **kwargs)
+
+
+# What stands in for the model's own methods while it is enabled.
+_METHODS: dict[str, Callable[..., Any]] = {
+    "_prepare_cache_for_generation": _prepare_cache,
+    "init_continuous_batching": _continuous_batching,
+}
+
+
 def _check_cache(model: Any, args: Any, kwargs: dict[str, Any]) -> None:
     """Runs before the model's forward pass."""
     if model.config._attn_implementation != ATTENTION:
@@ -293,27 +325,33 @@ def _supported(function: str, model: Any) -> tuple[ModelShape, tuple[int, ...]]:
     return model_shape(model), layers
 
 
-def _check_capturable(
-    function: str, model: PreTrainedModel, layers: tuple[int, ...], observer: DecodeObserver | None
-) -> None:
+def _check_capturable(function: str, model: PreTrainedModel, settings: CacheSettings) -> None:
     """Raises ValueError if decoding cannot be captured, whatever the model's code is."""
     before: _Enabled | None = vars(model).get("_hata")
     replaced = "forward" in vars(model) and (before is None or before.graphs is None)
     for holds, rule in (
         (model.device.type == "cuda", "be on a GPU"),
-        (not replaced, "run its own forward pass, on one GPU"),
-        (len(layers) == model_shape(model)["num_layers"], "attend to everything in every layer"),
+        (not replaced and settings.shard[1] == 1, "run its own forward pass, on one GPU"),
+        (
+            len(settings.layers) == model_shape(model)["num_layers"],
+            "attend to everything in every layer",
+        ),
     ):
         check(holds, function, "model", f"{rule} for cuda_graphs=True", type(model).__name__)
-    check(observer is None, function, "observer", "be None for cuda_graphs=True", observer)
+    rule, observer = "be None for cuda_graphs=True", settings.observer
+    check(observer is None, function, "observer", rule, observer)
 
 
 @torch.no_grad()
-def _try(function: str, model: PreTrainedModel, settings: CacheSettings) -> None:
+def _try(function: str, model: PreTrainedModel, settings: CacheSettings) -> list[torch.device]:
     """Runs one token of prompt and one of answer, and leaves the model on hata's attention.
 
     What a model's attention does is written nowhere but in its code: extra inputs, heads of another
-    size, keys that change after they were cached. So it is tried.
+    size, keys that change after they were cached. So it is tried. Each layer has a cache of its own
+    meanwhile.
+
+    Returns:
+        The device of each layer's keys.
     """
     before, name = model.config._attn_implementation, type(model).__name__
     training = [module for module in model.modules() if module.training]
@@ -341,3 +379,4 @@ def _try(function: str, model: PreTrainedModel, settings: CacheSettings) -> None
             module.training = True
         if not fits:
             model.set_attn_implementation(before)
+    return [layer.device for layer in cache.hata_caches]

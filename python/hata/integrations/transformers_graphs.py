@@ -151,15 +151,16 @@ class DecodeGraphs:
     def _decoding_pass(self, model: Any, arguments: dict[str, Any]) -> _Pass | None:
         """Returns the pass if it decodes and does nothing that a graph would leave out."""
         cache = arguments.get(CACHE_ARGUMENT)
-        if not isinstance(cache, HataTransformersCache) or cache.hata_cache is None:
+        if not isinstance(cache, HataTransformersCache) or len(cache.hata_caches) != 1:
             return None
+        (hata_cache,) = cache.hata_caches
         tokens = arguments.get("input_ids")
         tokens = arguments.get("inputs_embeds") if tokens is None else tokens
-        if not isinstance(tokens, Tensor) or tokens.shape[0] != cache.hata_cache.batch:
+        if not isinstance(tokens, Tensor) or tokens.shape[0] != hata_cache.batch:
             return None
         q_len = tokens.shape[1]
         if not cache.decodes(q_len):
-            self._graphs.pop(cache.hata_cache, None)
+            self._graphs.pop(hata_cache, None)
             return None
         plain = cache.capturable and not (
             torch.is_grad_enabled()
@@ -184,9 +185,9 @@ class DecodeGraphs:
             tensors["position_ids"] = positions.expand(tokens.shape[0], -1)
         return _Pass(
             cache=cache,
-            hata_cache=cache.hata_cache,
+            hata_cache=hata_cache,
             q_len=q_len,
-            seq_len_range=_seq_len_range(cache.hata_cache, q_len),
+            seq_len_range=_seq_len_range(hata_cache, q_len),
             tensors=tensors,
             others=others,
         )
