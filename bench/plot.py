@@ -35,6 +35,7 @@ TITLES = {
     "speedup": "Speedup over the fastest dense attention of the same run",
     "crossover": "From which length a step is faster than dense attention",
     "budget": "A step's time by its budget",
+    "arrivals": "Serving in vLLM, a model with dummy weights",
 }
 
 
@@ -57,6 +58,7 @@ def plot_all(results: Path, device: str, folder: Path, suffix: str) -> list[Path
         "speedup": lambda figure: draw_speedup(figure, steps, results, device),
         "crossover": lambda figure: draw_crossover(figure, steps),
         "budget": lambda figure: draw_budget(figure, steps),
+        "arrivals": lambda figure: draw_arrivals(figure, results, device),
     }
     written = []
     for name, draw in pictures.items():
@@ -235,6 +237,40 @@ def draw_speedup(figure: Figure, steps: list[Step], results: Path, device: str) 
     axes.grid(axis="y", alpha=0.3)
     axes.legend(loc="upper left")
     return any(step.speedup for chosen in found.values() for step in chosen.values())
+
+
+def draw_arrivals(figure: Figure, results: Path, device: str) -> bool:
+    """Throughput against the median time per token, at each rate of arrival."""
+    file = results / f"vllm_arrivals_{device}.csv"
+    if not file.is_file():
+        return False
+    rows = read(file)
+    panels = sorted({row["documents"] for row in rows}, key=int)
+    grid = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axes, documents in zip(grid, panels, strict=True):
+        chosen = [row for row in rows if row["documents"] == documents]
+        backends = dict.fromkeys(row["backend"] for row in chosen)
+        colors = dict(zip(backends, DENSE_COLORS, strict=False)) | {"hata": COLORS["B"]}
+        for backend in backends:
+            rates, xs, ys = zip(
+                *sorted(
+                    (float(row["rate"]), float(row["tpot_p50_ms"]), float(row["tokens_per_s"]))
+                    for row in chosen
+                    if row["backend"] == backend
+                ),
+                strict=True,
+            )
+            axes.plot(xs, ys, "-o", ms=4, color=colors[backend], label=backend)
+            for rate, *place in zip(rates, xs, ys, strict=True):
+                text = {"fontsize": 7, "xytext": (4, 4), "textcoords": "offset points"}
+                axes.annotate(f"{rate:g}/s", place, color=colors[backend], **text)
+        kind = f"{documents} prompts in the prefix cache" if int(documents) else "new prompts"
+        axes.set(title=kind, xlabel="median time per output token, ms", ylabel="output tokens/s")
+        axes.set_xlim(left=0)
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.3)
+    legend_below(figure)
+    return True
 
 
 def log_axis(axes: Axes, values: list[int]) -> None:
