@@ -184,6 +184,12 @@ def test_rows_and_a_report_are_written_and_a_run_continues(folder, tmp_path, cap
         ("--top-k 10", "--top-k must be at least num_sink \\+ num_recent=20, got 10"),
         ("--num-samples 0", "--num-samples must be at least 1, got 0"),
         ("--num-decoded 2", "--num-decoded must be in 3..1024, got 2"),
+        ("--share-layers 0", "--share-layers must be at least 1, got 0"),
+        ("--context 512 --model MODEL --num-dense-layers 4", "--num-dense-layers must leave one"),
+        (
+            "--context 512 --model MODEL --random-bits 64 --random-bits 64",
+            "--weights and --random-bits must differ in what a row says",
+        ),
         ("--query-bits 9", "--query-bits must be in 1..4, got 9"),
         ("no/such", "texts must name existing files or folders, got no/such"),
         ("--context 2048 --model MODEL", "--context must be at most .* got 2048"),

@@ -29,6 +29,10 @@ class Setting:
         num_dense_layers: The model's leading layers that attend to everything.
         num_sink: First positions that are always among them.
         num_recent: Last positions that are always among them.
+        share_layers: Sparse layers in a row that attend to one selection, that of the first of
+            them. Source: Kascade, arXiv 2512.16391, which chooses by calibration the layers that
+            select, and which heads go together; here each ``share_layers``-th selects, for the same
+            heads.
     """
 
     selector: Selector | None = None
@@ -36,17 +40,32 @@ class Setting:
     num_dense_layers: int = 0
     num_sink: int = 0
     num_recent: int = 0
+    share_layers: int = 1
 
 
 DENSE = Setting()
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Selection:
-    """What the attention function is told: a setting, and the number of each of its layers."""
+    """What the attention function is told, and what it leaves for the layers that share it.
+
+    Attributes:
+        setting: How tokens are decoded.
+        layers: The number among the selector's layers of each of the model's that it has.
+        mask: What the last layer that selected has selected.
+    """
 
     setting: Setting
     layers: dict[int, int]
+    mask: Tensor | None = None
+
+    @property
+    def sparse_layers(self) -> list[int]:
+        """The model's layers that attend to a selection."""
+        if self.setting.selector is None:
+            return []
+        return [layer for layer in self.layers if layer >= self.setting.num_dense_layers]
 
 
 class SparseDecoder:
@@ -85,12 +104,16 @@ class SparseDecoder:
             ``[len(token_ids), vocabulary]``, float32: what the model says follows each token.
 
         Raises:
-            ValueError: There are fewer tokens.
+            ValueError: There are fewer tokens, or the model keeps the setting from its attention.
         """
         where = "eval.SparseDecoder.decode"
         check(len(token_ids) >= 2, where, "token_ids", "be at least 2", len(token_ids))
-        cache = copy.deepcopy(self._prompt)
-        return self._forward(token_ids, cache, _Selection(setting, self._layers)).float()
+        selection = _Selection(setting, self._layers)
+        logits = self._forward(token_ids, copy.deepcopy(self._prompt), selection).float()
+        reached = selection.mask is not None or not selection.sparse_layers
+        rule, name = "hand its arguments on to its attention function", type(self._model).__name__
+        check(reached, where, "model", rule, name)
+        return logits
 
     def _forward(
         self, token_ids: list[int], cache: Any, selection: _Selection | None, **settings: Any
@@ -112,12 +135,13 @@ def _attend(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """The attention function: q, k, v are ``[1, heads, length, head_dim]``."""
-    if hata_selection is not None:
-        setting, number = hata_selection.setting, hata_selection.layers.get(module.layer_idx)
-        sparse = setting.selector is not None and module.layer_idx >= setting.num_dense_layers
-        if number is not None and sparse:
+    sparse = [] if hata_selection is None else hata_selection.sparse_layers
+    if hata_selection is not None and module.layer_idx in sparse:
+        setting, number = hata_selection.setting, hata_selection.layers[module.layer_idx]
+        if sparse.index(module.layer_idx) % setting.share_layers == 0:
             scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-            attention_mask = _selected(setting, number, query[0], key[0], scale)
+            hata_selection.mask = _selected(setting, number, query[0], key[0], scale)
+        attention_mask = hata_selection.mask
     return sdpa_attention_forward(
         module, query, key, value, attention_mask, scaling=scaling, **kwargs
     )

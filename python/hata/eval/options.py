@@ -54,6 +54,9 @@ class EvalOptions(ModelOptions, LineupOptions):
     num_dense_layers: Annotated[
         list[int], Option(help="Leading layers that stay dense; repeatable.")
     ] = field(default_factory=lambda: [_DEFAULT.num_dense_layers])
+    share_layers: Annotated[
+        list[int], Option(help="Sparse layers in a row that share a selection; repeatable.")
+    ] = field(default_factory=lambda: [1])
     depth: Annotated[
         list[float], Option(help="Depths of the single needle, 0 (first) to 1 (last).")
     ] = field(default_factory=lambda: [0.0, 0.25, 0.5, 0.75, 1.0])
@@ -77,14 +80,16 @@ class EvalOptions(ModelOptions, LineupOptions):
         for task in self.task:
             known = task == LIKELIHOOD or task in TASKS
             check(known, WHERE, "--task", f"be one of {', '.join([LIKELIHOOD, *TASKS])}", task)
-        for name, values in (("--context", self.context), ("--depth", self.depth)):
-            check(len(values) > 0, WHERE, name, "be given", "none")
+        for name in ("task", "context", "num_dense_layers", "share_layers", "depth"):
+            check(len(getattr(self, name)) > 0, WHERE, name, "have an entry", "none")
         for context in self.context:
             check_int(WHERE, "--context", context, 32)
         for depth in self.depth:
             check(0.0 <= depth <= 1.0, WHERE, "--depth", "be in 0..1", depth)
         for layers in self.num_dense_layers:
             check_int(WHERE, "--num-dense-layers", layers, 0)
+        for layers in self.share_layers:
+            check_int(WHERE, "--share-layers", layers, 1)
         check_int(WHERE, "--num-samples", self.num_samples, 1)
         check_int(WHERE, "--num-decoded", self.num_decoded, 3, min(self.context) // 2)
         check_int(WHERE, "--num-sink", self.num_sink, 0)

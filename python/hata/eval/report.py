@@ -35,6 +35,7 @@ def label(row: Row) -> str:
     words += [f"query {row['query_bits']}"] if row["query_bits"] else []
     words += ["norms"] if row["key_norms"] == "1" else []
     words += [f"{row['channels']} channels"] if row["channels"] else []
+    words += [f"{row['share_layers']} layers share"] if row["share_layers"] not in ("", "1") else []
     said = ", ".join(word for word in words if word)
     return f"{row['method']}: {said}" if said else row["method"]
 

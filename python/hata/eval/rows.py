@@ -18,8 +18,8 @@ from hata.recall.report import cell
 # What a row is of: two rows that agree here would be the same measurement.
 KEY = (
     *("model", "dtype", "texts", "task", "context", "depth", "method", "recipe", "num_bits"),
-    *("query_bits", "key_norms", "channels", "top_k", "dense_layers", "num_sink", "num_recent"),
-    *("num_decoded", "num_samples", "seed"),
+    *("query_bits", "key_norms", "channels", "top_k", "dense_layers", "share_layers"),
+    *("num_sink", "num_recent", "num_decoded", "num_samples", "seed"),
 )
 _FOUND = (
     *("bytes_per_token", "bytes_read", "score", "stderr", "dense_score"),

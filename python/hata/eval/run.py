@@ -64,7 +64,11 @@ def run_eval(options: EvalOptions) -> list[Row]:
     device = options.torch_device()
     model, tokenizer = load_model(folder, device, options.torch_dtype())
     shape = model_shape(model)
-    selectors = _selectors(options, model, folder, shape)
+    layers = full_attention_layers(model)
+    dense = max(options.num_dense_layers)
+    rule = f"leave one of the layers that see the whole context, {list(layers)}"
+    check(any(layer >= dense for layer in layers), WHERE, "--num-dense-layers", rule, dense)
+    selectors = _selectors(options, folder, shape, layers)
     made = origin(device, shlex.join(["hata", *sys.argv[1:]]))
     common = {
         **made,
@@ -78,7 +82,7 @@ def run_eval(options: EvalOptions) -> list[Row]:
     }
     work: list[tuple[list[Sample], list[tuple[dict[str, object], Setting]]]] = []
     for case in _cases(options):
-        planned = _planned(case, options, selectors, shape["head_dim"], common)
+        planned = _planned(case, options, selectors, shape, layers, common)
         missing = [(row, setting) for row, setting in planned if not rows.has(row)]
         if missing:
             work.append((list(_samples(case, options, tokenizer, prose)), missing))
@@ -98,11 +102,10 @@ def run_eval(options: EvalOptions) -> list[Row]:
     return rows.rows
 
 
-def _selectors(options: EvalOptions, model: Any, folder: Path, shape: ModelShape) -> list[Selector]:
+def _selectors(
+    options: EvalOptions, folder: Path, shape: ModelShape, layers: tuple[int, ...]
+) -> list[Selector]:
     """The selectors to compare; the package's weights for the model are among them if no others."""
-    layers = full_attention_layers(model)
-    rule = "have a layer that attends to the whole context"
-    check(layers != (), WHERE, "--model", rule, folder)
     of = SelectedLayers(shape["num_layers"], layers, shape["num_kv_heads"], shape["head_dim"])
     calibration = None if options.calibration is None else Captures.open(options.calibration)
     found: list[Selector] = [ExactSelector(), *trained_selectors(of, options)]
@@ -114,7 +117,12 @@ def _selectors(options: EvalOptions, model: Any, folder: Path, shape: ModelShape
     names = {selector.name for selector in found}
     for method in options.method:
         check(method in names, WHERE, "--method", f"be one of {', '.join(sorted(names))}", method)
-    return [x for x in found if x.name in (options.method or names)]
+    kept = [x for x in found if x.name in (options.method or names)]
+    said = [(selector.name, *selector.settings.values()) for selector in kept]
+    twice = next((x for x in said if said.count(x) > 1), None)
+    rule = "differ in what a row says of them"
+    check(twice is None, WHERE, "--weights and --random-bits", rule, twice)
+    return kept
 
 
 def _cases(options: EvalOptions) -> Iterator[Case]:
@@ -129,30 +137,37 @@ def _planned(
     case: Case,
     options: EvalOptions,
     selectors: list[Selector],
-    head_dim: int,
+    shape: ModelShape,
+    layers: tuple[int, ...],
     common: dict[str, Any],
 ) -> Iterator[tuple[dict[str, object], Setting]]:
     """Yields each setting of a case with what its row says before it is measured."""
     of_case = {**common, "task": case.task, "context": case.context, "depth": case.depth}
     of_case["num_decoded"] = options.num_decoded if case.task == LIKELIHOOD else None
-    selected = 2 * CACHE_ITEMSIZE * head_dim  # bytes of a position's key and value
+    selected = 2 * CACHE_ITEMSIZE * shape["head_dim"]  # bytes of a position's key and value
     dense = {"method": "dense", "bytes_per_token": 0.0, "bytes_read": float(selected)}
     yield {**of_case, **dense}, DENSE
     always = (options.num_sink, options.num_recent)
-    for selector, top_k, num_dense in itertools.product(
-        selectors, options.budgets(case.context), dict.fromkeys(options.num_dense_layers)
+    for selector, top_k, num_dense, share in itertools.product(
+        selectors,
+        options.budgets(case.context),
+        dict.fromkeys(options.num_dense_layers),
+        dict.fromkeys(options.share_layers),
     ):
-        scan = selector.bytes_per_token(head_dim)
+        num_sparse = sum(layer >= num_dense for layer in layers)
+        selecting = -(-num_sparse // share) / num_sparse  # share of the sparse layers
+        scan = selector.bytes_per_token(shape["head_dim"]) * selecting
         row = {
             **of_case,
             "method": selector.name,
             **selector.settings,
             "top_k": top_k,
             "dense_layers": num_dense,
+            "share_layers": share,
             "bytes_per_token": scan,
             "bytes_read": scan + selected * min(top_k / case.context, 1.0),
         }
-        yield row, Setting(selector, top_k, num_dense, *always)
+        yield row, Setting(selector, top_k, num_dense, *always, share)
 
 
 def _samples(case: Case, options: EvalOptions, tokenizer: Any, prose: Prose) -> Iterator[Sample]:
