@@ -44,7 +44,7 @@ class LineupOptions:
     )
     calibration: Annotated[
         Path | None,
-        Option(help="Captures of training text: to fit Loki and to choose the frontier on."),
+        Option(help="Captures of training text: to fit Loki on, and to choose --frontier on."),
     ] = None
     random_bits: Annotated[list[int], Option(help="Bits of random codes; repeatable.")] = field(
         default_factory=lambda: [128]

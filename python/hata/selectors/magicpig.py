@@ -18,11 +18,11 @@ class MagicpigSelector(Selector):
     [all num_table_bits signs of (k_t - m) P_l equal those of q_g P_l]``, m the mean key and P_l
     Gaussian.
 
-    Source: MagicPIG, arXiv 2410.16179, algorithm 1 and section 4.3 (centring). It attends to the
-    keys with two collisions or more, however many they are, and weights each by how likely that
-    was; here the budget is given and the most frequent are attended to plainly, as for every
-    selector. Its tables lie on the CPU, and a query reads the entries of its buckets; what is
-    counted here are the codes of a scan, ``num_tables num_table_bits / 8`` bytes a token.
+    Source: MagicPIG, arXiv 2410.16179, its tables and its centred keys. It attends to the keys with
+    two collisions or more, however many they are, and weights each by how likely that was; here
+    the budget is given and the most frequent are attended to plainly, as for every selector. Its
+    tables lie on the CPU, and a query reads the entries of its buckets; what is counted here are
+    the codes of a scan, ``num_tables num_table_bits / 8`` bytes a token.
 
     Attributes:
         num_tables: Hash tables, at least 1.

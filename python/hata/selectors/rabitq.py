@@ -20,11 +20,11 @@ class RabitqSelector(Selector):
     softmax_t(softmax_scale q'_g . s_t |r_t|^2 / |r_t|_1)``. ``q . m`` is the same for all positions
     and leaves the softmax as it is.
 
-    Source: RaBitQCache, arXiv 2606.31519, with the estimator of RaBitQ, arXiv 2405.12497, section
-    3.2. It lets each query take as many positions as hold a share p of the estimated attention;
-    here the budget is given, as for every selector. The mean is of all keys that are indexed, and
-    queries are rounded to the nearest level instead of at random. Reads ``head_dim / 8`` bytes of
-    bits and 2 of the factor.
+    Source: RaBitQCache, arXiv 2606.31519, as its abstract describes it, with the estimator of
+    RaBitQ, arXiv 2405.12497. It lets each query take as many positions as hold a share p of the
+    estimated attention; here the budget is given, as for every selector. The mean is of all keys
+    that are indexed, and queries are rounded to the nearest level, where RaBitQ rounds at random.
+    Reads ``head_dim / 8`` bytes of bits and 2 of the factor.
 
     Attributes:
         seed: Draws the rotations.
