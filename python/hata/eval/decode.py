@@ -12,7 +12,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from hata.checks import check
 from hata.integrations.model_shape import full_attention_layers
-from hata.integrations.transformers import CACHE_ARGUMENT
+from hata.integrations.transformers_cache import CACHE_ARGUMENT
 from hata.selectors import Selector, rank
 
 _ATTENTION = "hata_eval"
