@@ -36,6 +36,7 @@ from .run import Run
 from .tables import all_tables
 from .timing import Timer, measure_bandwidth
 from .vllm import measure_vllm
+from .vllm_arrivals import measure_arrivals
 from .vllm_quality import measure_quality
 
 app = typer.Typer(
@@ -133,6 +134,7 @@ def print_tables(device: RowsOf = "h100", results: ResultsFolder = RESULTS) -> N
 
 app.command("generate")(measure_generate)
 app.command("vllm")(measure_vllm)
+app.command("vllm-arrivals")(measure_arrivals)
 app.command("vllm-quality")(measure_quality)
 
 

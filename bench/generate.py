@@ -2,10 +2,12 @@
 
 The model has random weights. Its cache is filled with random keys and values, and then tokens are
 decoded: ``ms_per_token`` is the time of 32 forward passes by 32, each of which takes the last one's
-most likely token; ``generate_ms_per_token`` is the same inside ``generate``, the time of 41 tokens
-less that of 9. ``prefill_s`` is the time of the prompt's pass where it has at most 32K tokens.
+most likely token; ``generate_ms_per_token`` is the median time from one of the last 32 tokens of
+``generate`` to the next. ``prefill_s`` is the time of the prompt's pass, of at most 32K tokens.
 """
 
+import itertools
+import statistics
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -20,6 +22,7 @@ from rich.progress import Progress
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import DynamicCache, StaticCache
+from transformers.generation.streamers import BaseStreamer
 from typer import Option
 
 import hata
@@ -200,7 +203,9 @@ def measure(
     ids = torch.randint(3, model.config.vocab_size, (batch, context), device=device)
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION) if flash else nullcontext():
         if batch * context <= MAX_PREFILL and method != "static":
-            row["prefill_s"] = min(seconds(lambda: forward(model, ids, make())) for _ in range(2))
+            prefills = [partial(forward, model, ids, make()) for _ in range(2)]
+            row["prefill_s"] = min(map(seconds, prefills))
+            del prefills
         cache = make()
         fill(model, cache, batch, context)
         step = static_step(model, cache, batch) if method == "static" and on_gpu else None
@@ -216,11 +221,7 @@ def measure(
 
         row["ms_per_token"] = 1e3 * seconds(decode) / NEW_TOKENS
         if method != "static":
-            few, many = (
-                seconds(partial(generate, model, cache, batch, count))
-                for count in (1 + WARM_UP, 1 + WARM_UP + NEW_TOKENS)
-            )
-            row["generate_ms_per_token"] = 1e3 * (many - few) / NEW_TOKENS
+            row["generate_ms_per_token"] = 1e3 * generate(model, cache, batch)
     row["tokens_per_s"] = 1e3 * batch / row["ms_per_token"]
     if on_gpu:
         row["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
@@ -235,16 +236,35 @@ def forward(model: Any, ids: Tensor, cache: Any) -> Tensor:
     return out.logits[:, -1:].argmax(-1)
 
 
-def generate(model: Any, cache: Any, batch: int, num_tokens: int) -> None:
+class Clock(BaseStreamer):
+    """Notes when `generate` hands over each token."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, value: Tensor) -> None:
+        """Takes the prompt, then a token of each sequence; they are on the host."""
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        """Takes the end of the text."""
+
+
+def generate(model: Any, cache: Any, batch: int) -> float:
+    """Returns the median time from one of the last tokens to the next, in seconds."""
     ids = torch.full((batch, cache.get_seq_length() + 1), 5, device=model.device)
+    clock = Clock()
     model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
-        max_new_tokens=num_tokens,
+        max_new_tokens=WARM_UP + NEW_TOKENS,
         do_sample=False,
         pad_token_id=0,
+        streamer=clock,
         **{CACHE_ARGUMENT: cache},
     )
+    times = clock.times[-NEW_TOKENS - 1 :]
+    return statistics.median(later - sooner for sooner, later in itertools.pairwise(times))
 
 
 def static_step(model: Any, cache: StaticCache, batch: int) -> Callable[[Tensor], Tensor]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
@@ -35,6 +36,19 @@ TITLES = {
     "speedup": "Speedup over the fastest dense attention of the same run",
     "crossover": "From which length a step is faster than dense attention",
     "budget": "A step's time by its budget",
+    "arrivals": "Serving in vLLM, a model with dummy weights",
+    "generate": "A token of a whole transformers model",
+}
+
+GENERATE_MODEL = "llama-3.1-8b"
+# (method, dense layers if they matter): label and style.
+GENERATE_LINES: dict[tuple[str, str | None], tuple[str, dict[str, Any]]] = {
+    ("dynamic", None): ("dense, FlashAttention, eager", {"color": "#777777", "marker": "o"}),
+    ("static", None): ("dense, static cache, captured", {"color": "#CC79A7", "marker": "o"}),
+    ("dense", None): ("dense by hata, captured", {"color": "#000000", "marker": "o"}),
+    ("hata-eager", "2"): ("hata, eager", {"color": "#E69F00", "marker": "s", "ls": ":"}),
+    ("hata", "2"): ("hata, captured, 2 dense layers", {"color": "#D55E00", "marker": "s"}),
+    ("hata", "0"): ("hata, captured, none dense", {"color": "#0072B2", "marker": "s"}),
 }
 
 
@@ -57,6 +71,8 @@ def plot_all(results: Path, device: str, folder: Path, suffix: str) -> list[Path
         "speedup": lambda figure: draw_speedup(figure, steps, results, device),
         "crossover": lambda figure: draw_crossover(figure, steps),
         "budget": lambda figure: draw_budget(figure, steps),
+        "arrivals": lambda figure: draw_arrivals(figure, results, device),
+        "generate": lambda figure: draw_generate(figure, results, device),
     }
     written = []
     for name, draw in pictures.items():
@@ -235,6 +251,68 @@ def draw_speedup(figure: Figure, steps: list[Step], results: Path, device: str) 
     axes.grid(axis="y", alpha=0.3)
     axes.legend(loc="upper left")
     return any(step.speedup for chosen in found.values() for step in chosen.values())
+
+
+def draw_arrivals(figure: Figure, results: Path, device: str) -> bool:
+    """Throughput against the median time per token, at each rate of arrival."""
+    file = results / f"vllm_arrivals_{device}.csv"
+    if not file.is_file():
+        return False
+    rows = read(file)
+    panels = sorted({row["documents"] for row in rows}, key=int)
+    grid = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axes, documents in zip(grid, panels, strict=True):
+        chosen = [row for row in rows if row["documents"] == documents]
+        backends = dict.fromkeys(row["backend"] for row in chosen)
+        colors = dict(zip(backends, DENSE_COLORS, strict=False)) | {"hata": COLORS["B"]}
+        for backend in backends:
+            rates, xs, ys = zip(
+                *sorted(
+                    (float(row["rate"]), float(row["tpot_p50_ms"]), float(row["tokens_per_s"]))
+                    for row in chosen
+                    if row["backend"] == backend
+                ),
+                strict=True,
+            )
+            axes.plot(xs, ys, "-o", ms=4, color=colors[backend], label=backend)
+            for rate, *place in zip(rates, xs, ys, strict=True):
+                text = {"fontsize": 7, "xytext": (4, 4), "textcoords": "offset points"}
+                axes.annotate(f"{rate:g}/s", place, color=colors[backend], **text)
+        kind = f"{documents} prompts in the prefix cache" if int(documents) else "new prompts"
+        axes.set(title=kind, xlabel="median time per output token, ms", ylabel="output tokens/s")
+        axes.set_xlim(left=0)
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.3)
+    legend_below(figure)
+    return True
+
+
+def draw_generate(figure: Figure, results: Path, device: str) -> bool:
+    """Time per token against the context, one panel per batch that has several contexts."""
+    file = results / f"generate_{device}.csv"
+    rows = [row for row in read(file) if row["model"] == GENERATE_MODEL] if file.is_file() else []
+    contexts: dict[str, set[int]] = {}
+    for row in rows:
+        contexts.setdefault(row["batch"], set()).add(int(row["context"]))
+    panels = [size for size, found in contexts.items() if len(found) > 1]
+    if not panels:
+        return False
+    grid = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for axes, size in zip(grid, panels, strict=True):
+        for (method, dense_layers), (label, style) in GENERATE_LINES.items():
+            points = sorted(
+                (int(row["context"]), float(row["ms_per_token"]))
+                for row in rows
+                if (row["batch"], row["method"]) == (size, method)
+                and dense_layers in (None, row["dense_layers"])
+            )
+            if points:
+                axes.plot(*zip(*points, strict=True), ms=4, label=label, **style)
+        axes.set(title=f"batch {size}", xlabel="tokens of context", xscale="log", yscale="log")
+        log_axis(axes, sorted(contexts[size]))
+    grid[0].set(ylabel="ms per token")
+    legend_below(figure)
+    return True
 
 
 def log_axis(axes: Axes, values: list[int]) -> None:

@@ -7,6 +7,20 @@ from .cases import CONFIGS, tokens
 from .records import Step, by_heads, load_steps, read, table_steps, usual
 
 NAMES = [config.name for config in CONFIGS]
+AS_THEY_ARE = {  # title: the file's name, its columns
+    "Variants": (
+        "variants",
+        "variant num_bits hata_us expected_us ratio score_select_ratio gather_attention_ratio",
+    ),
+    "Answers in vLLM": (
+        "vllm_quality",
+        "context top_k tokens_equal first_difference found found_stock logprob_difference stderr",
+    ),
+    "Serving in vLLM": (
+        "vllm_arrivals",
+        "documents rate backend tokens_per_s tpot_p50_ms tpot_p99_ms ttft_p50_s",
+    ),
+}
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -57,12 +71,9 @@ def crossover(steps: Iterable[Step]) -> str:
     return length if slower else f"{length} or less"
 
 
-def variants_table(path: Path) -> str:
-    """Measured over predicted times, of the whole step and of its two large parts."""
-    columns = ["variant", "num_bits", "hata_us", "expected_us"]
-    columns += ["ratio", "score_select_ratio", "gather_attention_ratio"]
-    rows = [[row[name] for name in columns] for row in read(path)]
-    return markdown(columns, rows)
+def columns_table(path: Path, columns: Sequence[str]) -> str:
+    """Some columns of a file as they are."""
+    return markdown(columns, [[row[name] for name in columns] for row in read(path)])
 
 
 def all_tables(results: Path, device: str) -> str:
@@ -72,7 +83,8 @@ def all_tables(results: Path, device: str) -> str:
     if any(step.captured for step in steps):
         parts.append(("The same with captured inputs", step_table(steps, captured=True)))
     parts.append(("Faster than dense from", crossover_table(steps)))
-    variants = results / f"variants_{device}.csv"
-    if variants.is_file():
-        parts.append(("Variants", variants_table(variants)))
+    for title, (name, columns) in AS_THEY_ARE.items():
+        path = results / f"{name}_{device}.csv"
+        if path.is_file():
+            parts.append((title, columns_table(path, columns.split())))
     return "\n\n".join(f"### {title}\n\n{table}" for title, table in parts)

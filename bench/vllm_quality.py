@@ -7,7 +7,6 @@ token, as if it had chosen it: the difference of the two log-likelihoods is that
 The first token of each comes of its prompt, which is dense in both, and is left out.
 """
 
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean, stdev
@@ -133,6 +132,8 @@ def answers(
 ) -> Answers:
     """Asks one engine, in this process.
 
+    vLLM runs its model runner V1 where an engine has logits processors.
+
     Args:
         model: The model's folder.
         prompts: Those of each context.
@@ -140,7 +141,6 @@ def answers(
         settings: vLLM's, or hata's where they name its weights.
         texts: Answers to say again, in another pass; None: none.
     """
-    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # its logits processors differ between versions
     import vllm
     from vllm.v1.sample.logits_processor import AdapterLogitsProcessor
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import decode, grids, records, tables
+from bench import decode, grids, records, tables, vllm_arrivals
 from bench.__main__ import app
 from bench.capture import attention_inputs
 from bench.cases import CONFIGS, Case, Shape
@@ -56,6 +56,10 @@ def results(tmp_path) -> Path:
                 "inputs": "random",
             }
         )
+    report = Report(tmp_path / "vllm_arrivals_x.csv", vllm_arrivals.COLUMNS, origin)
+    for documents, backend, rate in itertools.product((0, 16), ("FLASH_ATTN", "hata"), (1.0, 2.0)):
+        load = {"documents": documents, "backend": backend, "rate": rate}
+        report.add({**load, "tpot_p50_ms": 9.0 + rate, "tokens_per_s": 99.0 * rate})
     return tmp_path
 
 
@@ -69,6 +73,7 @@ def test_every_picture_is_drawn_and_the_same_rows_give_the_same(results):
 
 
 def test_pictures_whose_rows_are_missing_are_left_out(results, capsys):
+    (results / "vllm_arrivals_x.csv").unlink()
     file = results / "decode_x.csv"
     header, first, *_ = file.read_text().splitlines()
     file.write_text(f"{header}\n{first}\n")
@@ -86,7 +91,9 @@ def test_tables_quote_the_rows(results, capsys):
     dense = 8 + shape.kv_bytes / 3e6
     a, b, c = (9 + Case(shape, config).num_bytes / 2.5e6 for config in CONFIGS)
     cells = " | ".join(f"{us:.3g} | {dense / us:.1f}x" for us in (a, b, c))
-    assert f"| 8 | 28/4 | 128K | {dense:.0f} | {cells} |" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"| 8 | 28/4 | 128K | {dense:.0f} | {cells} |" in printed
+    assert "| 16 | 2 | hata | 198 | 11 |" in printed
 
 
 @pytest.mark.parametrize("command", ["plot", "tables"])

@@ -8,6 +8,7 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +26,25 @@ os.environ.update(
 
 from prometheus_client import REGISTRY, CollectorRegistry
 from prometheus_client.multiprocess import MultiProcessCollector
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 from vllm import LLM, SamplingParams, TokensPrompt
 from vllm.distributed import cleanup_dist_env_and_memory
 
 from bench.__main__ import app
+from bench.vllm import RANDOM_CACHE
 from hata import HashWeights, HataConfig, load_weights, pretrained, save_weights
 from hata.cli import run_app
 from hata.demo.model import bundled_model
 from hata.integrations.transformers import enable
 from hata.integrations.vllm import engine_args
+from hata.integrations.vllm.metrics import measure_mass
 from tiny_folder import save_tiny_llama
 
 pytestmark = pytest.mark.vllm
@@ -263,6 +273,16 @@ def test_attention_mass_is_measured_every_few_steps(llama):
         assert low < mass / steps < high
 
 
+def test_padding_is_not_measured():
+    """Of a CUDA graph: a sequence of length 0, and a token that goes nowhere."""
+    before = measured(REGISTRY, 7)
+    lse = torch.tensor([[[1.0, 2.0]], [[-torch.inf, -torch.inf]], [[5.0, 5.0]]])
+    measure_mass(7, lse, lse + torch.log(torch.tensor([2.0, 4.0])), torch.tensor([32, -1, -1]))
+    measure_mass(7, lse[1:], lse[1:], torch.tensor([-1, -1]))
+    expected = torch.tensor([1, (1 / 2 + 1 / 4) / 2], dtype=torch.float64)
+    torch.testing.assert_close(measured(REGISTRY, 7) - before, expected)
+
+
 def test_codes_are_counted(llama):
     """A token has 64 float32 numbers of key and of value in each head, and 64 bits."""
     for settings, token_bytes in (({}, 512), (hata(llama, num_dense_layers=0), 512 + 8)):
@@ -317,9 +337,48 @@ def test_models_that_are_not_supported_are_refused(llama, tmp_path):
     settings |= {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
     (tmp_path / "config.json").write_text(json.dumps({**settings, "sliding_window": 64}))
     with (
-        pytest.raises(ValueError, match="the model must have no sliding_window, got 64"),
+        pytest.raises(ValueError, match="the model must have no sliding_window in all layers, got"),
         engine(tmp_path, load_format="dummy", **hata(llama)),
     ):
+        pass
+
+
+@pytest.mark.parametrize(
+    "family", [(Gemma2Config, Gemma2ForCausalLM), (Gemma3TextConfig, Gemma3ForCausalLM)]
+)
+def test_layers_with_a_window_stay_dense(tmp_path, family):
+    """Gemma 3, and Gemma 2, whose logits are capped: layers take turns, hash weights for half."""
+    torch.manual_seed(0)
+    make_config, make_model = family
+    kinds = ["sliding_attention", "full_attention"] * 2
+    config = make_config(
+        vocab_size=512,
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        query_pre_attn_scalar=64,
+        max_position_embeddings=MAX_LEN,
+        initializer_range=0.2,
+        sliding_window=40,
+        layer_types=kinds,
+    )
+    model = tmp_path / "gemma"
+    make_model(config).save_pretrained(model)
+    weights = HashWeights.random(**{**SHAPE, "num_layers": 2}, num_bits=64)
+    save_weights(hash_weights(model), replace(weights, layers=(1, 3)))
+    prompts, one_pool = random_prompts(5, 150, 70), {"disable_hybrid_kv_cache_manager": True}
+    with engine(model, **one_pool) as llm:
+        expected = tokens(generate(llm, prompts))
+    observed.clear()
+    settings = hata(model, num_dense_layers=0, observer=f"{__name__}:observe")
+    with engine(model, **one_pool, **settings) as llm:
+        assert tokens(generate(llm, prompts)) == expected
+    assert observed == {1, 3}
+    message = "disable_hybrid_kv_cache_manager must be True for a model with sliding windows"
+    with pytest.raises(ValueError, match=message), engine(model, **settings):
         pass
 
 
@@ -339,6 +398,35 @@ def test_answers_are_compared_with_stock_vllm(tmp_path, monkeypatch):
     assert everything["tokens_equal"] == everything["first_difference"] == "1"
     assert abs(float(everything["logprob_difference"])) < 1e-4
     assert abs(float(little["logprob_difference"])) > 1e-2
+
+
+def test_arrivals_are_measured(tmp_path, monkeypatch):
+    """Requests about three texts that are in the prefix cache, some alone and some together."""
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    output = tmp_path / "rows.csv"
+    command = f"vllm-arrivals --shape tiny --backend hata --output {output} --mix 64 --mix 200"
+    command += " --documents 3 --requests 5 --rate 2 --rate 1000 --tokens 8 --max-num-seqs 4"
+    with pytest.raises(SystemExit) as exit_info:
+        run_app(app, "python -m bench", command.split())
+    assert exit_info.value.code == 0
+    with output.open(newline="") as file:
+        slow, fast = csv.DictReader(file)
+    assert float(slow["tokens_per_s"]) < float(fast["tokens_per_s"])
+    for row in (slow, fast):
+        assert 0 < float(row["tpot_p50_ms"]) <= float(row["tpot_p99_ms"])
+        assert float(row["ttft_p50_s"]) > 0
+
+
+def test_random_numbers_take_the_place_of_a_prompt(llama):
+    """Normal keys and values, random bits of codes; the last block has the token that is new."""
+    settings = hata(llama, top_k=24, check=False)
+    with engine(llama, kv_transfer_config=RANDOM_CACHE, **settings) as llm:
+        generate(llm, random_prompts(8 * BLOCK))
+        layer = attention_layer(llm)
+        keys, codes = layer.kv_cache[1:8], layer.impl.codes.code_cache[1:8]
+    torch.testing.assert_close(keys.std(), torch.tensor(1.0), rtol=0.02, atol=0)
+    bits = codes[..., None] >> torch.arange(32, dtype=torch.int32) & 1
+    torch.testing.assert_close(bits.float().mean(), torch.tensor(0.5), rtol=0.02, atol=0)
 
 
 @pytest.mark.model

@@ -262,6 +262,7 @@ def _watch(forward: Callable[..., Any], arguments: dict[str, Any]) -> tuple[Any,
 
         warnings.showwarning = note
         warnings.filterwarnings("always", message=".*synchronizing CUDA operation")
+        warnings.filterwarnings("ignore", message="Synchronization debug mode is a prototype")
         torch.cuda.set_sync_debug_mode("warn")
         try:
             output = forward(**arguments)

@@ -81,13 +81,27 @@ class HataImpl(HataLayer, CPUAttentionBackendImpl):
             pages = batch.block_table_tensor[b, : -(-seq_len // block_size)].long()
             kv = kv_cache[pages].transpose(0, 1).flatten(1, 2)[None, :, :seq_len]
             k, v = kv.split(self.head_size, -1)
-            out = scaled_dot_product_attention(
-                query[tokens].transpose(0, 1)[None],
-                k,
-                v,
+            output[tokens] = self._attend(query[tokens].transpose(0, 1), k[0], v[0]).transpose(0, 1)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attends from the last ``q_len`` positions, ``[num_heads, q_len, head_dim]``."""
+        q_len, seq_len = q.shape[1], k.shape[1]
+        if self.window is None and self.softcap is None:
+            return scaled_dot_product_attention(
+                q[None],
+                k[None],
+                v[None],
                 attn_mask=causal_lower_right(q_len, seq_len) if 1 < q_len < seq_len else None,
                 is_causal=1 < q_len == seq_len,
                 scale=self.scale,
                 enable_gqa=True,
-            )
-            output[tokens] = out[0].transpose(0, 1)
+            )[0]
+        logits = self.scale * q.float().unflatten(0, (len(k), -1)) @ k.float()[:, None].mT
+        if self.softcap is not None:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        ends, positions = torch.arange(seq_len - q_len, seq_len)[:, None], torch.arange(seq_len)
+        hidden = positions > ends
+        if self.window is not None:
+            hidden |= positions <= ends - self.window
+        weights = logits.masked_fill(hidden, -torch.inf).softmax(-1)
+        return (weights @ v.float()[:, None]).flatten(0, 1)

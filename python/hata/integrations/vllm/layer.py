@@ -16,7 +16,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from hata import ops
 from hata.checks import check
 from hata.integrations.vllm.metrics import measure_mass
-from hata.integrations.vllm.settings import HERE, Settings
+from hata.integrations.vllm.settings import HERE, Settings, check_windows
 from hata.integrations.vllm.side_cache import SideCache
 
 
@@ -113,7 +113,9 @@ def _without(common: CommonAttentionMetadata, num_reqs: int, num_tokens: int) ->
 
 
 class HataLayer:
-    """A layer's attention: decodes sparse, prompts dense, the first layers dense throughout.
+    """A layer's attention: decodes sparse, prompts dense.
+
+    The first layers and those with a window are dense throughout.
 
     A mixin before the device's implementation, which has `write_dense` and `attend_dense`.
     """
@@ -138,8 +140,6 @@ class HataLayer:
     ) -> None:
         for name, value in {
             "alibi_slopes": alibi_slopes,
-            "sliding_window": sliding_window,
-            "logits_soft_cap": logits_soft_cap or None,
             "attention sinks": extra.get("sinks"),
             "cross-layer KV sharing": kv_sharing_target_layer_name,
             "encoder attention": None if attn_type == "decoder" else attn_type,
@@ -160,6 +160,10 @@ class HataLayer:
         )
         self.engine = get_current_vllm_config()
         self.settings = Settings.of(self.engine)
+        self.window = sliding_window
+        self.softcap = logits_soft_cap or None  # 0 says None to some models of vLLM
+        if sliding_window is not None:
+            check_windows(self.engine, sliding_window)
         draft = self.engine.model_config.runner_type == "draft"
         self.hash_weights = None if draft else self.settings.load(self.engine)
         observer = self.settings.observer
@@ -174,17 +178,18 @@ class HataLayer:
         name = next(name for name, layer in layers.items() if getattr(layer, "impl", None) is self)
         self.layer_idx = extract_layer_index(name)
         weights, config = self.hash_weights, self.settings.config
-        if weights is None or self.layer_idx < config.num_dense_layers:
+        if weights is None or self.window is not None or self.layer_idx < config.num_dense_layers:
             return
-        num_layers, total_kv_heads, _, _ = weights.shape
+        num_layers = self.engine.model_config.get_total_num_hidden_layers()
         if self.layer_idx >= num_layers:  # a draft that continues the model, as EAGLE's do
             return
         # As vLLM shares out KV heads: in order, and each to several ranks where they are too few.
         rank, ranks = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
-        first = rank * total_kv_heads // ranks
+        first = rank * weights.shape[1] // ranks
         heads = slice(first, first + self.num_kv_heads)
         device = torch.empty(0, device=self.engine.device_config.device).device
-        key_weights, query_weights = weights.layer(self.layer_idx, act_dtype, device)
+        row = weights.layers.index(self.layer_idx)
+        key_weights, query_weights = weights.layer(row, act_dtype, device)
         self.key_weights, self.query_weights = key_weights[heads], query_weights[heads]
         self.top_k = config.layer_top_k(num_layers)[self.layer_idx]
         num_words = key_weights.shape[2] // 32
@@ -294,6 +299,7 @@ class HataLayer:
             num_recent=self.settings.config.num_recent,
             norm_cache=self.codes.norm_cache,
             softmax_scale=self.scale,
+            softcap=self.softcap,
             out=out,
         )
         if self.observer is not None:
@@ -302,7 +308,13 @@ class HataLayer:
         chosen = every > 0 and self.num_steps % every == 0
         if chosen and not (q.is_cuda and torch.cuda.is_current_stream_capturing()):
             _, dense_lse = ops.dense_attention(
-                q, k_cache, v_cache, run.block_table, run.cache_seqlens, softmax_scale=self.scale
+                q,
+                k_cache,
+                v_cache,
+                run.block_table,
+                run.cache_seqlens,
+                softmax_scale=self.scale,
+                softcap=self.softcap,
             )
             measure_mass(self.layer_idx, step.lse, dense_lse, slot_mapping[run.tokens])
 

@@ -18,7 +18,7 @@ def measure_mass(layer_idx: int, lse: Tensor, dense_lse: Tensor, slots: Tensor) 
         lse: Of the selected positions, ``[batch, q_len, num_heads]``.
         dense_lse: Of all positions, the same.
         slots: Where the tokens' keys are, ``[batch * q_len]``; -1 for padding, which counts
-            nothing, as do steps that vLLM makes up while it starts.
+            nothing, and for most of what vLLM makes up while it starts.
     """
     kept = (slots.view(lse.shape[:2]) >= 0)[..., None] & dense_lse.isfinite()
     mass = (lse - dense_lse).exp()[kept]

@@ -16,6 +16,7 @@ from hata.weights import HashWeights, load_weights
 
 HERE = "integrations.vllm"
 RANDOM = "random"
+FULL, SLIDING = "full_attention", "sliding_attention"  # a config's layer_types
 
 _KV_CACHE_DTYPES = ("auto", "float16", "bfloat16", "float32")
 
@@ -122,7 +123,37 @@ class Settings:
             model.get_head_size(),
         )
         self.config.layer_top_k(shape[0])  # raises where it names another number of layers
-        return _load(self.weights, shape).for_model(HERE, *shape)
+        full = [i for i, kind in enumerate(layer_types(engine)) if kind == FULL]
+        return _load(self.weights, shape).for_model(HERE, *shape, layers=full)
+
+
+def layer_types(engine: VllmConfig) -> list[str]:
+    """Returns what each layer of the engine's model attends to.
+
+    Raises:
+        ValueError: A layer attends to something else than the context or its end.
+    """
+    model = engine.model_config
+    named = getattr(model.hf_text_config, "layer_types", None)
+    alike = FULL if engine.cache_config.sliding_window is None else SLIDING
+    types: list[str] = named or [alike] * model.get_total_num_hidden_layers()
+    others = sorted(set(types) - {FULL, SLIDING})
+    check(not others, HERE, "the model", f"have {FULL} and {SLIDING} layers alone", others)
+    return types
+
+
+def check_windows(engine: VllmConfig, window: int) -> None:
+    """Raises ValueError where hata cannot serve a model with a window in this layer.
+
+    vLLM's hybrid cache manager gives layers with a window a block table of their own, and for that
+    wants pages of one size, which those of keys and of codes are not. Without it all layers have
+    one block table.
+    """
+    everywhere, rule = FULL not in layer_types(engine), "have no sliding_window in all layers"
+    check(not everywhere, HERE, "the model", rule, window)
+    disabled = engine.scheduler_config.disable_hybrid_kv_cache_manager
+    rule = "be True for a model with sliding windows"
+    check(disabled is True, HERE, "disable_hybrid_kv_cache_manager", rule, disabled)
 
 
 @cache
