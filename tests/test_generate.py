@@ -381,3 +381,13 @@ def test_a_compiled_model_is_compiled_for_the_prompt_and_for_a_token(config: Hat
     assert_equal(answer(model, rows, 20), found)
     assert counter.frame_count <= 3 + 3 + 3  # padded, and with layers of other caches
     assert steps.q_lens == 2 * 29 * [1] + 5 * 19 * [1]
+
+
+@pytest.mark.parametrize("family", [OWN_LOGITS[0], OWN_LOGITS[-1]], ids=["softcap", "sinks"])
+def test_a_compiled_model_has_its_own_logits(family: Family) -> None:
+    model, prompt = family.make(), random_prompt(2, 21)
+    switch_on(model, FEW)
+    text = generate(model, prompt, 8)
+    torch._dynamo.reset()
+    model.forward = torch.compile(model.forward, backend="eager")
+    assert_equal(generate(model, prompt, 8), text)
