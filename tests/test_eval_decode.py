@@ -107,3 +107,10 @@ def test_a_model_that_keeps_the_setting_to_itself_is_refused(device):
     )
     with pytest.raises(ValueError, match=r"model must hand its arguments on .* LlamaForCausalLM"):
         decoder.decode([1, 2], Setting(ExactSelector(), 1))
+
+
+def test_attention_with_a_softcap_is_refused(device):
+    family = next(x for x in FAMILIES if x.model == "Gemma2")
+    decoder = SparseDecoder(family.make().to(device))
+    with pytest.raises(ValueError, match="model must attend without softcap, got one with it"):
+        decoder.read([1, 2, 3])
