@@ -311,7 +311,7 @@ def draw_generate(figure: Figure, results: Path, device: str) -> bool:
         axes.set(title=f"batch {size}", xlabel="tokens of context", xscale="log", yscale="log")
         log_axis(axes, sorted(contexts[size]))
     grid[0].set(ylabel="ms per token")
-    legend_below(figure)
+    legend_below(figure, columns=3)
     return True
 
 
@@ -326,11 +326,11 @@ def log_axis(axes: Axes, values: list[int]) -> None:
     axes.grid(alpha=0.3)
 
 
-def legend_below(figure: Figure) -> None:
+def legend_below(figure: Figure, columns: int = 4) -> None:
     """Adds one legend of all panels' lines, each label once."""
     handles = {
         label: handle
         for axes in figure.axes
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
     }
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4)
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns)

@@ -77,15 +77,15 @@ def test_the_frequent_words_are_the_most_frequent(tokenizer):
     assert most[:3] == answers
 
 
-def test_windows_are_of_the_users_texts_in_turns(tokenizer, tmp_path):
+def test_windows_are_spread_over_the_users_texts(tokenizer, tmp_path):
     for name, letter in (("a.txt", "a"), ("b.txt", "b")):
-        (tmp_path / name).write_text(f"{letter * 30}. " * 40)
+        (tmp_path / name).write_text("".join(f"{letter}{i:03}. " for i in range(200)))
     prose = Prose.open([tmp_path])
-    windows = [prose.window(tokenizer, number, 60, seed=0) for number in range(4)]
-    assert [tokenizer.decode(window)[0] for window in windows] == list("abab")
-    assert {len(window) for window in windows} == {60}
-    with pytest.raises(ValueError, match="texts must hold 2000 tokens each, got 1280"):
-        prose.window(tokenizer, 0, 2000, seed=0)
+    windows = [tokenizer.decode(window) for window in prose.windows(tokenizer, 5, 60)]
+    assert [text[:4] for text in windows] == ["a000", "a095", "a190", "b000", "b190"]
+    assert {len(text) for text in windows} == {60}
+    with pytest.raises(ValueError, match="texts must hold 2000 tokens each, got 1200"):
+        prose.windows(tokenizer, 1, 2000)
 
 
 def test_an_outcome_is_that_of_the_tokens_that_count():

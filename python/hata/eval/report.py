@@ -86,9 +86,13 @@ def write_report(folder: Path, rows: Sequence[Row]) -> None:
     text: list[str] = []
     for number, where in enumerate(_runs(rows)):
         of_run = select(rows, **where)
-        made = "; ".join(" ".join(x) for x in distinct(of_run, "gpu", "torch", "commit"))
+        made = "; ".join(
+            f"{gpu}, torch {torch}, commit {commit}"
+            for gpu, torch, commit in distinct(of_run, "gpu", "torch", "commit")
+        )
         text += [f"# {where['model']}: what sparse decoding costs", ""]
-        text += [f"Text: {where['texts']}. {where['dtype']}; {made}.", ""]
+        samples = f"{where['num_samples']} samples of each task, context and depth"
+        text += [f"Text: {where['texts']}. {samples}. {where['dtype']}; {made}.", ""]
         text += [f"{_SAID}", ""]
         for title, headings, lines in _tables(of_run):
             text += [f"## {title}", "", _line(headings)]

@@ -123,6 +123,7 @@ class HataLayer:
     num_kv_heads: int
     head_size: int
     scale: float
+    sinks: Tensor | None  # [num_heads], a logit each that has no position
 
     def __init__(
         self,
@@ -140,7 +141,6 @@ class HataLayer:
     ) -> None:
         for name, value in {
             "alibi_slopes": alibi_slopes,
-            "attention sinks": extra.get("sinks"),
             "cross-layer KV sharing": kv_sharing_target_layer_name,
             "encoder attention": None if attn_type == "decoder" else attn_type,
         }.items():
@@ -302,6 +302,8 @@ class HataLayer:
             softcap=self.softcap,
             out=out,
         )
+        if self.sinks is not None:  # one more term in the denominator of the softmax
+            out.mul_(torch.sigmoid(step.lse - self.sinks)[..., None])
         if self.observer is not None:
             self.observer(self.layer_idx, step.indices, step.num_selected, run.cache_seqlens)
         every = self.settings.measure_every
