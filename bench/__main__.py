@@ -20,6 +20,7 @@ from hata.provenance import origin
 from . import decode, ops, variants
 from .capture import capture
 from .cases import CONFIGS
+from .generate import measure_generate
 from .grids import GRIDS, plan_for
 from .inputs import Captured
 from .options import (
@@ -131,6 +132,7 @@ def print_tables(device: RowsOf = "h100", results: ResultsFolder = RESULTS) -> N
     print(all_tables(results, device))
 
 
+app.command("generate")(measure_generate)
 app.command("vllm")(measure_vllm)
 app.command("vllm-arrivals")(measure_arrivals)
 app.command("vllm-quality")(measure_quality)

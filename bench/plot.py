@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
@@ -36,6 +37,18 @@ TITLES = {
     "crossover": "From which length a step is faster than dense attention",
     "budget": "A step's time by its budget",
     "arrivals": "Serving in vLLM, a model with dummy weights",
+    "generate": "A token of a whole transformers model",
+}
+
+GENERATE_MODEL = "llama-3.1-8b"
+# (method, dense layers if they matter): label and style.
+GENERATE_LINES: dict[tuple[str, str | None], tuple[str, dict[str, Any]]] = {
+    ("dynamic", None): ("dense, FlashAttention, eager", {"color": "#777777", "marker": "o"}),
+    ("static", None): ("dense, static cache, captured", {"color": "#CC79A7", "marker": "o"}),
+    ("dense", None): ("dense by hata, captured", {"color": "#000000", "marker": "o"}),
+    ("hata-eager", "2"): ("hata, eager", {"color": "#E69F00", "marker": "s", "ls": ":"}),
+    ("hata", "2"): ("hata, captured, 2 dense layers", {"color": "#D55E00", "marker": "s"}),
+    ("hata", "0"): ("hata, captured, none dense", {"color": "#0072B2", "marker": "s"}),
 }
 
 
@@ -59,6 +72,7 @@ def plot_all(results: Path, device: str, folder: Path, suffix: str) -> list[Path
         "crossover": lambda figure: draw_crossover(figure, steps),
         "budget": lambda figure: draw_budget(figure, steps),
         "arrivals": lambda figure: draw_arrivals(figure, results, device),
+        "generate": lambda figure: draw_generate(figure, results, device),
     }
     written = []
     for name, draw in pictures.items():
@@ -273,6 +287,34 @@ def draw_arrivals(figure: Figure, results: Path, device: str) -> bool:
     return True
 
 
+def draw_generate(figure: Figure, results: Path, device: str) -> bool:
+    """Time per token against the context, one panel per batch that has several contexts."""
+    file = results / f"generate_{device}.csv"
+    rows = [row for row in read(file) if row["model"] == GENERATE_MODEL] if file.is_file() else []
+    contexts: dict[str, set[int]] = {}
+    for row in rows:
+        contexts.setdefault(row["batch"], set()).add(int(row["context"]))
+    panels = [size for size, found in contexts.items() if len(found) > 1]
+    if not panels:
+        return False
+    grid = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for axes, size in zip(grid, panels, strict=True):
+        for (method, dense_layers), (label, style) in GENERATE_LINES.items():
+            points = sorted(
+                (int(row["context"]), float(row["ms_per_token"]))
+                for row in rows
+                if (row["batch"], row["method"]) == (size, method)
+                and dense_layers in (None, row["dense_layers"])
+            )
+            if points:
+                axes.plot(*zip(*points, strict=True), ms=4, label=label, **style)
+        axes.set(title=f"batch {size}", xlabel="tokens of context", xscale="log", yscale="log")
+        log_axis(axes, sorted(contexts[size]))
+    grid[0].set(ylabel="ms per token")
+    legend_below(figure, columns=3)
+    return True
+
+
 def log_axis(axes: Axes, values: list[int]) -> None:
     """Labels a logarithmic x axis with the values themselves: 1, 8, 512, 128K."""
     axes.set_xticks(values)
@@ -284,11 +326,11 @@ def log_axis(axes: Axes, values: list[int]) -> None:
     axes.grid(alpha=0.3)
 
 
-def legend_below(figure: Figure) -> None:
+def legend_below(figure: Figure, columns: int = 4) -> None:
     """Adds one legend of all panels' lines, each label once."""
     handles = {
         label: handle
         for axes in figure.axes
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
     }
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4)
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns)

@@ -1,10 +1,12 @@
 """What the tests of attention over a `hata.HataCache` share."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 import hata
-from cache_model import HEAD_DIM, NUM_KV_HEADS, new_tokens
+from cache_model import HEAD_DIM, NUM_KV_HEADS, make_cache, new_tokens
 from closeness import assert_no_worse_than_pytorch
 from hata import HataCache, HataConfig
 
@@ -26,7 +28,13 @@ def all_positions(cache: HataCache, q_len: int) -> Tensor:
 
 
 def attention(
-    q: Tensor, cache: HataCache, layer_idx: int, indices: Tensor | None, softmax_scale: float
+    q: Tensor,
+    cache: HataCache,
+    layer_idx: int,
+    indices: Tensor | None,
+    softmax_scale: float,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,
 ) -> Tensor:
     """Attention over what the cache holds, or the rows that indices name, in the dtype of q."""
     out = torch.zeros_like(q)
@@ -45,7 +53,14 @@ def attention(
         for i in range(q.shape[2]):
             h = i // group
             logits = (q[b, :, i] @ k[h].T).to(torch.promote_types(q.dtype, torch.float32))
-            shares = logits.mul(softmax_scale).masked_fill(~mask[h], -torch.inf).softmax(-1)
+            logits = logits * softmax_scale
+            if softcap is not None:
+                logits = softcap * torch.tanh(logits / softcap)
+            logits = logits.masked_fill(~mask[h], -torch.inf)
+            if sink_logits is not None:
+                sink = sink_logits[i].to(logits.dtype).expand(q_len, 1)
+                logits = torch.cat([logits, sink], dim=-1)
+            shares = logits.softmax(-1)[:, :seq_len]
             out[b, :, i] = shares.to(q.dtype) @ v[h]
     return out
 
@@ -57,10 +72,11 @@ def assert_attends(
     layer_idx: int,
     indices: Tensor | None = None,
     softmax_scale: float = HEAD_DIM**-0.5,
+    **logits: Any,
 ) -> None:
     """``out`` is the attention over what the cache holds now; without indices, over all of it."""
-    plain = attention(q, cache, layer_idx, indices, softmax_scale)
-    truth = attention(q.double(), cache, layer_idx, indices, softmax_scale)
+    plain = attention(q, cache, layer_idx, indices, softmax_scale, **logits)
+    truth = attention(q.double(), cache, layer_idx, indices, softmax_scale, **logits)
     assert_no_worse_than_pytorch(out, plain, truth)
 
 
@@ -69,3 +85,13 @@ def fill(cache: HataCache, q_len: int, new_seqlens: list[int] | None = None) -> 
     q, (k, v) = queries(cache, q_len), new_tokens(cache, q_len)
     for layer_idx in (DENSE, SPARSE):
         hata.prefill(q, k, v, cache, layer_idx, new_seqlens=new_seqlens)
+
+
+def single(cache: HataCache, batch_idx: int) -> HataCache:
+    """A cache that holds one sequence of another."""
+    alone = make_cache(str(cache.device), cache.dtype, batch=1, config=cache.config)
+    alone.extend(cache.seq_lens[batch_idx])
+    for layer_idx in (DENSE, SPARSE):
+        k, v = cache.keys_values(layer_idx, batch_idx)
+        alone.append(layer_idx, k, v)
+    return alone

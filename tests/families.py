@@ -54,6 +54,14 @@ _ROUTED = {
 _MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 32, "mamba_n_groups": 1, "mamba_d_state": 16}
 _SLIDING, _FULL = "sliding_attention", "full_attention"
 _MIXED = [_SLIDING, _FULL, _SLIDING]
+# Logits large enough to be capped, which those of the default initialization are not. By "sdpa",
+# the default of transformers 5.17, they are not capped at all.
+_CAPPED = {
+    "attn_logit_softcapping": 2.0,
+    "initializer_range": 0.2,
+    "query_pre_attn_scalar": 32,
+    "attn_implementation": "eager",
+}
 _GEMMA_3N = {
     "num_hidden_layers": 4,
     "layer_types": [_SLIDING, _FULL, _SLIDING, _FULL],
@@ -160,7 +168,20 @@ FAMILIES = [
         "linear-attention layers stay the model's own",
     ),
     Family("Gemma 1", "Gemma"),
-    _refused("Gemma 2", "Gemma2", "logits are capped (softcap)", "softcap must be None", **_WINDOW),
+    Family(
+        "Gemma 2",
+        "Gemma2",
+        {**_WINDOW, **_CAPPED},
+        layers=(1,),
+        notes=f"logits are capped; {_OWN}",
+    ),
+    Family(
+        "VaultGemma",
+        "VaultGemma",
+        {**_WINDOW, **_CAPPED, "layer_types": _MIXED},
+        layers=(1,),
+        notes=f"logits are capped; {_OWN}",
+    ),
     Family(
         "Gemma 3 (text)",
         "Gemma3",
@@ -247,17 +268,24 @@ FAMILIES = [
         mamba_n_groups=1,
         mamba_d_state=16,
     ),
-    _refused(
+    Family(
         "gpt-oss",
         "GptOss",
-        "sinks among the logits (s_aux)",
-        "s_aux must be None",
-        **_EXPERTS,
-        **_WINDOW,
+        {**_EXPERTS, **_WINDOW, "initializer_range": 0.2},
+        layers=(1,),
+        notes=f"logits have sinks; {_OWN}",
     ),
-    _refused("DeepSeek V2", "DeepseekV2", "latent attention (MLA)", "not latent ones", **_LATENT),
-    _refused(
-        "DeepSeek V3, R1", "DeepseekV3", "latent attention (MLA)", "not latent ones", **_LATENT
+    *(
+        _refused(name, model, "latent attention (MLA)", "not latent ones", **_LATENT)
+        for name, model in (
+            ("DeepSeek V2", "DeepseekV2"),
+            ("DeepSeek V3, R1", "DeepseekV3"),
+            ("DeepSeek V3.2", "DeepseekV32"),
+            ("GLM 4.7 Flash", "Glm4MoeLite"),
+            ("GLM 5", "GlmMoeDsa"),
+            ("MiniCPM 3", "MiniCPM3"),
+            ("Youtu-LLM", "Youtu"),
+        )
     ),
     _refused("Doge", "Doge", "its mask depends on the values", "must leave its mask as it is"),
     _refused("Diff Llama", "DiffLlama", "the difference of two attentions", "be attended to once"),

@@ -12,6 +12,7 @@ from attention_model import (
     assert_attends,
     fill,
     queries,
+    single,
 )
 from cache_model import WEIGHTS, contents, make_cache, new_tokens
 from closeness import assert_equal
@@ -51,16 +52,6 @@ def test_prefill_of_a_ragged_batch(device: str, dtype: torch.dtype, page_size: i
                 kept = slice(max(new) - count, None)
                 alone = single(cache, b)
                 assert_attends(out[b : b + 1, kept], q[b : b + 1, kept], alone, DENSE)
-
-
-def single(cache: HataCache, batch_idx: int) -> HataCache:
-    """A cache that holds one sequence of another."""
-    alone = make_cache(str(cache.device), cache.dtype, batch=1, config=cache.config)
-    alone.extend(cache.seq_lens[batch_idx])
-    for layer_idx in (DENSE, SPARSE):
-        k, v = cache.keys_values(layer_idx, batch_idx)
-        alone.append(layer_idx, k, v)
-    return alone
 
 
 def test_what_a_sequence_left_behind_does_not_leak(device: str) -> None:

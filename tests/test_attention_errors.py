@@ -31,6 +31,21 @@ FAILURES: dict[str, tuple[dict[str, Any], str]] = {
         {"v": lambda v: v[:, :, :1]},
         r"v must have shape \[batch=3, q_len=2, num_kv_heads",
     ),
+    "softcap": ({"softcap": 0.0}, r"softcap must be above 0, got 0\.0"),
+    "softcap type": ({"softcap": "30"}, "softcap must be a number, got str"),
+    "sink shape": (
+        {"sink_logits": torch.zeros(2)},
+        r"sink_logits must have shape \[num_heads=6\], got \[2\]",
+    ),
+    "sink dtype": (
+        {"sink_logits": torch.zeros(6, dtype=torch.int32)},
+        "sink_logits must be of a floating dtype, got torch.int32",
+    ),
+    "sink device": (
+        {"sink_logits": torch.zeros(6, device="meta")},
+        "sink_logits must be on (cpu|cuda:0), got meta",
+    ),
+    "sink type": ({"sink_logits": [0.0]}, "sink_logits must be a tensor, got list"),
     "k strides": ({"k": lambda k: k.mT.contiguous().mT}, "k must be contiguous in its last"),
 }
 

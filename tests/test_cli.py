@@ -36,7 +36,9 @@ def test_version_is_printed_by_the_module_as_by_the_command(capsys):
 def test_help_lists_the_commands(capsys):
     code, out, _ = run(capsys, "--help")
     assert code == 0
-    assert all(command in out for command in ("demo", "corpus", "capture", "train", "recall"))
+    assert all(
+        command in out for command in ("demo", "corpus", "capture", "train", "recall", "eval")
+    )
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,8 @@ def test_writes_every_file(folder: Path, device: str, capsys: pytest.CaptureFixt
 
     assert (written / "means.csv").read_text().splitlines()[0] == COLUMNS
     means = rows_of(written / "means.csv")
-    names = ["exact"] * 2 + ["hata"] * 2 + ["loki"] * 2 + ["quest"] + ["sparq"] * 2 + ["hata"] * 2
+    names = ["exact"] * 2 + ["hata"] * 2 + ["loki"] * 2 + ["streaming", "quest"] + ["sparq"] * 2
+    names += ["magicpig", "rabitq"] + ["hata"] * 2
     assert [row["selector"] for row in means[::3]] == names
     ours = means[-3]
     assert (ours["recipe"], ours["num_bits"], ours["query_bits"]) == ("ours", "64", "4")

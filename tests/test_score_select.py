@@ -39,10 +39,11 @@ def test_any_weight_sum(device, algorithm, weight_sum, key_norms):
 
 
 @pytest.mark.parametrize("num_bits", range(32, 257, 32))
+@pytest.mark.parametrize("q_len", [2, 3])
 @pytest.mark.parametrize("key_norms", [False, True])
-def test_any_number_of_bits(device, algorithm, num_bits, key_norms):
+def test_any_number_of_bits(device, algorithm, num_bits, q_len, key_norms):
     caches = make_caches([129, 40], device=device, num_bits=num_bits, key_norms=key_norms)
-    planes = random_planes(2, 3, 2, 15, num_bits, device=device)
+    planes = random_planes(2, q_len, 2, 15, num_bits, device=device)
     assert_selects(planes, caches, 24, 15, num_recent=4)
 
 
@@ -94,19 +95,32 @@ def test_norms_of_any_value(device, algorithm, top_k):
     assert_selects(planes, caches, top_k, 15, num_sink=2, num_recent=3)
 
 
-@pytest.mark.parametrize("q_len", [1, 4])
-def test_keys_that_bunch(device, algorithm, q_len):
-    """The best keys lie in a few runs: a sample of a slice says little of how many it holds."""
-    seq_len, run = 200_000, 64
+def best_at(positions, seq_len, q_len, device):
+    """Planes, the same for each token, and one sequence whose best keys are at ``positions``."""
     caches = make_caches([seq_len], device=device, num_kv_heads=1, page_size=None)
     planes = random_planes(1, 1, 1, 15, 64, device=device).expand(-1, q_len, -1, -1, -1)
     planes = planes.contiguous()
     page = caches.block_table[0, 0]
+    caches.code_cache[page, 0, positions] = planes[0, 0, 0, 3]  # of the plane that weighs most
+    return planes, caches
+
+
+@pytest.mark.parametrize("q_len", [1, 4])
+def test_keys_that_bunch(device, algorithm, q_len):
+    """The best keys lie in a few runs: a sample of a slice says little of how many it holds."""
+    seq_len, run = 200_000, 64
     starts = torch.randperm(seq_len // run)[:40] * run
     best = (starts[:, None] + torch.arange(run)).flatten().to(device)
-    caches.code_cache[page, 0, best] = planes[0, 0, 0, 3]  # of the plane that weighs most
+    planes, caches = best_at(best, seq_len, q_len, device)
     for top_k in (len(best) - 50, len(best) + 50, 2 * len(best)):
         assert_selects(planes, caches, top_k, 15)
+
+
+@pytest.mark.parametrize("q_len", [1, 4])
+def test_best_keys_where_a_sample_looks(device, algorithm, q_len):
+    """A sample of the first slice holds its beginning, and expects as many everywhere."""
+    planes, caches = best_at(torch.arange(256, device=device), 200_000, q_len, device)
+    assert_selects(planes, caches, 500, 15)
 
 
 @pytest.mark.parametrize("key_norms", [False, True])

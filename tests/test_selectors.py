@@ -13,9 +13,12 @@ from hata.selectors import (
     ExactSelector,
     HataSelector,
     LokiSelector,
+    MagicpigSelector,
     QuestSelector,
+    RabitqSelector,
     Selector,
     SparqSelector,
+    StreamingSelector,
     key_components,
     rank,
 )
@@ -169,6 +172,45 @@ def test_sparq_with_all_channels_is_exact(device: str) -> None:
     assert_scores(SparqSelector(HEAD_DIM), dense_shares(*args).mean(2), args)
 
 
+def test_streaming_takes_sinks_and_the_most_recent(device: str) -> None:
+    q, k, positions = inputs(device)
+    scores = StreamingSelector().index(0, k, SCALE)(q, positions)
+    order = rank(scores, positions, 12, num_sink=4, num_recent=3)
+    expected = [0, 1, 2, 3, *range(SEQ_LEN - 8, SEQ_LEN)]
+    assert order[-1, 1].sort().values.tolist() == expected
+
+
+def test_rabitq_is_exact_for_keys_that_are_corners(device: str) -> None:
+    """Where rotated centred keys have channels of one size, signs and factor say all of them."""
+    q, _, positions = inputs(device)
+    corners = torch.where(torch.randn(SEQ_LEN // 2, NUM_KV_HEADS, HEAD_DIM) > 0, 1.0, -1.0)
+    corners = torch.cat([corners, -corners]) * 0.3  # their mean is zero
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randn(NUM_KV_HEADS, HEAD_DIM, HEAD_DIM, generator=generator)
+    rotation = torch.linalg.qr(drawn).Q
+    k = torch.einsum("she,hde->shd", corners, rotation).to(device)
+    levels = torch.randint(-7, 8, q.shape).float()
+    levels[..., 0] = 7.0  # the largest, so that rounding to 4 bits changes nothing
+    q = torch.einsum("qhge,hde->qhgd", levels, rotation).to(device)
+    args = (q, k, positions)
+    expected = dense_shares(*args).mean(2)
+    assert_scores(RabitqSelector(), expected, args)
+    moved = (q, k + 2.5, positions)  # a mean key adds the same to all logits of a query
+    assert_scores(RabitqSelector(), expected, moved)
+
+
+def test_magicpig_counts_the_tables_with_a_collision(device: str) -> None:
+    q, k, positions = inputs(device)
+    scores = MagicpigSelector(num_tables=20, num_table_bits=3).index(0, k, SCALE)(q, positions)
+    generator = torch.Generator().manual_seed(0)
+    tables = torch.randn(HEAD_DIM, 20, 3, generator=generator).to(device)
+    keys = torch.einsum("shd,dlb->shlb", k - k.mean(0), tables) > 0
+    queries = torch.einsum("qhgd,dlb->qhglb", q, tables) > 0
+    for i, h in ((0, 0), (3, 1)):
+        same = (queries[i, h][:, None] == keys[:, h][None]).all(-1)  # [group, seq_len, tables]
+        assert_equal(scores[i, h], same.sum((0, 2)).float())
+
+
 def test_bytes_of_a_token() -> None:
     weights = HashWeights.random(num_layers=1, num_kv_heads=1, head_dim=64, num_bits=64)
     components = torch.zeros(1, 1, 64, 64)
@@ -180,9 +222,13 @@ def test_bytes_of_a_token() -> None:
             LokiSelector(16, components),
             QuestSelector(16),
             SparqSelector(8),
+            StreamingSelector(),
+            RabitqSelector(),
+            MagicpigSelector(150, 10),
         )
     }
-    assert found == {"exact": 128, "hata": 8, "loki": 32, "quest": 16, "sparq": 16}
+    others = {"quest": 16, "sparq": 16, "streaming": 0, "rabitq": 10, "magicpig": 187.5}
+    assert found == {"exact": 128, "hata": 8, "loki": 32, **others}
     assert HataSelector(replace(weights, key_norms=True)).bytes_per_token(64) == 10
 
 
@@ -236,6 +282,8 @@ def test_a_budget_past_the_sequence_orders_everything(device: str) -> None:
     ("make", "message"),
     [
         (lambda: QuestSelector(0), "QuestSelector: page_size must be at least 1, got 0"),
+        (lambda: MagicpigSelector(0), "MagicpigSelector: num_tables must be at least 1, got 0"),
+        (lambda: MagicpigSelector(1, 25), "num_table_bits must be in 1..24, got 25"),
         (lambda: SparqSelector(0), "SparqSelector: channels must be at least 1, got 0"),
         (lambda: LokiSelector(9, torch.zeros(1, 1, 8, 8)), "channels must be in 1..8, got 9"),
         (

@@ -154,6 +154,15 @@ def test_a_copied_cache_goes_its_own_way() -> None:
     branch.crop(-1)
     assert_equal(logits_of(model, [tokens[:, 30:31]], branch), expected)
     assert (cache.get_seq_length(), branch.get_seq_length()) == (31, 31)
+    # What is copied are the pages; the weights, which no cache changes, are not.
+    mine, its = cache.hata_cache, branch.hata_cache
+    assert mine is not None
+    assert its is not None
+    assert its.weights is mine.weights
+    for name in ("k_cache", "v_cache", "code_cache"):
+        for a, b in zip(getattr(mine, name), getattr(its, name), strict=True):
+            assert a.untyped_storage().nbytes() == b.untyped_storage().nbytes()
+            assert a.data_ptr() != b.data_ptr()
 
 
 def test_missing_weights_are_drawn_and_said_so() -> None:

@@ -17,7 +17,7 @@ from transformers import (
 from transformers.cache_utils import Cache
 
 from hata import HashWeights
-from hata.integrations.transformers import CACHE_ARGUMENT, enable
+from hata.integrations.transformers import CACHE_ARGUMENT, disable, enable
 from tiny_models import EVERYTHING, POSITIONS, generate, make_model, make_weights, random_prompt
 
 SMALL = {"num_layers": 3, "num_kv_heads": 2, "head_dim": 64, "num_bits": 64}
@@ -31,6 +31,10 @@ def encoder_decoder() -> PreTrainedModel:
     ("make", "message"),
     [
         (lambda: nn.Linear(1, 1), "model must be a PreTrainedModel, got Linear"),
+        (
+            lambda: torch.compile(make_model("llama-group1")),
+            "model must be a PreTrainedModel, got OptimizedModule",
+        ),
         (encoder_decoder, "model must be a text-only decoder, got T5ForConditionalGeneration"),
         (
             lambda: BertModel(BertConfig(hidden_size=12, num_hidden_layers=1, vocab_size=9)),
@@ -118,6 +122,24 @@ def test_rejects_a_request_for_another_cache(model: PreTrainedModel, kind: str) 
         generate(model, random_prompt(1, 9), 2, cache_implementation=kind)
 
 
+def test_continuous_batching_is_refused_while_the_model_is_enabled(
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = object()
+    own = lambda self, **kwargs: made  # noqa: E731
+    monkeypatch.setattr(type(model), "init_continuous_batching", own)
+    enable(model, EVERYTHING, weights=make_weights(model), max_seq_len=POSITIONS)
+    rule = r"generate_batch: continuous batching must be used after disable\(model\)"
+    with pytest.raises(ValueError, match=rule):
+        model.generate_batch([[1, 2, 3]])
+    with pytest.raises(ValueError, match=rule):
+        generate(model, random_prompt(1, 9), 2, cache_implementation="paged")
+    model.set_attn_implementation("sdpa")
+    assert model.init_continuous_batching() is made
+    disable(model)
+    assert "init_continuous_batching" not in vars(model)
+
+
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_its_cache_is_of_no_use_to_other_attention(model: PreTrainedModel, attention: str) -> None:
     cache = enable(model, EVERYTHING, weights=make_weights(model), max_seq_len=POSITIONS)
@@ -187,6 +209,6 @@ def test_whatever_happens_while_it_is_tried_the_model_is_unchanged(
 
 def test_a_layer_that_does_not_attend_is_refused(model: PreTrainedModel) -> None:
     model.model.layers[2].self_attn.forward = lambda hidden_states, **_: (hidden_states, None)
-    with pytest.raises(ValueError, match=r"all hold the tokens of the last step.*layers \[2\]"):
+    with pytest.raises(ValueError, match=r"must call its attention function.*\[2, 2, 0\] calls"):
         enable(model, EVERYTHING, weights=make_weights(model))
     assert model.config._attn_implementation == "sdpa"

@@ -27,16 +27,35 @@ struct KeyRange {
   uint32_t least, most;
 };
 
+template <typename T>
+struct Pair {
+  T first, second;
+};
+
+// What is kept of two keys, in one word and each by itself.
+struct KeptPair {
+  uint32_t pair;
+  uint32_t first, second;
+};
+
 // 16-bit keys as they are kept, two in a word. Without norms that is the keys themselves, which
 // below infinity have the order of the float16 numbers with the same bits. With norms it is minus
 // the float16 scores, never -0: in reverse they have the order of the keys, and NaN, whose key is
 // 0, is 0x7fff. float16 numbers are compared two in one instruction.
 template <bool kNorms>
 struct KeptKeys {
-  // With norms: from minus two scores.
-  __device__ static uint32_t pair(float first, float second) {
-    const __half2 pair = __hadd2_rn(__floats2half2_rn(first, second), zero());  // -0 becomes 0
-    return reinterpret_cast<const uint32_t&>(pair);
+  // Without norms.
+  __device__ static KeptPair pair(uint32_t first, uint32_t second) {
+    return {first | second << 16, first, second};
+  }
+  // With norms: from minus two scores before their norms, a pair of float16.
+  __device__ static KeptPair pair(float first, float second, uint32_t norms) {
+    const float2 factors = __half22float2(reinterpret_cast<const __half2&>(norms));
+    const __half2 scores =
+        __floats2half2_rn(__fmul_rn(first, factors.x), __fmul_rn(second, factors.y));
+    const __half2 nonzero = __hadd2_rn(scores, zero());  // -0 becomes 0
+    const auto pair = reinterpret_cast<const uint32_t&>(nonzero);
+    return {pair, pair & 0xffffu, pair >> 16};
   }
 
   // From what is kept to the keys and back: positive numbers are reversed.
@@ -48,6 +67,11 @@ struct KeptKeys {
 
   // The key of one that is kept.
   __device__ static uint32_t key(uint16_t kept) { return swap(kept) & 0xffffu; }
+  __device__ static Pair<uint32_t> keys(const KeptPair& kept) {
+    if (!kNorms) return {kept.first, kept.second};
+    const uint32_t pair = swap(kept.pair);
+    return {pair & 0xffffu, pair >> 16};
+  }
 
   // Whether keys compare with those of a range as float16 numbers do: what is kept of its ends must
   // not be NaN, unless it is what no key lies above.
@@ -75,6 +99,32 @@ struct KeptKeys {
 
  private:
   __device__ static __half2 zero() { return __float2half2_rn(0.0f); }
+};
+
+// Lets keys from a bound on pass, and where keys do not compare as float16 numbers, others too.
+template <bool kNorms>
+class KeptBound {
+ public:
+  __device__ KeptBound(uint32_t key) {
+    using Kept = KeptKeys<kNorms>;
+    constexpr uint16_t kInfinity = 0x7c00;
+    if (!kNorms) {
+      bound_ = key;
+    } else {
+      const __half2 both = Kept::both(Kept::nonzero(max(key, Kept::key(kInfinity))));
+      bound_ = reinterpret_cast<const uint32_t&>(both);
+    }
+  }
+
+  __device__ __forceinline__ Pair<bool> lets_pass(const KeptPair& kept) const {
+    if (!kNorms) return {kept.first >= bound_, kept.second >= bound_};
+    const uint32_t below = __hgt2_mask(reinterpret_cast<const __half2&>(kept.pair),
+                                       reinterpret_cast<const __half2&>(bound_));
+    return {(below & 0xffffu) == 0, below >> 16 == 0};
+  }
+
+ private:
+  uint32_t bound_;
 };
 
 // Which of some keys lie above a range of keys, and which in it: bit i is about key i.

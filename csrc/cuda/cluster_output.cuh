@@ -123,13 +123,12 @@ class ComparedKeys {
 };
 
 // The counts of the threads before this one, and in `total` those of the whole block. A thread
-// counts less than 2048 keys.
+// counts less than 2048 keys. A barrier must lie between two calls.
 __device__ __forceinline__ KeyCounts scan_counts(const KeyCounts& mine, KeyCounts& total) {
   __shared__ uint32_t warp_counts[2][kWarpSize];
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
   const uint32_t both = mine.above | mine.ties << 16;
   const uint32_t inclusive = warp_inclusive_scan(both);
-  __syncthreads();  // the last scan's counts have been read
   if (lane == kWarpSize - 1) {
     warp_counts[0][warp] = inclusive & 0xffffu;
     warp_counts[1][warp] = inclusive >> 16;
@@ -177,7 +176,7 @@ struct OutputCut {
 
 // Writes the selected positions of a tile, in order, by a whole block: all whose key lies above the
 // cut, and of the ties all but the first, from entry `first_entry` of the row on. Advances the cut
-// past the tile.
+// past the tile. A barrier must lie between two calls.
 __device__ __forceinline__ void write_selected(const ComparedKeys& keys, OutputCut& cut,
                                                int first_entry, const IndexRow& row) {
   KeyCounts total;

@@ -77,6 +77,7 @@ __device__ __forceinline__ IndexRange select_from(const ClusterParams& params,
 #pragma unroll 1
     for (int tile = slice.begin; competes && tile < slice.end; tile += source.tile_positions()) {
       source.compare(j, key_slice(j), tile, cut.bin, shift > 0 && one_tile, compared);
+      if (!one_tile) __syncthreads();
       write_selected(compared, output, num_sink, row);
     }
     range.end = selected_before(slice.end);

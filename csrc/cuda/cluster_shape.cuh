@@ -10,8 +10,15 @@
 // How score_select by clusters is cut into blocks.
 namespace hata {
 
-// Threads of a block: two blocks share a multiprocessor, or one has it to itself.
-constexpr int kFewThreads = 320, kManyThreads = 640;
+// Threads of a block, where two blocks share a multiprocessor; one that has it to itself has twice
+// as many. With several query tokens a thread has more sums to keep, and 128 registers for them
+// instead of 96.
+constexpr int few_threads(ClusterUse use) {
+  return use == ClusterUse::kTokens ? 256 : 320;
+}
+constexpr int many_threads(ClusterUse use) {
+  return 2 * few_threads(use);
+}
 constexpr int kSliceAlignment = 32;  // positions: a word of ComparedKeys
 constexpr int kKeyOffset = (sizeof(ClusterShared) + 15) / 16 * 16;
 // Shared memory of a block for keys, and before that for hash weights: the most of which two
@@ -25,9 +32,9 @@ constexpr int kMostKeyBytes = 227 * 1024 - kStaticBytes - kKeyOffset;
 constexpr int kKeptBytes = 4 * 1024;  // for the positions that a block selects
 constexpr int kRowOffset = offsetof(ClusterShared, histogram);
 static_assert(kRowOffset % 16 == 0);
-static_assert(kRowOffset + attend_row_bytes(kFewThreads, kMaxAttendHeadDim) <=
+static_assert(kRowOffset + attend_row_bytes(few_threads(ClusterUse::kAllFit), kMaxAttendHeadDim) <=
               kKeyOffset + kSharedKeyBytes);
-static_assert(kRowOffset + attend_row_bytes(kManyThreads, kMaxAttendHeadDim) <=
+static_assert(kRowOffset + attend_row_bytes(many_threads(ClusterUse::kAllFit), kMaxAttendHeadDim) <=
               kKeyOffset + kMostKeyBytes);
 
 // How the work is cut: threads of a block, their shared memory for keys, blocks of a cluster.
@@ -44,9 +51,9 @@ inline int slice_of(const ScoreSelectParams& p, int cluster_size) {
 
 // Shared memory for the keys of one block's slice of a full cache, within what there is; in all
 // enough for rows, which take the place of everything from the histogram on.
-inline int key_bytes_for(const ClusterParams& params, int threads, int cluster_size) {
+inline int key_bytes_for(const ClusterParams& params, int threads, bool shares, int cluster_size) {
   const ScoreSelectParams& p = params.select;
-  if (threads == kFewThreads) return kSharedKeyBytes;
+  if (shares) return kSharedKeyBytes;
   if (p.algorithm == ScoreSelectAlgorithm::kCandidates) return kMostKeyBytes;
   int64_t bytes = int64_t{slice_of(p, cluster_size)} * p.q_len * 2;
   if (params.attends) {
@@ -65,11 +72,16 @@ inline bool all_keys_fit(const ScoreSelectParams& p, const ClusterShape& shape) 
 constexpr int list_entries(int bytes, int bit_words, int threads, int q_len) {
   return (bytes - (kTableWords + 2 * bit_words) * 4) / (threads * q_len * 4);
 }
-constexpr bool lists_fit(int bytes, int threads) {
-  return list_entries(bytes, threads * ComparedKeys::kWords, threads, kMaxClusterTokens) >=
+constexpr bool lists_fit(int bytes, int threads, int q_len) {
+  return list_entries(bytes, threads * ComparedKeys::kWords, threads, q_len) >=
          kListHeader + kListGroup;
 }
-static_assert(lists_fit(kSharedKeyBytes, kFewThreads) && lists_fit(kMostKeyBytes, kManyThreads));
+constexpr bool lists_fit(ClusterUse use, int q_len) {
+  return lists_fit(kSharedKeyBytes, few_threads(use), q_len) &&
+         lists_fit(kMostKeyBytes, many_threads(use), q_len);
+}
+static_assert(lists_fit(ClusterUse::kOneToken, 1));
+static_assert(lists_fit(ClusterUse::kTokens, kMaxClusterTokens));
 
 // Says how long they are, and how many words each half of TileBits has.
 inline void share_out_candidates(ClusterParams& params, const ClusterShape& shape) {
@@ -78,7 +90,9 @@ inline void share_out_candidates(ClusterParams& params, const ClusterShape& shap
       shape.threads * TileBits::words_for(slice_of(p, shape.cluster_size), shape.threads);
   const int entries = list_entries(shape.key_bytes, params.num_bit_words, shape.threads, p.q_len);
   const bool few = p.algorithm == ScoreSelectAlgorithm::kCandidates;
-  params.list_capacity = few ? kListGroup : entries - kListHeader;
+  const int used = few ? kListHeader + kListGroup : entries;
+  params.list_bytes = used * shape.threads * 4;
+  params.list_full = (used - kListGroup) * shape.threads * 4;
 }
 
 // Keys are below this.
@@ -98,13 +112,14 @@ inline Bins bins_for(const ScoreSelectParams& p, int keys) {
 // The shape with the most threads for which all clusters are resident at once: a second wave would
 // wait for the slowest of the first.
 template <typename Kernel>
-ClusterShape choose_shape(Kernel kernel, const ClusterParams& params, const char* op) {
+ClusterShape choose_shape(Kernel kernel, ClusterUse use, const ClusterParams& params,
+                          const char* op) {
   const int num_clusters = params.select.table.batch * params.select.num_kv_heads;
-  ClusterShape best{kFewThreads, kSharedKeyBytes, 1};
+  ClusterShape best{few_threads(use), kSharedKeyBytes, 1};
   int most = 0;
-  for (const int threads : {kManyThreads, kFewThreads}) {
+  for (const int threads : {many_threads(use), few_threads(use)}) {
     for (int size = 1; size <= kMaxCluster; ++size) {
-      const int key_bytes = key_bytes_for(params, threads, size);
+      const int key_bytes = key_bytes_for(params, threads, threads == few_threads(use), size);
       if (num_clusters <= max_active_clusters(kernel, threads, kKeyOffset + key_bytes, size, op) &&
           threads * size > most) {
         most = threads * size;

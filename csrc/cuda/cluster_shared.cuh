@@ -5,6 +5,7 @@
 #include "cuda/cluster_cut.cuh"
 #include "cuda/code_scan.cuh"
 #include "cuda/score_select_cluster.h"
+#include "cuda/token_products.cuh"
 
 // What score_select by clusters is told, and what a block has in shared memory.
 namespace hata {
@@ -26,11 +27,11 @@ struct ClusterParams {
   CacheAppendParams append;
   int group;  // query heads of a KV head
   Bins bins;
-  int key_bytes;      // of shared memory, beginning at kKeyOffset
-  int row_end;        // where the rows that are attended over end in shared memory
-  int num_bit_words;  // of each half of TileBits
-  int list_capacity;  // of CandidateList
-  bool attends;       // over what it selected, as `attend` says: one query token
+  int key_bytes;              // of shared memory, beginning at kKeyOffset
+  int row_end;                // where the rows that are attended over end in shared memory
+  int num_bit_words;          // of each half of TileBits
+  int list_bytes, list_full;  // of CandidateList, for one query token
+  bool attends;               // over what it selected, as `attend` says: one query token
   GatherAttentionParams attend;
 };
 
@@ -42,6 +43,7 @@ struct ClusterSlice {
   int seq_len;
   int only_page;
   int begin, end;  // positions
+  int last;        // those that compete for every query token are before it
   int length;      // of all slices but the last
 };
 
@@ -56,15 +58,16 @@ struct ScanTables {
 };
 
 // Where keys do not fit: bins below these are not counted, of this block, and as the others have
-// sent theirs.
+// sent theirs; and what all have guessed from their samples.
 struct Bounds {
   uint32_t mine[kMaxClusterTokens];
   uint32_t sent[kMaxClusterTokens][kMaxCluster];
-  bool are_guessed;  // now, from a sample that need only be counted
+  uint32_t guesses[kMaxClusterTokens][kMaxCluster];
 };
 
 struct ClusterShared {
   ClusterSlice slice;
+  ArrivalBarrier guesses_arrived;
   ArrivalBarrier sums_arrived;
   ArrivalBarrier bins_arrived[kMaxClusterTokens];
   AttendShared attend;
@@ -81,7 +84,10 @@ struct ClusterShared {
   alignas(16) uint32_t histogram[kHistogramBins];  // [q_len, bins]
   // Nobody sends bins before he knows what this block has scanned.
   union {
-    ScanTables scan;
+    struct {
+      ScanTables scan;
+      TokenWeights<kMaxClusterTokens, kMaxWords> token_weights;
+    };
     uint32_t bins[kMaxClusterTokens][kMaxCluster * kGroupBins];
   };
   Cut cuts[kMaxClusterTokens];

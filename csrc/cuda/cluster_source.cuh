@@ -44,6 +44,7 @@ struct KeySource {
 template <typename Candidates>
 struct CandidateSource {
   using List = typename Candidates::List;
+  using Kept = typename Candidates::Kept;
   Candidates candidates;
   TileBits bits;
 
@@ -53,11 +54,22 @@ struct CandidateSource {
     bits.clear();
   }
 
+  // After it, in the histograms of all tokens.
+  __device__ __forceinline__ void count(const Bins& bins, uint32_t* histogram, int q_len) const {
+#pragma unroll 1
+    for (int j = 0; j < q_len; ++j) {
+      List(candidates, j).for_each([&](uint16_t kept, int) {
+        atomicAdd(histogram + j * bins.counts[0] + (Kept::key(kept) >> bins.shift), 1u);
+      });
+    }
+  }
+
   template <typename Fn>
   __device__ __forceinline__ void for_each_within(int token_idx, const KeySlice&,
                                                   const KeyRange& range, ComparedKeys&,
                                                   const Fn& fn) const {
-    List(candidates, token_idx).for_each([&](uint32_t key, int) {
+    List(candidates, token_idx).for_each([&](uint16_t kept, int) {
+      const uint32_t key = Kept::key(kept);
       if (key >= range.least && key <= range.most) fn(key);
     });
   }
@@ -66,7 +78,8 @@ struct CandidateSource {
 
   __device__ __forceinline__ void compare(int token_idx, const KeySlice& slice, int tile,
                                           uint32_t cut, bool, ComparedKeys& compared) const {
-    List(candidates, token_idx).for_each([&](uint32_t key, int offset) {
+    List(candidates, token_idx).for_each([&](uint16_t kept, int offset) {
+      const uint32_t key = Kept::key(kept);
       const int bit = slice.begin + offset - tile;
       if (key >= cut && bit >= 0 && bit < bits.positions()) bits.mark(bit, key == cut);
     });

@@ -136,22 +136,20 @@ __device__ __forceinline__ void count_matches(
   }
 }
 
-// The score that a key has with this norm, before it is rounded to float16. `score` is that without
-// norms. The division is exact where kNumBits is a power of two, and then a product with its
-// reciprocal is the same.
+// A score, or what is proportional to it, before it is multiplied with a norm. The division is
+// exact where kNumBits is a power of two, and then a product with its reciprocal is the same.
 template <int kNumBits>
-__device__ __forceinline__ float scaled_score(int score, uint32_t norm) {
-  const float scaled = (kNumBits & (kNumBits - 1)) == 0
-                           ? __fmul_rn(static_cast<float>(score), 1.0f / kNumBits)
-                           : __fdiv_rn(static_cast<float>(score), static_cast<float>(kNumBits));
-  return __fmul_rn(scaled, __half2float(__ushort_as_half(static_cast<uint16_t>(norm))));
+__device__ __forceinline__ float score_per_bit(float score) {
+  return (kNumBits & (kNumBits - 1)) == 0 ? __fmul_rn(score, 1.0f / kNumBits)
+                                          : __fdiv_rn(score, static_cast<float>(kNumBits));
 }
 
-// After it, as bits.
+// The score that a key has with this norm, as bits of a float16.
 template <int kNumBits>
 __device__ __forceinline__ uint16_t float16_score(int matches, int weight_sum, uint16_t norm) {
-  const int score = 2 * matches - weight_sum * kNumBits;
-  return __half_as_ushort(__float2half_rn(scaled_score<kNumBits>(score, norm)));
+  const auto score = static_cast<float>(2 * matches - weight_sum * kNumBits);
+  return __half_as_ushort(__float2half_rn(
+      __fmul_rn(score_per_bit<kNumBits>(score), __half2float(__ushort_as_half(norm)))));
 }
 
 }  // namespace hata

@@ -16,7 +16,7 @@ namespace {
 
 constexpr int kMaxGridY = 65535;  // KV heads
 // Of one block alone, so that every position has a place in a CandidateList.
-constexpr int kMostCapacity = kFewThreads * kMostPlaces;
+constexpr int kMostCapacity = few_threads(ClusterUse::kTokens) * kMostPlaces;
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 
@@ -29,7 +29,7 @@ __device__ __forceinline__ int cluster_idx() {
 }
 
 // The planes of all query tokens, in shared memory as the scan reads them.
-template <int kNumWords>
+template <int kNumWords, bool kTokens>
 __device__ __forceinline__ void prepare_planes(const ClusterParams& params, ClusterShared& shared,
                                                const EncodeTask& task,
                                                const EncodeScratch& scratch) {
@@ -52,13 +52,14 @@ __device__ __forceinline__ void prepare_planes(const ClusterParams& params, Clus
     encode<__half>(task, scratch, scan.largest, scan.bases, scan.planes, pitch, shared.new_tokens);
   }
   __syncthreads();
-  if (params.encodes) return;
+  const bool at_once = kTokens && scores_at_once<kNumWords>(p.q_len, p.weight_sum);
+  if (at_once) set_token_weights<kNumWords>(params, shared);
   const int warp = threadIdx.x / kWarpSize;
-  static_assert(kMaxClusterTokens <= kFewThreads / kWarpSize);
-  if (warp < p.q_len) {
+  static_assert(kMaxClusterTokens <= few_threads(ClusterUse::kTokens) / kWarpSize);
+  if (!params.encodes && warp < p.q_len) {
     scan.bases[warp] = plane_base<kNumWords>(scan.planes + warp * pitch, p.weight_sum);
   }
-  __syncthreads();
+  if (at_once || !params.encodes) __syncthreads();
 }
 
 // Touches every line of a kernel's parameters, which are slow to read the first time, while the
@@ -90,16 +91,19 @@ __device__ __forceinline__ void attend_selected(const GatherAttentionParams& p,
 // keeping 16-bit keys and a histogram of them; the cluster adds up its histograms and finds the key
 // of the last selected position; each block writes its part of the indices, in order, and attends
 // over it. kAllFit: so do the keys of a full cache.
-template <int kNumWords, bool kNorms, bool kAllFit>
-__global__ void __launch_bounds__(kManyThreads, 1)
+template <int kNumWords, bool kNorms, ClusterUse kUse>
+__global__ void __launch_bounds__(many_threads(kUse), 1)
     score_select_kernel(const __grid_constant__ ClusterParams params) {
   extern __shared__ __align__(16) char shared_bytes[];
   ClusterShared& shared = *reinterpret_cast<ClusterShared*>(shared_bytes);
   const ScoreSelectParams& p = params.select;
-  constexpr int kChunk = AllKeys<kNumWords, kNorms, kAllFit>::Chunk::kPositions;
+  constexpr bool kAllFit = kUse == ClusterUse::kAllFit;
+  constexpr bool kTokens = kUse == ClusterUse::kTokens;
+  constexpr int kChunk = AllKeys<kNumWords, kNorms, kUse>::Chunk::kPositions;
   const int warp = threadIdx.x / kWarpSize;
   const int num_blocks = cg::this_cluster().num_blocks();
   if (threadIdx.x == 0) {
+    shared.guesses_arrived.init();
     shared.sums_arrived.init();
     for (int j = 0; j < max(p.q_len, 2); ++j) shared.bins_arrived[j].init();
     shared.attend.results_arrived.init();
@@ -150,33 +154,34 @@ __global__ void __launch_bounds__(kManyThreads, 1)
                        .begin = min(place.rank * slice_len, seq_len)};
     slice.end = min(slice.begin + slice_len, seq_len);
     slice.length = slice_len;
+    slice.last = min(visible_len(seq_len, p.q_len, 0) - p.num_recent, slice.end);
     if (threadIdx.x == 0) shared.slice = slice;
     // Memory works on the first codes while the planes are made.
     reader.template prefetch<kNorms, kChunk>(slice.begin + warp * kChunk, slice.end);
-    prepare_planes<kNumWords>(params, shared, task, scratch);
+    prepare_planes<kNumWords, kTokens>(params, shared, task, scratch);
   }
   // In shared memory, which leaves the scan its registers.
   const ClusterSlice& slice = shared.slice;
   const bool chooses = must_choose(p, slice.seq_len);
-  const AllKeys<kNumWords, kNorms, kAllFit> keys{
+  const AllKeys<kNumWords, kNorms, kUse> keys{
       reinterpret_cast<uint16_t*>(shared_bytes + kKeyOffset), slice.length};
   const bool keeps_all = kAllFit || !chooses ||
                          (p.algorithm != ScoreSelectAlgorithm::kCandidates &&
                           int64_t{slice.length} * p.q_len * 2 <= params.key_bytes);
   const auto scratch = reinterpret_cast<uint32_t*>(shared_bytes + kKeyOffset);
-  const CandidateSource<Candidates<kNumWords, kNorms>> source{
+  const CandidateSource<Candidates<kNumWords, kNorms, kUse>> source{
       {params, shared, scratch},
       {scratch + kTableWords, scratch + kTableWords + params.num_bit_words,
        TileBits::words_for(slice.length, static_cast<int>(blockDim.x))}};
   int repeats = 0;
   if (keeps_all) {
     if (chooses)
-      scan<kNumWords, kNorms>(params, shared, slice, keys, chunks_of_slice(slice, kChunk));
+      scan<kNumWords, kNorms, kTokens>(params, shared, slice, keys, chunks_of_slice(slice, kChunk));
     __syncthreads();
     wait_at_cluster_barrier();  // every block has begun
     if (chooses) find_cuts(params, shared, 0);
   } else {
-    repeats = scan_for_candidates<kNumWords, kNorms>(params, shared, source);
+    repeats = scan_for_candidates<kNumWords, kNorms, kUse>(params, shared, source);
   }
   // The last warps append while others find the cuts.
   if (params.encodes) {
@@ -192,17 +197,18 @@ __global__ void __launch_bounds__(kManyThreads, 1)
   // Positions are kept where neither keys nor rows lie.
   const int kept_offset = max(kKeyOffset + (slice.end - slice.begin + 7) / 8 * 16, params.row_end);
   const auto kept = reinterpret_cast<int32_t*>(shared_bytes + kept_offset);
-  const int num_kept =
-      params.attends && keeps_all ? max(kKeyOffset + params.key_bytes - kept_offset, 0) / 4 : 0;
+  const int num_kept = !kTokens && params.attends && keeps_all
+                           ? max(kKeyOffset + params.key_bytes - kept_offset, 0) / 4
+                           : 0;
   IndexRange range;
   if (keeps_all) {
-    const KeySource<AllKeys<kNumWords, kNorms, kAllFit>, kNorms> source{
+    const KeySource<AllKeys<kNumWords, kNorms, kUse>, kNorms> source{
         keys, ComparedKeys::pieces_for(slice.length)};
     range = select_from(params, shared, source, 0, kept, num_kept);
   } else {
     range = select_from(params, shared, source, repeats, kept, num_kept);
   }
-  if (!params.attends) return;
+  if (kTokens || !params.attends) return;
   if (threadIdx.x == 0) {
     const int num_positions = range.end - range.first;
     shared.attend.list = {.batch_idx = slice.batch_idx,
@@ -220,7 +226,7 @@ __global__ void __launch_bounds__(kManyThreads, 1)
 
 #else
 
-template <int kNumWords, bool kNorms, bool kAllFit>
+template <int kNumWords, bool kNorms, ClusterUse kUse>
 __global__ void score_select_kernel(const __grid_constant__ ClusterParams) {}
 
 #endif
@@ -228,17 +234,20 @@ __global__ void score_select_kernel(const __grid_constant__ ClusterParams) {}
 template <int kNumWords, bool kNorms>
 bool launch(ClusterParams& params, CudaStream stream) {
   constexpr const char* kOp = "hata::score_select";
-  const auto kernel = score_select_kernel<kNumWords, kNorms, true>;
-  const auto for_candidates = score_select_kernel<kNumWords, kNorms, false>;
+  const auto all_fit = score_select_kernel<kNumWords, kNorms, ClusterUse::kAllFit>;
+  const auto one_token = score_select_kernel<kNumWords, kNorms, ClusterUse::kOneToken>;
+  const bool one = params.select.q_len == 1;
+  const auto kernel = one ? all_fit : score_select_kernel<kNumWords, kNorms, ClusterUse::kTokens>;
   if (!compiled_for_clusters(kernel, kOp)) return false;
   allow_shared_memory(kernel, kKeyOffset + kMostKeyBytes, kOp);
-  const ClusterShape shape = choose_shape(kernel, params, kOp);
+  const ClusterShape shape =
+      choose_shape(kernel, one ? ClusterUse::kAllFit : ClusterUse::kTokens, params, kOp);
   params.bins = bins_for(params.select, num_keys(params.select));
   params.key_bytes = shape.key_bytes;
   share_out_candidates(params, shape);
   params.row_end = kRowOffset + attend_row_bytes(shape.threads, params.attend.cache.head_dim);
   launch_kernel(
-      all_keys_fit(params.select, shape) ? kernel : for_candidates,
+      kernel == all_fit && !all_keys_fit(params.select, shape) ? one_token : kernel,
       {.grid = dim3(params.select.table.batch * shape.cluster_size, params.select.num_kv_heads),
        .threads = shape.threads,
        .shared_bytes = kKeyOffset + shape.key_bytes,

@@ -9,6 +9,7 @@ from hata import ops
 from hata.cache import HataCache
 from hata.checks import check_type
 from hata.dense import check_dims, check_queries, prompt_attention
+from hata.torch_attention import add_sink_logits, check_logits
 
 
 @torch.no_grad()
@@ -20,6 +21,8 @@ def prefill(
     layer_idx: int,
     *,
     softmax_scale: float | None = None,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,
     new_seqlens: int | Sequence[int] | Tensor | None = None,
 ) -> Tensor:
     """Appends a prompt, or the next chunk of one, and attends densely and causally.
@@ -36,6 +39,10 @@ def prefill(
         cache: The cache; q, k and v lie on its device.
         layer_idx: The layer.
         softmax_scale: Factor of the logits; None is ``head_dim ** -0.5``.
+        softcap: Turns each logit into ``softcap * tanh(logit / softcap)``, as Gemma 2 has it; above
+            0. None: logits stay.
+        sink_logits: ``[num_heads]``, a floating dtype: one more logit of each query head's softmax,
+            uncapped, to which no value belongs, as gpt-oss has them. None: there are none.
         new_seqlens: ``[batch]`` ints: only the last ``new_seqlens[b]`` tokens of sequence b are
             real, those before are left padding. None: all are.
 
@@ -50,8 +57,10 @@ def prefill(
     where = "prefill"
     new = _new_tokens(where, cache, layer_idx, k, new_seqlens)
     check_queries(where, q, cache, k.shape[1])
+    check_logits(where, q, softcap, sink_logits)
     cache.append(layer_idx, k, v, new_seqlens=None if new_seqlens is None else new)
-    return prompt_attention(q, cache, layer_idx, new, _scale(cache, softmax_scale))
+    scale = _scale(cache, softmax_scale)
+    return prompt_attention(q, cache, layer_idx, new, scale, softcap, sink_logits)
 
 
 @torch.no_grad()
@@ -63,6 +72,9 @@ def decode_attention(
     layer_idx: int,
     *,
     softmax_scale: float | None = None,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,
+    seq_len_range: tuple[int, int] | None = None,
 ) -> Tensor:
     """Appends the new tokens and attends to the positions that their hash scores select.
 
@@ -73,13 +85,15 @@ def decode_attention(
     gradients.
 
     Sequences of fewer than ``cache.min_sparse_len`` positions, the new ones included, attend
-    densely in every layer. Each sequence of a batch is judged by its own length: the sparse step is
-    run for all, and dense attention then replaces the results of the short ones.
+    densely in every layer. Each sequence of a batch is judged by its own length: where some are
+    long, the sparse step is run for all, and dense attention then replaces the results of the short
+    ones.
 
     Lengths are the device's, and nothing waits for it, so that a CUDA graph can hold the layers of
     both kinds and replay for sequences of every length: call `HataCache.extend` and this function
     once to warm up, capture this function, and then, for every further token, call
-    `HataCache.extend` and replay.
+    `HataCache.extend` and replay. A graph that is known to serve lengths of a ``seq_len_range``
+    holds only what they need.
 
     Source: HATA, arXiv 2506.02572, algorithm 3.
 
@@ -92,6 +106,12 @@ def decode_attention(
         cache: The cache; q, k and v lie on its device.
         layer_idx: The layer.
         softmax_scale: Factor of the logits; None is ``head_dim ** -0.5``.
+        softcap: Turns each logit into ``softcap * tanh(logit / softcap)``, as Gemma 2 has it; above
+            0. None: logits stay.
+        sink_logits: ``[num_heads]``, a floating dtype: one more logit of each query head's softmax,
+            uncapped, to which no value belongs, as gpt-oss has them. None: there are none.
+        seq_len_range: Least and greatest length, the new tokens included, of the sequences that are
+            decoded; None: what they are now, and any length where a CUDA graph is captured.
 
     Returns:
         ``[batch, q_len, num_heads, head_dim]`` in q's dtype. From a layer that is not dense it is a
@@ -109,46 +129,60 @@ def decode_attention(
     tables = (cache.block_table, cache.cache_seqlens)
     if layer_idx < config.num_dense_layers:
         check_queries(where, q, cache, k.shape[1])
+        check_logits(where, q, softcap, sink_logits)
         cache.append(layer_idx, k, v)
-        return ops.dense_attention(q, *caches, *tables, softmax_scale=scale)[0]
+        attended = ops.dense_attention(q, *caches, *tables, softmax_scale=scale, softcap=softcap)
+        if sink_logits is not None:
+            add_sink_logits(*attended, sink_logits)
+        return attended[0]
 
     check_dims(where, q)
+    check_logits(where, q, softcap, sink_logits)
     with cache._sequences.filling(where, layer_idx, new):
         buffers = cache._buffers.get(layer_idx, q.shape[1], q.shape[2])
-        ops.decode_step(
-            *(q, k, v),
-            *cache.weights.layer(layer_idx, cache.dtype, cache.device),
-            *caches,
-            cache.code_cache[layer_idx],
-            cache.norm_cache[layer_idx],
-            *tables,
-            query_bits=cache.weights.query_bits,
-            top_k=cache.layer_top_k[layer_idx],
-            num_sink=config.num_sink,
-            num_recent=config.num_recent,
-            softmax_scale=scale,
-            workspace=buffers.workspace,
-            indices=buffers.indices,
-            num_selected=buffers.num_selected,
-            out=buffers.out,
-            lse=buffers.lse,
-        )
-        # What a graph captures serves any length; an eager step knows its own.
-        shortest = 0 if _is_capturing(k) else min(cache.seq_lens)
+        shortest, longest = seq_len_range or _seq_len_range(cache)
+        if longest < cache.min_sparse_len:
+            cache._write(layer_idx, k, v, None)
+        else:
+            ops.decode_step(
+                *(q, k, v),
+                *cache.weights.layer(layer_idx, cache.dtype, cache.device),
+                *caches,
+                cache.code_cache[layer_idx],
+                cache.norm_cache[layer_idx],
+                *tables,
+                query_bits=cache.weights.query_bits,
+                top_k=cache.layer_top_k[layer_idx],
+                num_sink=config.num_sink,
+                num_recent=config.num_recent,
+                softmax_scale=scale,
+                softcap=softcap,
+                workspace=buffers.workspace,
+                indices=buffers.indices,
+                num_selected=buffers.num_selected,
+                out=buffers.out,
+                lse=buffers.lse,
+            )
         if shortest < cache.min_sparse_len:
             ops.dense_attention(
                 *(q, *caches, *tables),
                 softmax_scale=scale,
+                softcap=softcap,
                 min_sparse_len=cache.min_sparse_len,
                 out=buffers.out,
                 lse=buffers.lse,
             )
+    if sink_logits is not None:
+        add_sink_logits(buffers.out, buffers.lse, sink_logits)
     cache._buffers.last[layer_idx] = buffers
     return buffers.out
 
 
-def _is_capturing(t: Tensor) -> bool:
-    return t.is_cuda and torch.cuda.is_current_stream_capturing()
+def _seq_len_range(cache: HataCache) -> tuple[int, int]:
+    """Lengths of the cache's sequences; those that a graph being captured will serve are any."""
+    if cache.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return 0, cache.max_seq_len
+    return min(cache.seq_lens), max(cache.seq_lens)
 
 
 def _new_tokens(

@@ -142,24 +142,14 @@ class HataCache:
         new = self._new_tokens(where, layer_idx, k, new_seqlens)
         device_new = None if new_seqlens is None else self._sequences.to_device(new)
         with self._sequences.filling(where, layer_idx, new):
-            ops.cache_append(
-                k,
-                v,
-                self.weights.layer(layer_idx, self.dtype, self.device)[0],
-                self.k_cache[layer_idx],
-                self.v_cache[layer_idx],
-                self.code_cache[layer_idx],
-                self.norm_cache[layer_idx],
-                self.block_table,
-                self.cache_seqlens,
-                new_seqlens=device_new,
-            )
+            self._write(layer_idx, k, v, device_new)
 
     def extend(self, new: int | Sequence[int] | Tensor) -> None:
         """Opens a step: advances every sequence's length and hands out the pages it needs.
 
         Each layer then fills it once: by `append`, by `hata.decode_attention`, or by replaying a
-        graph of the latter, which cannot be seen: after a replay, `extend` the next step too.
+        graph of the latter, which cannot be seen: after a replay, `close_step`, or `extend` the
+        next step too.
 
         Args:
             new: New tokens, one number for all sequences or ``[batch]``, at least 0.
@@ -171,6 +161,10 @@ class HataCache:
         """
         where = "HataCache.extend"
         self._sequences.open(where, self._sequences.counts(where, "new", new, self.max_seq_len))
+
+    def close_step(self) -> None:
+        """Says that every layer has filled the open step, as replays of a graph have."""
+        self._sequences.close()
 
     def reset(self) -> None:
         """Empties every sequence and takes back its pages; the buffers stay."""
@@ -265,6 +259,21 @@ class HataCache:
         check(layer_idx in last, "HataCache.last_selection", "layer_idx", rule, layer_idx)
         lengths = enumerate(self.seq_lens)
         return last[layer_idx].selection({b: n for b, n in lengths if n < self.min_sparse_len})
+
+    def _write(self, layer_idx: int, k: Tensor, v: Tensor, new_seqlens: Tensor | None) -> None:
+        """Writes a layer's new tokens, in a step that is open."""
+        ops.cache_append(
+            k,
+            v,
+            self.weights.layer(layer_idx, self.dtype, self.device)[0],
+            self.k_cache[layer_idx],
+            self.v_cache[layer_idx],
+            self.code_cache[layer_idx],
+            self.norm_cache[layer_idx],
+            self.block_table,
+            self.cache_seqlens,
+            new_seqlens=new_seqlens,
+        )
 
     def _new_tokens(
         self,

@@ -12,6 +12,7 @@ import typer
 
 from hata.commands.capture import capture, corpus
 from hata.commands.demo import demo
+from hata.commands.eval import evaluate
 from hata.commands.recall import recall
 from hata.commands.train import train
 from hata.version import VERSION
@@ -45,6 +46,7 @@ app.command()(corpus)
 app.command()(capture)
 app.command()(train)
 app.command()(recall)
+app.command("eval")(evaluate)
 
 
 def _user_error(error: Exception) -> str | None:

@@ -2,11 +2,10 @@
 
 import torch
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
-from torch.nn.functional import scaled_dot_product_attention
 
 from hata.cache import HataCache
 from hata.checks import check, check_int, check_tensor, check_type
+from hata.torch_attention import check_logits, torch_attention
 
 
 def check_dims(function: str, q: object) -> None:
@@ -34,7 +33,13 @@ def check_queries(function: str, q: Tensor, cache: HataCache, q_len: int | None 
 
 
 def prompt_attention(
-    q: Tensor, cache: HataCache, layer_idx: int, new: list[int], softmax_scale: float
+    q: Tensor,
+    cache: HataCache,
+    layer_idx: int,
+    new: list[int],
+    softmax_scale: float,
+    softcap: float | None,
+    sink_logits: Tensor | None,
 ) -> Tensor:
     """Attends densely and causally over what the cache holds, with torch's attention.
 
@@ -47,35 +52,33 @@ def prompt_attention(
         layer_idx: The layer.
         new: How many of a sequence's last query tokens are real, ``[batch]``; the rest is padding.
         softmax_scale: Factor of the logits.
+        softcap: Cap of the logits, or None.
+        sink_logits: ``[num_heads]``, or None.
 
     Returns:
         ``[batch, q_len, num_heads, head_dim]`` in q's dtype; padding is 0.
     """
+
+    def attend(q: Tensor, batch_idx: int | None = None) -> Tensor:
+        tensors = (q, *cache.keys_values(layer_idx, batch_idx))
+        out = torch_attention(
+            *(t.transpose(1, 2) for t in tensors),
+            softmax_scale=softmax_scale,
+            is_causal=True,
+            softcap=softcap,
+            sink_logits=sink_logits,
+        )
+        return out.transpose(1, 2)
+
     q_len = q.shape[1]
     if new == [q_len] * cache.batch and len(set(cache.seq_lens)) == 1:
-        return _attend(q, *cache.keys_values(layer_idx), softmax_scale)
+        return attend(q)
     out = torch.zeros_like(q)
     for b, count in enumerate(new):
         if count > 0:
             tokens = (slice(b, b + 1), slice(q_len - count, q_len))
-            out[tokens] = _attend(q[tokens], *cache.keys_values(layer_idx, b), softmax_scale)
+            out[tokens] = attend(q[tokens], b)
     return out
-
-
-def _attend(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float) -> Tensor:
-    q_len, seq_len = q.shape[1], k.shape[1]
-    if q_len == 0:
-        return torch.empty_like(q)
-    out = scaled_dot_product_attention(
-        q.transpose(1, 2),
-        k.transpose(1, 2),
-        v.transpose(1, 2),
-        attn_mask=causal_lower_right(q_len, seq_len) if 1 < q_len < seq_len else None,
-        is_causal=1 < q_len == seq_len,
-        scale=softmax_scale,
-        enable_gqa=q.shape[2] != k.shape[2],
-    )
-    return out.transpose(1, 2)
 
 
 def attention_mass(
@@ -85,12 +88,14 @@ def attention_mass(
     indices: Tensor,
     *,
     softmax_scale: float | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     """Computes the share of the dense attention mass that selected positions hold.
 
     ``mass[b, j, i] = sum of softmax_t(softmax_scale q[b, j, i] . k_t) over the positions t in
     indices[b, j, h]``, h the KV head of query head i, the softmax over every position that token j
-    sees. It costs as much as dense attention.
+    sees. It costs as much as dense attention. What sink logits take is no position's, and is left
+    out of the whole too.
 
     Args:
         q: ``[batch, q_len, num_heads, head_dim]``, the queries of the last ``q_len`` tokens in the
@@ -100,6 +105,7 @@ def attention_mass(
         indices: ``[batch, q_len, num_kv_heads, top_k]``, int32, distinct positions or negative for
             none; those that the token does not see count nothing.
         softmax_scale: Factor of the logits; None is ``head_dim ** -0.5``.
+        softcap: Cap of the logits, above 0; None: they stay.
 
     Returns:
         ``[batch, q_len, num_heads]``, float32, in 0..1; 0 where a token sees nothing.
@@ -111,6 +117,7 @@ def attention_mass(
     where = "attention_mass"
     check_int(where, "layer_idx", layer_idx, 0, cache.num_layers - 1)
     num_heads = check_queries(where, q, cache)
+    check_logits(where, q, softcap, None)
     q_len, num_kv_heads = q.shape[1], cache.num_kv_heads
     dims = (
         ("batch", cache.batch),
@@ -129,6 +136,8 @@ def attention_mass(
         k, _ = cache.keys_values(layer_idx, b)
         heads = q[b].float().unflatten(1, (num_kv_heads, group))
         logits = torch.einsum("jhgd,thd->jhgt", heads, k[0].float()) * scale
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
         last = torch.arange(seq_len - q_len, seq_len, device=cache.device)  # what token j sees
         seen = torch.arange(seq_len, device=cache.device) <= last[:, None]
         shares = logits.masked_fill(~seen[:, None, None], -torch.inf).softmax(-1).nan_to_num(0.0)

@@ -172,6 +172,10 @@ class Sequences:
                 raise
         (self._captured if capturing else self._filled).add(layer_idx)
 
+    def close(self) -> None:
+        """Takes the open step for filled by every layer."""
+        self._filled = set(range(self.num_layers))
+
     def check_step_filled(self, function: str) -> None:
         """Raises ValueError if some layers, but not all, have filled the last step."""
         missing = sorted(set(range(self.num_layers)) - self._filled - self._captured)

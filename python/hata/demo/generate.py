@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
-from hata.integrations.transformers import CACHE_ARGUMENT
+from hata.integrations.transformers_cache import CACHE_ARGUMENT
 
 
 @dataclass

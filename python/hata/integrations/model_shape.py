@@ -43,3 +43,12 @@ def softmax_scale(model: Any) -> float:
     """Returns the factor of the attention logits: the first layer's, else ``head_dim ** -0.5``."""
     scales = (m.scaling for m in model.modules() if isinstance(getattr(m, "scaling", None), float))
     return next(scales, model_shape(model)["head_dim"] ** -0.5)
+
+
+def tensor_parallel_shard(model: Any) -> tuple[int, int]:
+    """Returns which shard of split tensors this process holds, and how many there are."""
+    size = model.tp_size or 1
+    if size == 1:
+        return 0, 1
+    mesh = model._device_mesh  # transformers has no public name for it
+    return int(mesh.get_local_rank("tp" if mesh.ndim > 1 else 0)), int(size)

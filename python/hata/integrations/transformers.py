@@ -7,7 +7,7 @@ cache.
 """
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from os import PathLike
@@ -18,27 +18,33 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 from transformers.generation.configuration_utils import GenerationMode
-from transformers.generation.utils import ALL_CACHE_NAMES
 
 import hata.integrations.transformers_attention  # noqa: F401  (registers itself)
 from hata.checks import check, check_int, check_type
 from hata.config import HataConfig
-from hata.integrations.model_shape import ModelShape, full_attention_layers, model_shape
+from hata.integrations.model_shape import (
+    ModelShape,
+    full_attention_layers,
+    model_shape,
+    tensor_parallel_shard,
+)
 from hata.integrations.transformers_cache import (
     ATTENTION,
+    CACHE_ARGUMENT,
     MAX_DRAFT_LEN,
-    CacheSettings,
-    DecodeObserver,
     HataLayer,
     HataTransformersCache,
 )
+from hata.integrations.transformers_graphs import DecodeGraphs, graphed_forward
 from hata.integrations.transformers_mask import HERE
+from hata.integrations.transformers_settings import (
+    CacheSettings,
+    DecodeObserver,
+    layers_by_device,
+)
 from hata.pretrained import find_pretrained
 from hata.sequences import check_page_size
 from hata.weights import HashWeights, load_weights
-
-# What forward passes and `generate` call a cache, and their outputs too: renamed in 5.24.
-CACHE_ARGUMENT = "cache" if "cache" in ALL_CACHE_NAMES else "past_key_values"
 
 
 @dataclass
@@ -49,11 +55,19 @@ class _Enabled:
         settings: What `enable` has settled.
         attention: The model's attention implementation before.
         hook: Of the model's forward pass.
+        graphs: Of its decoding; None if it stays eager.
     """
 
     settings: CacheSettings
     attention: str
     hook: Any
+    graphs: DecodeGraphs | None
+
+    def remove_from(self, model: PreTrainedModel) -> None:
+        """Takes out of the model what `enable` has put into it."""
+        self.hook.remove()
+        for name in ("_hata", *_METHODS, *(["forward"] if self.graphs is not None else [])):
+            vars(model).pop(name, None)  # someone may have taken a forward pass back
 
 
 def enable(
@@ -65,6 +79,7 @@ def enable(
     max_seq_len: int | None = None,
     page_size: int | None = None,
     observer: DecodeObserver | None = None,
+    cuda_graphs: bool | None = None,
 ) -> HataTransformersCache:
     """Switches a model to hata attention and makes a cache for it.
 
@@ -79,9 +94,10 @@ def enable(
 
     Only layers that attend to the whole context become hata's; those with a window, with chunks or
     with a recurrent state stay as they are. A forward pass without a cache is dense, with
-    gradients. `disable` makes the model what it was. docs/transformers.md says more: which models
-    there are, padding, chunks and drafts. transformers before 5.24 calls the argument
-    ``past_key_values``.
+    gradients. Layers on several GPUs (``device_map``), or KV heads split among them (``tp_plan``),
+    are attended to where they lie. `disable` makes the model what it was. docs/transformers.md says
+    more: which models there are, padding, chunks and drafts. transformers before 5.24 calls the
+    argument ``past_key_values``.
 
     Source: HATA, arXiv 2506.02572; transformers' ``AttentionInterface`` and ``Cache``.
 
@@ -101,6 +117,9 @@ def enable(
         observer: Called after each sparse layer's decoding step as ``observer(layer_idx, q, cache,
             indices, num_selected)``: q ``[batch, q_len, num_heads, head_dim]``, cache the
             `hata.HataCache`, layer_idx its layer, the rest as `HataCache.last_selection` gives it.
+        cuda_graphs: Whether passes that decode are captured in CUDA graphs and replayed. None does
+            it where it can be: on one GPU, where every layer is hata's, without an observer; and
+            warns if the model's own code then turns out to forbid it. True raises in place of that.
 
     Returns:
         The cache to pass to ``generate``; empty, and good for one ``generate`` at a time.
@@ -109,6 +128,7 @@ def enable(
         TypeError: An argument has another type.
         ValueError: An argument breaks its rule, the model is not supported, or the weights are of
             another shape; the model is then unchanged.
+        RuntimeError: When it decodes: ``cuda_graphs`` is True, and the model cannot be captured.
     """
     where = f"{HERE}.enable"
     check_type(isinstance(model, PreTrainedModel), where, "model", "be a PreTrainedModel", model)
@@ -140,16 +160,27 @@ def enable(
         max_seq_len=max_seq_len,
         page_size=page_size,
         observer=observer,
+        devices=tuple((row,) for row in range(len(layers))),
+        shard=tensor_parallel_shard(model),
     )
-    attention = model.config._attn_implementation
-    _try(where, model, replace(settings, page_size=None, observer=None))
+    check_type(cuda_graphs in (None, True, False), where, "cuda_graphs", "be a bool", cuda_graphs)
     before: _Enabled | None = vars(model).get("_hata")
+    attention = model.config._attn_implementation if before is None else before.attention
+    if cuda_graphs:
+        _check_capturable(where, model, settings)
+    tried_on = _try(where, model, replace(settings, page_size=None, observer=None))
+    settings = replace(settings, devices=layers_by_device(tried_on))
     if before is not None:
-        attention = before.attention
-        before.hook.remove()
+        before.remove_from(model)
     hook = model.register_forward_pre_hook(_check_cache, with_kwargs=True)
-    vars(model)["_hata"] = _Enabled(settings, attention, hook)
-    vars(model)["_prepare_cache_for_generation"] = MethodType(_prepare_cache, model)
+    graphs = None
+    whole = "forward" not in vars(model) and settings.shard[1] == 1
+    if cuda_graphs is not False and whole:
+        graphs = DecodeGraphs(required=cuda_graphs is True)
+        vars(model)["forward"] = graphed_forward(model)
+    vars(model)["_hata"] = _Enabled(settings, attention, hook, graphs)
+    for name, method in _METHODS.items():
+        vars(model)[name] = MethodType(method, model)
     return HataTransformersCache(settings, max_seq_len)
 
 
@@ -159,10 +190,9 @@ def disable(model: PreTrainedModel) -> None:
     Args:
         model: The model. Its hata caches are of no more use.
     """
-    enabled = vars(model).pop("_hata", None)
+    enabled: _Enabled | None = vars(model).get("_hata")
     if enabled is not None:
-        enabled.hook.remove()
-        del vars(model)["_prepare_cache_for_generation"]
+        enabled.remove_from(model)
         model.set_attn_implementation(enabled.attention)
 
 
@@ -215,6 +245,26 @@ def _prepare_cache(
         mask = model_kwargs.get("attention_mask")  # None where it would be all ones, since 5.24
         without_mask = getattr(generation_config, "_mask_length", None)
         cache.announce_prompt(without_mask if mask is None else mask.shape[1])
+
+
+def _continuous_batching(model: Any, *args: Any, **kwargs: Any) -> Any:
+    """Stands in for ``init_continuous_batching``, through which ``generate_batch`` goes.
+
+    Continuous batching keeps keys in transformers' paged cache, which has no codes, and where
+    FlashAttention is installed it takes that in place of the model's attention function.
+    """
+    attention = model.config._attn_implementation
+    rule = "be used after disable(model): transformers' paged cache holds no codes"
+    where = f"{HERE}.generate_batch"
+    check(attention != ATTENTION, where, "continuous batching", rule, f"attention {attention!r}")
+    return type(model).init_continuous_batching(model, *args, **kwargs)
+
+
+# What stands in for the model's own methods while it is enabled.
+_METHODS: dict[str, Callable[..., Any]] = {
+    "_prepare_cache_for_generation": _prepare_cache,
+    "init_continuous_batching": _continuous_batching,
+}
 
 
 def _check_cache(model: Any, args: Any, kwargs: dict[str, Any]) -> None:
@@ -276,12 +326,33 @@ def _supported(function: str, model: Any) -> tuple[ModelShape, tuple[int, ...]]:
     return model_shape(model), layers
 
 
+def _check_capturable(function: str, model: PreTrainedModel, settings: CacheSettings) -> None:
+    """Raises ValueError if decoding cannot be captured, whatever the model's code is."""
+    before: _Enabled | None = vars(model).get("_hata")
+    replaced = "forward" in vars(model) and (before is None or before.graphs is None)
+    for holds, rule in (
+        (model.device.type == "cuda", "be on a GPU"),
+        (not replaced and settings.shard[1] == 1, "run its own forward pass, on one GPU"),
+        (
+            len(settings.layers) == model_shape(model)["num_layers"],
+            "attend to everything in every layer",
+        ),
+    ):
+        check(holds, function, "model", f"{rule} for cuda_graphs=True", type(model).__name__)
+    rule, observer = "be None for cuda_graphs=True", settings.observer
+    check(observer is None, function, "observer", rule, observer)
+
+
 @torch.no_grad()
-def _try(function: str, model: PreTrainedModel, settings: CacheSettings) -> None:
+def _try(function: str, model: PreTrainedModel, settings: CacheSettings) -> list[torch.device]:
     """Runs one token of prompt and one of answer, and leaves the model on hata's attention.
 
     What a model's attention does is written nowhere but in its code: extra inputs, heads of another
-    size, keys that change after they were cached. So it is tried.
+    size, keys that change after they were cached. So it is tried. Each layer has a cache of its own
+    meanwhile.
+
+    Returns:
+        The device of each layer's keys.
     """
     before, name = model.config._attn_implementation, type(model).__name__
     training = [module for module in model.modules() if module.training]
@@ -309,3 +380,4 @@ def _try(function: str, model: PreTrainedModel, settings: CacheSettings) -> None
             module.training = True
         if not fits:
             model.set_attn_implementation(before)
+    return [layer.device for layer in cache.hata_caches]

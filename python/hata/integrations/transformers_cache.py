@@ -7,61 +7,32 @@ them on as `NewKeys`, which only hata's attention function takes
 """
 
 import itertools
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NoReturn
 from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.generation.utils import ALL_CACHE_NAMES
 
 from hata.attention import decode_attention, prefill
 from hata.cache import HataCache
-from hata.checks import check_int
-from hata.config import HataConfig
+from hata.checks import check, check_int
 from hata.integrations.model_shape import own_cache_layers
 from hata.integrations.transformers_mask import HERE, CausalMask, Padding
-from hata.weights import HashWeights
+from hata.integrations.transformers_settings import CacheSettings
 
 ATTENTION = "hata"  # transformers' name of the attention and mask functions
 
+# What forward passes and `generate` call a cache, and their outputs too: renamed in 5.24.
+CACHE_ARGUMENT = "cache" if "cache" in ALL_CACHE_NAMES else "past_key_values"
+
 # After a prompt that `generate` has announced, longer passes are prompt again: no draft is as long.
 MAX_DRAFT_LEN = 32
-
-# The HataCache's layer_idx, q [batch, q_len, num_heads, head_dim], it, indices, num_selected
-DecodeObserver = Callable[[int, Tensor, HataCache, Tensor, Tensor], None]
-
-
-@dataclass(frozen=True)
-class CacheSettings:
-    """What `enable` has settled, and every cache of the model is made from.
-
-    Attributes:
-        model_config: The model's config.
-        config: The budget, of the model's layers.
-        weights: The hash weights as they were given.
-        layers: The model's layers that are hata's, ``[num_layers]`` of a `HataCache`.
-        layer_config: The budget, of these layers.
-        layer_weights: Their weights.
-        max_seq_len: Positions that a sequence can have.
-        page_size: Positions of a page; None for a contiguous cache.
-        observer: Called after each sparse decoding step, or None.
-    """
-
-    model_config: Any
-    config: HataConfig
-    weights: HashWeights
-    layers: tuple[int, ...]
-    layer_config: HataConfig
-    layer_weights: HashWeights
-    max_seq_len: int
-    page_size: int | None
-    observer: DecodeObserver | None
-
-    def __deepcopy__(self, memo: object) -> "CacheSettings":
-        """Returns itself: nothing in it changes."""
-        return self
 
 
 @dataclass
@@ -93,36 +64,45 @@ class _LayerGroup:
     Attributes:
         settings: What `enable` has settled.
         max_seq_len: Positions that a sequence of this cache can have, padding included.
-        cache: The cache; None until the first keys tell batch, dtype and device.
+        caches: The cache of each device, by its layers; made when the first keys tell batch, dtype
+            and device.
         prompt_len: Tokens of the prompt, padding included, as `generate` has announced it, or None.
         croppable: Last tokens that are real in every sequence.
         decoding: Whether the step decodes; else its tokens are prompt.
         padding: Of the step's tokens; None if all are real.
+        seq_len_range: Lengths that a CUDA graph being captured is good for, or None.
     """
 
     settings: CacheSettings
     max_seq_len: int
-    cache: HataCache | None = None
+    caches: dict[tuple[int, ...], HataCache] = field(default_factory=dict)
     prompt_len: int | None = None
     croppable: int = 0
     decoding: bool = False
     padding: Padding | None = None
+    seq_len_range: tuple[int, int] | None = None
 
-    def cache_for(self, k: Tensor, seen: int) -> HataCache:
-        """Returns the cache, made anew where it is empty and k is of another batch or kind."""
-        wanted = (k.shape[0], k.dtype, k.device)
-        cache = self.cache
+    def cache_for(self, rows: tuple[int, ...], k: Tensor, seen: int) -> HataCache:
+        """Returns one device's cache, made anew where it is empty and k is of another kind."""
+        batch, _, num_kv_heads, _ = k.shape
+        cache, wanted = self.caches.get(rows), (batch, k.dtype, k.device)
         if cache is None or (seen == 0 and wanted != (cache.batch, cache.dtype, cache.device)):
-            cache = self.cache = HataCache(
-                self.settings.layer_weights,
-                self.settings.layer_config,
-                batch=k.shape[0],
+            cache = self.caches[rows] = HataCache(
+                self.settings.weights_for(rows, num_kv_heads),
+                self.settings.config_for(rows),
+                batch=batch,
                 max_seq_len=self.max_seq_len,
                 page_size=self.settings.page_size,
                 dtype=k.dtype,
                 device=k.device,
             )
         return cache
+
+    def decodes(self, seen: int, q_len: int) -> bool:
+        """Returns whether ``q_len`` new tokens after ``seen`` are decoded, not prompt."""
+        if self.prompt_len is None:
+            return seen > 0 and q_len == 1
+        return seen >= self.prompt_len and q_len <= MAX_DRAFT_LEN
 
     def open_step(self, seen: int, q_len: int, mask: CausalMask | None) -> None:
         """Decides how all layers treat the tokens of a forward pass.
@@ -132,10 +112,7 @@ class _LayerGroup:
             q_len: New tokens.
             mask: The model's mask.
         """
-        if self.prompt_len is None:
-            self.decoding = seen > 0 and q_len == 1
-        else:
-            self.decoding = seen >= self.prompt_len and q_len <= MAX_DRAFT_LEN
+        self.decoding = self.decodes(seen, q_len)
         self.padding = None if self.decoding or mask is None else mask.padding(q_len)
 
     def close_step(self, q_len: int) -> None:
@@ -154,16 +131,17 @@ class HataLayer(CacheLayerMixin):
 
     Args:
         group: What the layers share.
-        layer_idx: The layer of the `HataCache`.
+        row: The layer, as an index of ``CacheSettings.layers``.
     """
 
     is_sliding = False
     is_croppable = True
     supports_early_init = False
 
-    def __init__(self, group: _LayerGroup, layer_idx: int) -> None:
+    def __init__(self, group: _LayerGroup, row: int) -> None:
         super().__init__()
-        self.group, self.layer_idx, self.seen = group, layer_idx, 0
+        self.group, self.row, self.seen = group, row, 0
+        self.rows = next(rows for rows in group.settings.devices if row in rows)
         self._take_number()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -181,8 +159,8 @@ class HataLayer(CacheLayerMixin):
         return _layers[number]
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Allocates the cache of all layers."""
-        self.group.cache_for(key_states, self.seen)
+        """Allocates the cache of the layer's device."""
+        self.group.cache_for(self.rows, key_states.transpose(1, 2), self.seen)
 
     def update(  # type: ignore[override]  # the keys are for hata's attention function
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
@@ -199,6 +177,8 @@ class HataLayer(CacheLayerMixin):
         v: Tensor,
         mask: CausalMask | None,
         softmax_scale: float | None,
+        softcap: float | None,
+        sink_logits: Tensor | None,
     ) -> Tensor:
         """Stores new tokens and attends: sparsely where they are decoded, densely in a prompt.
 
@@ -208,27 +188,33 @@ class HataLayer(CacheLayerMixin):
             v: The same.
             mask: The model's mask.
             softmax_scale: Factor of the logits, or None.
+            softcap: Cap of the logits, or None.
+            sink_logits: ``[num_heads]``, or None.
 
         Returns:
             ``[batch, q_len, num_heads, head_dim]``.
         """
-        group, layer_idx, q_len = self.group, self.layer_idx, q.shape[1]
-        cache = group.cache_for(k, self.seen)
-        if layer_idx == 0:
+        group, q_len, layer_idx = self.group, q.shape[1], self.rows.index(self.row)
+        cache = group.cache_for(self.rows, k, self.seen)
+        if self.row == 0:
             group.open_step(self.seen, q_len, mask)
-        padding = group.padding
-        if group.decoding:
-            out = decode_attention(q, k, v, cache, layer_idx, softmax_scale=softmax_scale)
-        elif padding is None:
-            out = prefill(q, k, v, cache, layer_idx, softmax_scale=softmax_scale)
-        else:
+        padding, new_seqlens = group.padding, None
+        if padding is not None:
             q, k, v = (padding.first(x) for x in (q, k, v))
-            new = padding.new_seqlens
-            out = padding.back(
-                prefill(q, k, v, cache, layer_idx, softmax_scale=softmax_scale, new_seqlens=new)
-            )
+            new_seqlens = padding.new_seqlens
+        function = partial(prefill, new_seqlens=new_seqlens)
+        if group.decoding:
+            function = partial(decode_attention, seq_len_range=group.seq_len_range)
+        out = function(
+            *(q, k, v, cache, layer_idx),
+            softmax_scale=softmax_scale,
+            softcap=softcap,
+            sink_logits=sink_logits,
+        )
+        if padding is not None:
+            out = padding.back(out)
         self.seen += q_len
-        if layer_idx == 0:
+        if self.row == 0:
             group.close_step(q_len)
         observer = group.settings.observer
         if observer is not None and group.decoding and layer_idx >= cache.config.num_dense_layers:
@@ -259,7 +245,7 @@ class HataTransformersCache(Cache):
     Attributes:
         config: The settings.
         weights: The hash weights; ``weights.metadata["origin"]`` says if they are random.
-        hata_layers: The model's index of each layer of ``hata_cache``.
+        hata_layers: The model's index of each layer that is hata's, those of ``hata_cache``.
         max_seq_len: Positions that a sequence can have.
     """
 
@@ -273,14 +259,60 @@ class HataTransformersCache(Cache):
 
     def _new_layers(self) -> list[Any]:
         layers = own_cache_layers(self._group.settings.model_config)
-        for layer_idx, model_layer in enumerate(self.hata_layers):
-            layers[model_layer] = HataLayer(self._group, layer_idx)
+        for row, model_layer in enumerate(self.hata_layers):
+            layers[model_layer] = HataLayer(self._group, row)
         return layers
 
     @property
     def hata_cache(self) -> HataCache | None:
-        """The cache itself; None before the first forward pass."""
-        return self._group.cache
+        """The cache itself; None before the first forward pass. Only where there is one device."""
+        caches, rule = self.hata_caches, "be asked for where all layers lie on one device"
+        check(len(caches) <= 1, HERE, "hata_cache", rule, [str(c.device) for c in caches])
+        return caches[0] if caches else None
+
+    @property
+    def hata_caches(self) -> tuple[HataCache, ...]:
+        """The cache of each device, in the order of the layers; none before the first pass.
+
+        The layers of each are those of ``hata_layers`` that the model has there.
+        """
+        caches = self._group.caches
+        return tuple(caches[rows] for rows in self._group.settings.devices if rows in caches)
+
+    def decodes(self, q_len: int) -> bool:
+        """Returns whether a pass with as many new tokens is decoded, not prompt."""
+        return self._group.decodes(self.get_seq_length(), q_len)
+
+    @property
+    def capturable(self) -> bool:
+        """Whether a CUDA graph can hold its decoding: no layer of another kind, and no observer."""
+        on_gpu = [cache.device.type for cache in self.hata_caches] == ["cuda"]
+        all_hata = len(self.hata_layers) == len(self.layers)
+        return on_gpu and all_hata and self._group.settings.observer is None
+
+    @contextmanager
+    def captured(self, seq_len_range: tuple[int, int]) -> Iterator[None]:
+        """Lets a CUDA graph capture a decoding pass inside the block, which counts no tokens.
+
+        Args:
+            seq_len_range: Least and greatest length that the graph is good for.
+        """
+        group, seen = self._group, self.get_seq_length()
+        croppable, group.seq_len_range = group.croppable, seq_len_range
+        try:
+            yield
+        finally:
+            group.croppable, group.seq_len_range = croppable, None
+            for layer in self.layers:
+                layer.seen = seen
+
+    def replayed(self, q_len: int) -> None:
+        """Counts the tokens of a pass that a CUDA graph has run, in a step that is open."""
+        assert self.hata_cache is not None  # which a graph has written to
+        self.hata_cache.close_step()
+        self._group.close_step(q_len)
+        for layer in self.layers:
+            layer.seen += q_len
 
     def announce_prompt(self, prompt_len: int | None) -> None:
         """Says how many tokens of every sequence, padding included, are prompt.
@@ -291,8 +323,8 @@ class HataTransformersCache(Cache):
 
     def reset(self) -> None:
         """Empties every sequence."""
-        if self._group.cache is not None:
-            self._group.cache.reset()
+        for cache in self.hata_caches:
+            cache.reset()
         self._group.prompt_len, self._group.croppable = None, 0
         self.layers = self._new_layers()
 
@@ -310,8 +342,9 @@ class HataTransformersCache(Cache):
         if isinstance(tokens_to_remove, Tensor):
             tokens_to_remove = int(tokens_to_remove)
         check_int(f"{HERE}.crop", "tokens_to_remove", tokens_to_remove, -group.croppable, 0)
-        if group.cache is not None and tokens_to_remove < 0:
-            group.cache.truncate([n + tokens_to_remove for n in group.cache.seq_lens])
+        if self.hata_caches and tokens_to_remove < 0:
+            for cache in self.hata_caches:
+                cache.truncate([n + tokens_to_remove for n in cache.seq_lens])
             group.croppable += tokens_to_remove
             if group.prompt_len is not None:
                 group.prompt_len = min(group.prompt_len, self.get_seq_length() + tokens_to_remove)
@@ -330,8 +363,10 @@ class HataTransformersCache(Cache):
         Raises:
             ValueError: An entry is out of range, or there are not ``batch`` of them.
         """
-        if self._group.cache is not None:
-            self._group.cache.reorder(beam_idx)
+        if isinstance(beam_idx, Tensor) and len(self.hata_caches) > 1:
+            beam_idx = beam_idx.tolist()  # waits for the device once
+        for cache in self.hata_caches:
+            cache.reorder(beam_idx)
         for layer in self.layers:
             if not isinstance(layer, HataLayer):
                 layer.reorder_cache(beam_idx)

@@ -34,11 +34,11 @@ class Padding:
 
     def first(self, x: Tensor) -> Tensor:
         """Moves padding to the left; x is ``[batch, q_len, heads, head_dim]``."""
-        return x.take_along_dim(self.order[:, :, None, None], 1)
+        return x.take_along_dim(self.order.to(x.device)[:, :, None, None], 1)
 
     def back(self, x: Tensor) -> Tensor:
         """Undoes `first`."""
-        return x.take_along_dim(self.order.argsort(1)[:, :, None, None], 1)
+        return x.take_along_dim(self.order.to(x.device).argsort(1)[:, :, None, None], 1)
 
 
 @dataclass

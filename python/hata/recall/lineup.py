@@ -1,33 +1,56 @@
-"""Which selectors ``hata recall`` compares."""
+"""Which selectors ``hata recall`` and ``hata eval`` compare."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
 
 from hata.checks import check
-from hata.recall.options import WHERE, RecallOptions
+from hata.recall.options import WHERE, LineupOptions
 from hata.selectors import (
     ExactSelector,
     HataSelector,
     LokiSelector,
+    MagicpigSelector,
     QuestSelector,
+    RabitqSelector,
     Selector,
     SparqSelector,
+    StreamingSelector,
     key_components,
 )
-from hata.training.captures import CaptureInfo, Captures
+from hata.training.captures import Captures
 from hata.weights import HashWeights, load_weights
 
 
-def trained_selectors(info: CaptureInfo, options: RecallOptions) -> list[HataSelector]:
+@dataclass(frozen=True)
+class SelectedLayers:
+    """The layers of a model that selectors choose for.
+
+    Attributes:
+        num_model_layers: Layers of the model.
+        layers: The model's index of each layer that attends to the whole context.
+        num_kv_heads: KV heads of each.
+        head_dim: Channels of a head.
+    """
+
+    num_model_layers: int
+    layers: tuple[int, ...]
+    num_kv_heads: int
+    head_dim: int
+
+
+def trained_selectors(shape: SelectedLayers, options: LineupOptions) -> list[HataSelector]:
     """Loads the files of hash weights, to be used as they were made unless told otherwise.
 
     Raises:
-        ValueError: A file holds no weights for the model that was captured.
+        ValueError: A file holds no weights for the model.
     """
     found = []
     for file in options.weights:
         weights = load_weights(file)
-        sizes = (len(info.layer_types), info.num_kv_heads, info.head_dim)
-        weights = weights.for_model(WHERE, *sizes, layers=info.layers)
+        sizes = (shape.num_model_layers, shape.num_kv_heads, shape.head_dim)
+        weights = weights.for_model(WHERE, *sizes, layers=shape.layers)
         bits, norms = options.query_bits, options.key_norms
         bits = weights.query_bits if bits is None else bits
         norms = weights.key_norms if norms is None else norms
@@ -36,7 +59,10 @@ def trained_selectors(info: CaptureInfo, options: RecallOptions) -> list[HataSel
 
 
 def baseline_selectors(
-    info: CaptureInfo, calibration: Captures | None, options: RecallOptions
+    shape: SelectedLayers,
+    calibration: Captures | None,
+    options: LineupOptions,
+    device: torch.device,
 ) -> list[Selector]:
     """Makes what learned weights are compared with, beside the exact selector.
 
@@ -46,20 +72,25 @@ def baseline_selectors(
     Raises:
         ValueError: The calibration is another model's, or a number is out of range.
     """
-    shape = {name: getattr(info, name) for name in ("num_layers", "num_kv_heads", "head_dim")}
-    of_model = {**shape, "layers": info.layers}
-    channels = options.channels or (info.head_dim // 4, info.head_dim // 2)
+    sizes: dict[str, Any] = {
+        "num_layers": len(shape.layers),
+        "num_kv_heads": shape.num_kv_heads,
+        "head_dim": shape.head_dim,
+    }
+    of_model = {**sizes, "layers": shape.layers}
+    channels = options.channels or (shape.head_dim // 4, shape.head_dim // 2)
     found: list[Selector] = [ExactSelector(sum_logits=True)]
     for num_bits in options.random_bits:
-        weights = HashWeights.random(**shape, num_bits=num_bits)
+        weights = HashWeights.random(**sizes, num_bits=num_bits)
         papers = replace(weights, query_bits=1, key_norms=True)
         found += [HataSelector(papers), HataSelector(weights)]
     if calibration is not None:
         same = all(getattr(calibration.info, name) == size for name, size in of_model.items())
         rule = f"be captures of a model with {of_model}"
         check(same, WHERE, "--calibration", rule, calibration.info.model)
-        layers = (calibration.layer(i).k.flatten(0, 1) for i in range(info.num_layers))
-        components = key_components(layers, options.torch_device())
+        layers = (calibration.layer(i).k.flatten(0, 1) for i in range(len(shape.layers)))
+        components = key_components(layers, device)
         found += [LokiSelector(number, components) for number in channels]
-    found.append(QuestSelector(options.page_size))
-    return [*found, *(SparqSelector(number) for number in channels)]
+    found += [StreamingSelector(), QuestSelector(options.page_size)]
+    found += [SparqSelector(number) for number in channels]
+    return [*found, MagicpigSelector(), RabitqSelector()]

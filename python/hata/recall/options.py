@@ -21,6 +21,46 @@ _FRONTIER_SHARES = (256, 181, 128, 90.5, 64, 45.25, 32, 22.6, 16, 11.3, 8)
 
 
 @dataclass(frozen=True, kw_only=True)
+class LineupOptions:
+    """Which selectors to compare; ``hata eval`` has these options too.
+
+    Raises:
+        TypeError: A value has another type.
+        ValueError: A value breaks its rule.
+    """
+
+    weights: Annotated[list[Path], Option(help="Hash weights to measure; repeat it for more.")] = (
+        field(default_factory=list)
+    )
+    query_bits: Annotated[
+        int | None, Option(help="Bits of a query's projection, if not as trained.")
+    ] = None
+    key_norms: Annotated[
+        bool | None,
+        Option("--key-norms/--no-key-norms", help="Whether to use norms, if not as trained."),
+    ] = None
+    baselines: Annotated[bool, Option(help="Measure random codes and published methods too.")] = (
+        True
+    )
+    calibration: Annotated[
+        Path | None,
+        Option(help="Captures of training text: to fit Loki on, and to choose --frontier on."),
+    ] = None
+    random_bits: Annotated[list[int], Option(help="Bits of random codes; repeatable.")] = field(
+        default_factory=lambda: [128]
+    )
+    channels: Annotated[
+        list[int], Option(help="Channels of Loki and SparQ, by default head_dim / 4 and / 2.")
+    ] = field(default_factory=list)
+    page_size: Annotated[int, Option(help="Keys of one of Quest's pages.")] = 16
+
+    def __post_init__(self) -> None:
+        """Checks every rule."""
+        if self.query_bits is not None:
+            check_int(WHERE, "--query-bits", self.query_bits, 1, 4)
+
+
+@dataclass(frozen=True, kw_only=True)
 class MeasureOptions:
     """How to measure selectors.
 
@@ -79,7 +119,7 @@ class MeasureOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RecallOptions(MeasureOptions):
+class RecallOptions(MeasureOptions, LineupOptions):
     """The options of ``hata recall``, checked as far as no captures are needed for it.
 
     Raises:
@@ -87,30 +127,6 @@ class RecallOptions(MeasureOptions):
     """
 
     captures: Annotated[Path, Argument(help="Captures of held-out text (hata capture --values).")]
-    weights: Annotated[list[Path], Option(help="Hash weights to measure; repeat it for more.")] = (
-        field(default_factory=list)
-    )
-    query_bits: Annotated[
-        int | None, Option(help="Bits of a query's projection, if not as trained.")
-    ] = None
-    key_norms: Annotated[
-        bool | None,
-        Option("--key-norms/--no-key-norms", help="Whether to use norms, if not as trained."),
-    ] = None
-    baselines: Annotated[bool, Option(help="Measure random codes, Loki, Quest and SparQ too.")] = (
-        True
-    )
-    calibration: Annotated[
-        Path | None,
-        Option(help="Captures of training text: to fit Loki and to choose the frontier on."),
-    ] = None
-    random_bits: Annotated[list[int], Option(help="Bits of random codes; repeatable.")] = field(
-        default_factory=lambda: [128]
-    )
-    channels: Annotated[
-        list[int], Option(help="Channels of Loki and SparQ, by default head_dim / 4 and / 2.")
-    ] = field(default_factory=list)
-    page_size: Annotated[int, Option(help="Keys of one of Quest's pages.")] = 16
     num_dense_layers: Annotated[int, Option(help="Leading layers that the means leave out.")] = (
         _DEFAULT.num_dense_layers
     )
@@ -129,10 +145,9 @@ class RecallOptions(MeasureOptions):
 
     def __post_init__(self) -> None:
         """Checks every rule."""
-        super().__post_init__()
+        MeasureOptions.__post_init__(self)
+        LineupOptions.__post_init__(self)
         check_int(WHERE, "--num-dense-layers", self.num_dense_layers, 0)
-        if self.query_bits is not None:
-            check_int(WHERE, "--query-bits", self.query_bits, 1, 4)
         some = self.baselines or len(self.weights) > 0
         check(some, WHERE, "--weights", "be given with --no-baselines", "none")
         rule = "be given with --frontier"

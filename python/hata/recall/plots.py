@@ -18,6 +18,9 @@ _STYLES = {
     "loki": ("tab:green", "--"),
     "quest": ("tab:orange", "-."),
     "sparq": ("tab:purple", ":"),
+    "streaming": ("silver", "--"),
+    "magicpig": ("hotpink", "-."),
+    "rabitq": ("goldenrod", "--"),
 }
 _UNTRAINED = "random"
 _TRAINED = ("tab:blue", "tab:red", "tab:cyan", "tab:pink", "tab:olive", "tab:brown")

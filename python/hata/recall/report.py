@@ -120,7 +120,7 @@ def write_rows(
         writer = csv.DictWriter(file, names, restval="", lineterminator="\n")
         writer.writeheader()
         for row in rows:
-            writer.writerow({name: _cell(value) for name, value in {**where_from, **row}.items()})
+            writer.writerow({name: cell(value) for name, value in {**where_from, **row}.items()})
 
 
 def _common(info: CaptureInfo, measurement: Measurement) -> Row:
@@ -133,7 +133,8 @@ def _common(info: CaptureInfo, measurement: Measurement) -> Row:
     }
 
 
-def _cell(value: object) -> object:
+def cell(value: object) -> object:
+    """Returns what stands in a CSV file for a value: five digits of a float, 0 or 1 for a bool."""
     if isinstance(value, bool):
         return int(value)
     return f"{value:.5g}" if isinstance(value, float) else value

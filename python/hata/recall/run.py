@@ -10,7 +10,7 @@ from hata.checks import check
 from hata.progress import progress_bar
 from hata.provenance import origin
 from hata.recall.frontier import Frontier
-from hata.recall.lineup import baseline_selectors, trained_selectors
+from hata.recall.lineup import SelectedLayers, baseline_selectors, trained_selectors
 from hata.recall.measure import Measurement, Results, measure
 from hata.recall.options import WHERE, RecallOptions
 from hata.recall.report import (
@@ -49,8 +49,10 @@ def run_recall(options: RecallOptions) -> Results:
     check(dense <= info.layers[-1], WHERE, "--num-dense-layers", rule, dense)
     budgets = options.budgets(info.seq_len)
     calibration = None if options.calibration is None else Captures.open(options.calibration)
-    trained = trained_selectors(info, options)
-    others = baseline_selectors(info, calibration, options) if options.baselines else []
+    shape = SelectedLayers(len(info.layer_types), info.layers, info.num_kv_heads, info.head_dim)
+    trained = trained_selectors(shape, options)
+    device = options.torch_device()
+    others = baseline_selectors(shape, calibration, options, device) if options.baselines else []
     selectors = [ExactSelector(), *others, *trained]
     options.make_folders()
 
@@ -63,7 +65,7 @@ def run_recall(options: RecallOptions) -> Results:
     codes = [x for x in measurements if x.selector.name in ("exact", "hata")]
     print_layers(console, results.only(codes))
 
-    made = origin(options.torch_device(), shlex.join(["hata", *sys.argv[1:]]))
+    made = origin(device, shlex.join(["hata", *sys.argv[1:]]))
     if options.csv is not None:
         write_rows(options.csv, MEAN_COLUMNS, mean_rows(results), made)
     if options.per_head is not None:

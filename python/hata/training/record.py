@@ -12,7 +12,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from hata.checks import check, check_int
 from hata.integrations.model_shape import full_attention_layers, model_shape, softmax_scale
-from hata.integrations.transformers import CACHE_ARGUMENT
+from hata.integrations.transformers_cache import CACHE_ARGUMENT
 from hata.training.captures import FULL_ATTENTION, CaptureInfo, Captures, CaptureWriter
 from hata.training.options import CaptureOptions
 from hata.training.texts import text_files, token_sequences

@@ -208,18 +208,27 @@ class HashWeights:
             "" if len(needed) == num_layers else f", or for {list(needed)} of them"
         )
         check(fits, function, "weights", rule, f"layers {list(self.layers)}")
-        if self.layers == needed:
-            return self
-        rows = list(needed)
-        queries = None if self.query_weights is None else self.query_weights[rows]
-        bits = tuple(self.layer_bits[layer_idx] for layer_idx in needed)
-        widest = max(bits)
+        return self if self.layers == needed else self.part(needed, slice(None))
+
+    def part(self, rows: Sequence[int], kv_heads: slice) -> "HashWeights":
+        """Returns the weights of some layers and KV heads: what one device of several needs.
+
+        Args:
+            rows: The layers, ascending, as indices of ``key_weights``.
+            kv_heads: The KV heads.
+
+        Returns:
+            Weights of these alone, as wide as the widest layer of them.
+        """
+        bits = tuple(self.layer_bits[row] for row in rows)
+        chosen = [
+            None if t is None else t[list(rows), kv_heads, :, : max(bits)].contiguous()
+            for t in (self.key_weights, self.query_weights)
+        ]
+        assert chosen[0] is not None  # for the type checker
+        layers = tuple(self.layers[row] for row in rows)
         return replace(
-            self,
-            key_weights=self.key_weights[rows][..., :widest].contiguous(),
-            query_weights=None if queries is None else queries[..., :widest].contiguous(),
-            layer_bits=bits,
-            layers=needed,
+            self, key_weights=chosen[0], query_weights=chosen[1], layer_bits=bits, layers=layers
         )
 
     def __deepcopy__(self, memo: object) -> "HashWeights":

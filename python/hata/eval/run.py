@@ -1,0 +1,200 @@
+"""``hata eval`` from options to rows and a report."""
+
+import itertools
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from hata.checks import check
+from hata.demo.model import bundled_model, check_model_folder, load_model
+from hata.eval.decode import DENSE, Setting, SparseDecoder
+from hata.eval.options import EvalOptions
+from hata.eval.prose import WHERE, Prose
+from hata.eval.report import print_means, write_report
+from hata.eval.rows import Outcome, Row, Rows, compare, summary
+from hata.eval.tasks import AT_DEPTHS, LIKELIHOOD, Sample, likelihood_samples, task_sample
+from hata.integrations.model_shape import ModelShape, full_attention_layers, model_shape
+from hata.pretrained import find_pretrained
+from hata.progress import progress_bar
+from hata.provenance import origin
+from hata.recall.lineup import SelectedLayers, baseline_selectors, trained_selectors
+from hata.selectors import ExactSelector, HataSelector, Selector
+from hata.selectors.selector import CACHE_ITEMSIZE
+from hata.training.captures import Captures
+
+
+@dataclass(frozen=True)
+class Case:
+    """What samples are of.
+
+    Attributes:
+        task: `LIKELIHOOD` or one of `TASKS`.
+        context: Tokens of a sample.
+        depth: Of the single needle; None for other tasks.
+    """
+
+    task: str
+    context: int
+    depth: float | None
+
+
+def run_eval(options: EvalOptions) -> list[Row]:
+    """Measures, prints and writes what the options ask for.
+
+    Args:
+        options: What to do.
+
+    Returns:
+        All rows of the CSV file, those of earlier runs too.
+
+    Raises:
+        ValueError: An option does not fit the model or the texts, or a file is not what it should
+            be.
+    """
+    prose = Prose.open(options.texts)
+    folder = options.model or bundled_model()
+    check_model_folder(folder, max(options.context))
+    options.make_folders()
+    rows = Rows(options.csv)
+    device = options.torch_device()
+    model, tokenizer = load_model(folder, device, options.torch_dtype())
+    shape = model_shape(model)
+    layers = full_attention_layers(model)
+    dense = max(options.num_dense_layers)
+    rule = f"leave one of the layers that see the whole context, {list(layers)}"
+    check(any(layer >= dense for layer in layers), WHERE, "--num-dense-layers", rule, dense)
+    selectors = _selectors(options, folder, shape, layers)
+    made = origin(device, shlex.join(["hata", *sys.argv[1:]]))
+    common = {
+        **made,
+        "model": folder.name,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "texts": prose.name,
+        "num_sink": options.num_sink,
+        "num_recent": options.num_recent,
+        "num_samples": options.num_samples,
+        "seed": options.seed,
+    }
+    work: list[tuple[list[Sample], list[tuple[dict[str, object], Setting]]]] = []
+    for case in _cases(options):
+        planned = _planned(case, options, selectors, shape, layers, common)
+        missing = [(row, setting) for row, setting in planned if not rows.has(row)]
+        if missing:
+            work.append((_samples(case, options, tokenizer, prose), missing))
+
+    decoder = SparseDecoder(model)
+    total = options.num_samples * sum(len(missing) for _, missing in work)
+    with progress_bar("decoding samples", total) as on_decoded:
+        for samples, missing in work:
+            outcomes = _measure(decoder, samples, missing, on_decoded)
+            rows.add(
+                row | summary(found, setting.selector is None)
+                for (row, setting), found in zip(missing, outcomes, strict=True)
+            )
+    print_means(Console(highlight=False), rows.rows)
+    if options.report is not None:
+        write_report(options.report, rows.rows)
+    return rows.rows
+
+
+def _selectors(
+    options: EvalOptions, folder: Path, shape: ModelShape, layers: tuple[int, ...]
+) -> list[Selector]:
+    """The selectors to compare; the package's weights for the model are among them if no others."""
+    of = SelectedLayers(shape["num_layers"], layers, shape["num_kv_heads"], shape["head_dim"])
+    calibration = None if options.calibration is None else Captures.open(options.calibration)
+    found: list[Selector] = [ExactSelector(), *trained_selectors(of, options)]
+    own = find_pretrained(folder.name)
+    if not options.weights and own is not None and own.shape[:3] == tuple(shape.values()):
+        found.append(HataSelector(own.for_model(WHERE, **shape, layers=layers)))
+    if options.baselines:
+        found += baseline_selectors(of, calibration, options, options.torch_device())
+    names = {selector.name for selector in found}
+    for method in options.method:
+        check(method in names, WHERE, "--method", f"be one of {', '.join(sorted(names))}", method)
+    kept = [x for x in found if x.name in (options.method or names)]
+    said = [(selector.name, *selector.settings.values()) for selector in kept]
+    twice = next((x for x in said if said.count(x) > 1), None)
+    rule = "differ in what a row says of them"
+    check(twice is None, WHERE, "--weights and --random-bits", rule, twice)
+    return kept
+
+
+def _cases(options: EvalOptions) -> Iterator[Case]:
+    for context, task in itertools.product(options.context, dict.fromkeys(options.task)):
+        if task == AT_DEPTHS:
+            yield from (Case(task, context, depth) for depth in options.depth)
+        else:
+            yield Case(task, context, None)
+
+
+def _planned(
+    case: Case,
+    options: EvalOptions,
+    selectors: list[Selector],
+    shape: ModelShape,
+    layers: tuple[int, ...],
+    common: dict[str, Any],
+) -> Iterator[tuple[dict[str, object], Setting]]:
+    """Yields each setting of a case with what its row says before it is measured."""
+    of_case = {**common, "task": case.task, "context": case.context, "depth": case.depth}
+    of_case["num_decoded"] = options.num_decoded if case.task == LIKELIHOOD else None
+    selected = 2 * CACHE_ITEMSIZE * shape["head_dim"]  # bytes of a position's key and value
+    dense = {"method": "dense", "bytes_per_token": 0.0, "bytes_read": float(selected)}
+    yield {**of_case, **dense}, DENSE
+    always = (options.num_sink, options.num_recent)
+    for selector, top_k, num_dense, share in itertools.product(
+        selectors,
+        options.budgets(case.context),
+        dict.fromkeys(options.num_dense_layers),
+        dict.fromkeys(options.share_layers),
+    ):
+        num_sparse = sum(layer >= num_dense for layer in layers)
+        selecting = -(-num_sparse // share) / num_sparse  # share of the sparse layers
+        scan = selector.bytes_per_token(shape["head_dim"]) * selecting
+        row = {
+            **of_case,
+            "method": selector.name,
+            **selector.settings,
+            "top_k": top_k,
+            "dense_layers": num_dense,
+            "share_layers": share,
+            "bytes_per_token": scan,
+            "bytes_read": scan + selected * min(top_k / case.context, 1.0),
+        }
+        yield row, Setting(selector, top_k, num_dense, *always, share)
+
+
+def _samples(case: Case, options: EvalOptions, tokenizer: Any, prose: Prose) -> list[Sample]:
+    task, context, number = case.task, case.context, options.num_samples
+    if task == LIKELIHOOD:
+        return likelihood_samples(tokenizer, prose, number, context, options.num_decoded)
+    seeds = [(options.seed, task, context, case.depth, i) for i in range(number)]
+    depth = case.depth or 0.0
+    return [task_sample(tokenizer, prose, task, depth, context, seed) for seed in seeds]
+
+
+def _measure(
+    decoder: SparseDecoder,
+    samples: list[Sample],
+    missing: list[tuple[dict[str, object], Setting]],
+    on_decoded: Callable[[], None],
+) -> list[list[Outcome]]:
+    """Returns, for each setting, the outcome of each sample."""
+    outcomes: list[list[Outcome]] = [[] for _ in missing]
+    for sample in samples:
+        decoder.read(sample.prompt_ids)
+        tokens = sample.decoded_ids[:-1]
+        dense = decoder.decode(tokens).log_softmax(1)
+        for (_, setting), found in zip(missing, outcomes, strict=True):
+            sparse = dense
+            if setting.selector is not None:
+                sparse = decoder.decode(tokens, setting).log_softmax(1)
+            found.append(compare(sample, dense, sparse))
+            on_decoded()
+    return outcomes

@@ -1,0 +1,93 @@
+"""What `hata.integrations.transformers.enable` settles for all caches of a model."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hata.cache import HataCache
+from hata.config import HataConfig
+from hata.weights import HashWeights
+
+# The HataCache's layer_idx, q [batch, q_len, num_heads, head_dim], it, indices, num_selected
+DecodeObserver = Callable[[int, Tensor, HataCache, Tensor, Tensor], None]
+
+
+@dataclass(frozen=True)
+class CacheSettings:
+    """What `enable` has settled, and every cache of the model is made from.
+
+    Attributes:
+        model_config: The model's config.
+        config: The budget, of the model's layers.
+        weights: The hash weights as they were given.
+        layers: The model's layers that are hata's, ``[num_layers]`` of a `HataCache`.
+        layer_config: The budget, of these layers.
+        layer_weights: Their weights.
+        max_seq_len: Positions that a sequence can have.
+        page_size: Positions of a page; None for a contiguous cache.
+        observer: Called after each sparse decoding step, or None.
+        devices: The layers of each device, as indices of ``layers``; each device has a cache.
+        shard: Which shard of its KV heads a layer holds here, of how many, if it does not hold all.
+    """
+
+    model_config: Any
+    config: HataConfig
+    weights: HashWeights
+    layers: tuple[int, ...]
+    layer_config: HataConfig
+    layer_weights: HashWeights
+    max_seq_len: int
+    page_size: int | None
+    observer: DecodeObserver | None
+    devices: tuple[tuple[int, ...], ...]
+    shard: tuple[int, int]
+    _made: dict[tuple[tuple[int, ...], int], HashWeights] = field(
+        default_factory=dict, init=False, repr=False
+    )
+
+    def weights_for(self, rows: tuple[int, ...], num_kv_heads: int) -> HashWeights:
+        """Returns the weights of one device's layers, of its KV heads where they are split.
+
+        Args:
+            rows: The layers, as indices of ``layers``.
+            num_kv_heads: How many KV heads the device holds.
+        """
+        (rank, size), all_heads = self.shard, self.layer_weights.shape[1]
+        is_shard = num_kv_heads * size == all_heads  # any other number will not fit the weights
+        if len(rows) == len(self.layers) and not (is_shard and size > 1):
+            return self.layer_weights
+        found = self._made.get((rows, num_kv_heads))
+        if found is None:
+            heads = slice(rank * num_kv_heads, (rank + 1) * num_kv_heads)
+            part = self.layer_weights.part(rows, heads if is_shard else slice(None))
+            found = self._made[rows, num_kv_heads] = part
+        return found
+
+    def config_for(self, rows: tuple[int, ...]) -> HataConfig:
+        """Returns the budget of one device's layers."""
+        budgets = self.layer_config.layer_top_k(len(self.layers))
+        dense = self.layer_config.num_dense_layers
+        return replace(
+            self.layer_config,
+            top_k=tuple(budgets[row] for row in rows),
+            num_dense_layers=sum(row < dense for row in rows),
+        )
+
+    def __deepcopy__(self, memo: object) -> "CacheSettings":
+        """Returns itself: nothing in it changes."""
+        return self
+
+
+def layers_by_device(devices: Sequence[torch.device]) -> tuple[tuple[int, ...], ...]:
+    """Returns the indices of each device's layers, of the first layer's device first.
+
+    Args:
+        devices: Of each layer.
+    """
+    found: dict[torch.device, list[int]] = {}
+    for row, device in enumerate(devices):
+        found.setdefault(device, []).append(row)
+    return tuple(map(tuple, found.values()))

@@ -1,0 +1,116 @@
+"""One forward pass of `hata eval` is what decoding step by step through `enable` gives."""
+
+import pytest
+import torch
+
+from families import FAMILIES
+from hata.eval.decode import DENSE, Setting, SparseDecoder
+from hata.integrations.transformers import CACHE_ARGUMENT, enabled
+from hata.selectors import ExactSelector, HataSelector, QuestSelector, StreamingSelector
+from tiny_models import FEW, make_model, make_weights, random_prompt
+
+PROMPT, DECODED = 70, 9
+asked: list[int] = []  # the layers that an `Asked` was asked for
+
+
+class Asked(StreamingSelector):
+    def index(self, layer_idx, k, softmax_scale):
+        asked.append(layer_idx)
+        return super().index(layer_idx, k, softmax_scale)
+
+
+@pytest.mark.parametrize("name", ["llama-group4", "qwen3"])
+def test_one_pass_is_decoding_step_by_step(device, name):
+    model = make_model(name, device)
+    weights = make_weights(model)
+    prompt, answer = random_prompt(1, PROMPT + DECODED, device).split((PROMPT, DECODED), 1)
+    steps = []
+    with torch.no_grad(), enabled(model, FEW, weights=weights) as cache:
+        model(prompt, **{CACHE_ARGUMENT: cache})
+        for token in answer.split(1, 1):
+            steps.append(model(token, **{CACHE_ARGUMENT: cache}).logits[0, 0])
+
+    decoder = SparseDecoder(model)
+    decoder.read(prompt[0].tolist())
+    setting = Setting(HataSelector(weights), FEW.top_k, FEW.num_dense_layers, 2, 4)
+    for _ in range(2):  # each call begins where the prompt ends
+        found = decoder.decode(answer[0].tolist(), setting)
+        torch.testing.assert_close(found, torch.stack(steps), rtol=1e-4, atol=1e-4)
+    dense = decoder.decode(answer[0].tolist(), DENSE)
+    assert (dense - found).abs().max() > 1e-2  # the budget is felt
+
+
+@pytest.mark.parametrize("selector", [ExactSelector(), QuestSelector(8)])
+def test_a_budget_of_everything_is_dense(device, selector):
+    model = make_model("qwen2-group3", device)
+    tokens = random_prompt(1, PROMPT + DECODED, device)
+    with torch.no_grad():
+        expected = model(tokens).logits[0, PROMPT:]
+    decoder = SparseDecoder(model)
+    decoder.read(tokens[0, :PROMPT].tolist())
+    answer = tokens[0, PROMPT:].tolist()
+    for setting in (DENSE, Setting(selector, top_k=80)):
+        torch.testing.assert_close(decoder.decode(answer, setting), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_layers_that_share_attend_to_the_selection_of_the_first(device):
+    """Of layers 1 and 2 the first alone asks the selector; both attend to what it says."""
+    model = make_model("llama-group4", device)
+    tokens = random_prompt(1, PROMPT + DECODED, device)[0].tolist()
+    asked.clear()
+    decoder = SparseDecoder(model)
+    decoder.read(tokens[:PROMPT])
+    own = decoder.decode(tokens[PROMPT:], Setting(Asked(), 12, 1, 2, 4))
+    shared = decoder.decode(tokens[PROMPT:], Setting(Asked(), 12, 1, 2, 4, share_layers=2))
+    assert asked == [1, 2, 1]
+    torch.testing.assert_close(shared, own)  # what it says is the same in all layers
+
+
+@pytest.mark.parametrize("model", ["Gemma3", "Qwen3Next", "Mistral"])
+def test_only_layers_that_see_the_whole_context_are_sparse(device, model):
+    family = next(x for x in FAMILIES if x.model == model)
+    tokens = random_prompt(1, PROMPT + DECODED, device)[0].tolist()
+    decoder = SparseDecoder(family.make().to(device))
+    decoder.read(tokens[:PROMPT])
+    dense = decoder.decode(tokens[PROMPT:])
+    asked.clear()
+    everything = decoder.decode(tokens[PROMPT:], Setting(Asked(), 80))
+    assert asked == list(range(len(family.layers)))
+    torch.testing.assert_close(everything, dense)
+    few = decoder.decode(tokens[PROMPT:], Setting(Asked(), 4))
+    assert (few - dense).abs().max() > 1e-3
+
+
+def test_a_model_whose_layers_all_have_a_window_stays_dense(device):
+    model = make_model("mistral", device, sliding_window=16)
+    tokens = random_prompt(1, PROMPT + DECODED, device)[0].tolist()
+    decoder = SparseDecoder(model)
+    decoder.read(tokens[:PROMPT])
+    dense = decoder.decode(tokens[PROMPT:])
+    sparse = decoder.decode(tokens[PROMPT:], Setting(ExactSelector(), top_k=1))
+    torch.testing.assert_close(sparse, dense)
+
+
+def test_one_token_is_refused(device):
+    decoder = SparseDecoder(make_model("llama-group1", device))
+    decoder.read([1, 2, 3])
+    with pytest.raises(ValueError, match="decode: token_ids must be at least 2, got 1"):
+        decoder.decode([1])
+
+
+def test_a_model_that_keeps_the_setting_to_itself_is_refused(device):
+    model = make_model("llama-group1", device)
+    decoder = SparseDecoder(model)
+    decoder.read([1, 2, 3])
+    model.register_forward_pre_hook(
+        lambda _, args, settings: (args, settings | {"hata_selection": None}), with_kwargs=True
+    )
+    with pytest.raises(ValueError, match=r"model must hand its arguments on .* LlamaForCausalLM"):
+        decoder.decode([1, 2], Setting(ExactSelector(), 1))
+
+
+def test_attention_with_a_softcap_is_refused(device):
+    family = next(x for x in FAMILIES if x.model == "Gemma2")
+    decoder = SparseDecoder(family.make().to(device))
+    with pytest.raises(ValueError, match="model must attend without softcap, got one with it"):
+        decoder.read([1, 2, 3])
