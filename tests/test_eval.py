@@ -125,16 +125,18 @@ def test_errors_are_paired_and_of_the_samples():
 
 
 def test_a_task_counts_where_dense_is_well_above_chance():
-    def rows(*scores: float) -> list[dict[str, str]]:
-        row = {"task": "qa", "context": "99", "method": "dense", "stderr": "0.3"}
-        return [{**row, "dense_score": str(x), "score": str(x)} for x in scores]
+    def rows(*scores: float, stderr: float = 0.1) -> list[dict[str, str]]:
+        row = {"task": "qa", "context": "99", "method": "dense", "stderr": str(stderr)}
+        return [{**row, "score": str(x)} for x in scores]
 
     assert counts("qa", rows(0.5))
     assert left_out(rows(0.5)) == []
-    assert not counts("qa", rows(0.4))
-    said = "qa at 99 tokens, where dense attention scores 0.35 ± 0.21 and a guess 0.17"
+    assert not counts("qa", rows(0.4, stderr=0.01))
+    assert not counts("qa", rows(0.5, stderr=0.3))  # two errors reach down to a guess
+    assert counts("qa", rows(0.5, 0.5, 0.5, 0.5, stderr=0.3))  # 0.15 for all of them
+    said = "qa at 99 tokens, where dense attention scores 0.35 ± 0.07 and a guess 0.17"
     assert left_out(rows(0.4, 0.3)) == [said]
-    assert score(rows(0.4, 0.3)) == "0.35 ± 0.21"
+    assert score(rows(0.4, 0.3)) == "0.35 ± 0.07"
 
 
 def test_rows_and_a_report_are_written_and_a_run_continues(folder, tmp_path, capsys, monkeypatch):
