@@ -1,9 +1,9 @@
 #include "dense_attention.h"
 
-#include "cuda/gather_merge.cuh"
-#include "cuda/gather_rows.cuh"
-#include "cuda/gather_shape.cuh"
-#include "cuda/launch.cuh"
+#include "cuda/attention/merge.cuh"
+#include "cuda/attention/rows.cuh"
+#include "cuda/attention/shape.cuh"
+#include "cuda/primitives/launch.cuh"
 #include "dispatch.h"
 
 namespace hata {

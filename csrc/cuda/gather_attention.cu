@@ -1,10 +1,10 @@
 #include "gather_attention.h"
 
-#include "cuda/cluster_barrier.cuh"
-#include "cuda/gather_merge.cuh"
-#include "cuda/gather_rows.cuh"
-#include "cuda/gather_shape.cuh"
-#include "cuda/launch.cuh"
+#include "cuda/attention/merge.cuh"
+#include "cuda/attention/rows.cuh"
+#include "cuda/attention/shape.cuh"
+#include "cuda/primitives/cluster.cuh"
+#include "cuda/primitives/launch.cuh"
 #include "dispatch.h"
 
 namespace hata {
@@ -28,10 +28,10 @@ __global__ void __launch_bounds__(kWarps* kWarpSize)
   constexpr int kHeads = kHeadTiles * kTileHeads;
   using Layout = GatherLayout<kHeadDim, kHeadTiles>;
   extern __shared__ __align__(16) char shared[];
-#if __CUDA_ARCH__ >= 900
-  __shared__ ArrivalBarrier results_arrived;
-  if (threadIdx.x == 0) results_arrived.init();
-#endif
+  __shared__ ArrivalBarrier results_arrived;  // of a cluster
+  if constexpr (kIsSm90) {
+    if (threadIdx.x == 0) results_arrived.init();
+  }
   if (p.is_cluster) arrive_at_cluster_barrier();
   if (!p.queries_are_ready) wait_for_previous_kernel();
   const int warp = threadIdx.x / kWarpSize;
@@ -82,15 +82,15 @@ __global__ void __launch_bounds__(kWarps* kWarpSize)
   __syncthreads();
 
   const int64_t first_row = token * p.num_heads + first_head;
-#if __CUDA_ARCH__ >= 900
-  if (p.is_cluster) {
-    wait_at_cluster_barrier();  // every block has begun
-    const Received received(results_arrived, shared + Layout::received_offset(kWarps, p.stages),
-                            p.num_splits, num_heads);
-    merge_blocks<T>(p, split, p.num_splits, partials, received, first_row, num_heads);
-    return;
+  if constexpr (kIsSm90) {
+    if (p.is_cluster) {
+      wait_at_cluster_barrier();  // every block has begun
+      const Received received(results_arrived, shared + Layout::received_offset(kWarps, p.stages),
+                              p.num_splits, num_heads);
+      merge_blocks<T>(p, split, p.num_splits, partials, received, first_row, num_heads);
+      return;
+    }
   }
-#endif
   const int64_t first_part = split * num_rows_of(p) + first_row;
   for (int i = threadIdx.x; i < num_heads * kHeadDim; i += kThreads) {
     const int head = i / kHeadDim, d = i % kHeadDim;

@@ -1,7 +1,7 @@
 #include "merge_attention_states.h"
 
-#include "cuda/attention_state.cuh"
-#include "cuda/check.h"
+#include "cuda/primitives/attention_state.cuh"
+#include "cuda/primitives/check.h"
 #include "dispatch.h"
 
 namespace hata {
