@@ -81,24 +81,25 @@ __global__ void __launch_bounds__(kWarps* kWarpSize)
   partials.weigh();
   __syncthreads();
 
-  const int64_t first_row = token * p.num_heads + first_head;
+  const int64_t first_query = token * p.num_heads + first_head;
   if constexpr (kIsSm90) {
     if (p.is_cluster) {
       wait_at_cluster_barrier();  // every block has begun
       const Received received(results_arrived, shared + Layout::received_offset(kWarps, p.stages),
                               p.num_splits, num_heads);
-      merge_blocks<T>(p, split, p.num_splits, partials, received, first_row, num_heads);
+      merge_blocks<T>(p, split, p.num_splits, partials, received, first_query, num_heads);
       return;
     }
   }
-  const int64_t first_part = split * num_rows_of(p) + first_row;
+  const int64_t first_part = split * num_queries_of(p) + first_query;
   for (int i = threadIdx.x; i < num_heads * kHeadDim; i += kThreads) {
     const int head = i / kHeadDim, d = i % kHeadDim;
-    const float max = partials.max(head), sum = partials.sum(head), out = partials.out(head, d);
+    const AttentionState state = partials.state(head);
+    const float out = partials.out(head, d);
     if (p.num_splits == 1) {
-      write_result<T, kHeadDim>(p, first_row + head, d, max, sum, out);
+      write_result<T, kHeadDim>(p, first_query + head, d, state, out);
     } else {
-      write_part<kHeadDim>(p, first_part + head, d, max, sum, out);
+      write_part<kHeadDim>(p, first_part + head, d, state, out);
     }
   }
 }

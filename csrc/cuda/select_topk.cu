@@ -55,7 +55,7 @@ __device__ Cut find_cut(const uint32_t* histogram, uint32_t wanted) {
   return cut;
 }
 
-// grid: batch * q_len * num_kv_heads; one block selects for one row of scores. Radix passes from
+// grid: batch * q_len * num_kv_heads; one block selects from one list of scores. Radix passes from
 // the highest digit find the rank of the last selected position; one ordered pass then writes the
 // positions above it and the most recent of those that equal it.
 template <SelectDType kDType>
@@ -63,18 +63,18 @@ __global__ void __launch_bounds__(kThreads)
     select_topk_kernel(const __grid_constant__ SelectTopkParams p) {
   using Rank = Rank<kDType>;
   __shared__ uint32_t histogram[kBins];
-  const int64_t row = blockIdx.x;
-  const int kv_head_idx = row % p.num_kv_heads;
-  const int j = row / p.num_kv_heads % p.q_len;
-  const int batch_idx = row / p.num_kv_heads / p.q_len;
+  const int64_t list_idx = blockIdx.x;
+  const int kv_head_idx = list_idx % p.num_kv_heads;
+  const int j = list_idx / p.num_kv_heads % p.q_len;
+  const int batch_idx = list_idx / p.num_kv_heads / p.q_len;
   const int seq_len = min(max(p.cache_seqlens[batch_idx], 0), p.max_seq_len);
   const int visible = visible_len(seq_len, p.q_len, j);
   const auto* scores = static_cast<const typename Rank::Stored*>(p.scores) +
                        batch_idx * p.score_batch_stride + j * p.score_token_stride +
                        kv_head_idx * p.score_head_stride;
-  int32_t* indices = p.indices + row * p.top_k;
+  int32_t* indices = p.indices + list_idx * p.top_k;
   const int num_selected = min(p.top_k, visible);
-  if (threadIdx.x == 0) p.num_selected[row] = num_selected;
+  if (threadIdx.x == 0) p.num_selected[list_idx] = num_selected;
   for (int i = num_selected + threadIdx.x; i < p.top_k; i += kThreads) indices[i] = -1;
   if (visible <= p.top_k) {
     for (int i = threadIdx.x; i < visible; i += kThreads) indices[i] = i;
@@ -131,9 +131,9 @@ __global__ void __launch_bounds__(kThreads)
 
 template <SelectDType kDType>
 void launch(const SelectTopkParams& p, CudaStream stream) {
-  const int64_t rows = int64_t{p.batch} * p.q_len * p.num_kv_heads;
-  if (rows == 0) return;
-  select_topk_kernel<kDType><<<static_cast<unsigned>(rows), kThreads, 0, stream>>>(p);
+  const int64_t lists = int64_t{p.batch} * p.q_len * p.num_kv_heads;
+  if (lists == 0) return;
+  select_topk_kernel<kDType><<<static_cast<unsigned>(lists), kThreads, 0, stream>>>(p);
   cuda_check(cudaGetLastError(), "hata::select_topk");
 }
 

@@ -32,22 +32,22 @@ struct RowList {
   const int32_t* positions;  // in any memory; unused where the list is all positions in order
 };
 
-// Where they are. With kDense they are all positions in order.
+// Finds the rows of a list in the cache. With kDense the list is all positions in order.
 template <typename T, bool kDense>
 class RowLocator {
  public:
   __device__ RowLocator(const AttentionParams& p, const RowList& list)
       : table_(p.table), cache_(p.cache), list_(list) {}
 
-  // The position that a lane looks at of a tile of 16: -1 past the end of the list.
+  // Returns the position that a lane looks at of a tile of 16: -1 past the end of the list.
   __device__ int position(int tile) const {
     const int i = tile * kTileRows + static_cast<int>(threadIdx.x) % kTileRows;
     if (i >= list_.num_positions) return -1;
     return kDense ? i : list_.positions[i];
   }
 
-  // Where a position's key and value are; false where the token does not see it or its page does
-  // not exist.
+  // Says where a position's key and value are, and returns false where the token does not see it or
+  // its page does not exist.
   __device__ bool find(int position, int& page, int& row) const {
     page = row = 0;
     if (position < 0 || position >= list_.visible) return false;
@@ -162,7 +162,7 @@ class RowStream {
     int page, row;
   };
 
-  // The position that this lane looks at of a tile.
+  // Returns the position that this lane looks at of a tile.
   __device__ int position_of(int tile) const {
     return tile < tiles_.end ? locator_.position(tile) : -1;
   }

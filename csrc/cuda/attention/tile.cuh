@@ -3,6 +3,7 @@
 #include <cmath>
 
 #include "attention.h"
+#include "cuda/primitives/attention_state.cuh"
 #include "cuda/primitives/mma.cuh"
 #include "cuda/primitives/warp.cuh"
 
@@ -13,8 +14,6 @@ namespace hata {
 
 constexpr int kTileRows = 16;  // rows of one step of a warp
 constexpr int kTileHeads = 8;  // query heads of one matrix product
-constexpr float kLog2E = 1.4426950408889634f;
-constexpr float kLn2 = 0.6931471805599453f;
 
 // Tiles of keys, of values and of queries in shared memory. Their rows are padded by 16 bytes, an
 // odd multiple of 16 in all, so that ldmatrix meets no bank conflict.
@@ -53,8 +52,9 @@ struct PlainScale {
   __device__ float operator()(float x) const { return x * scale; }
 };
 
-// The same with softcap, if there is one. With y = softmax_scale x / softcap,
-// tanh(y) = 1 - 2 / (exp(2 y) + 1) is off by a few roundings of 1, and the logit of softcap.
+// Turns products of queries and keys into logits in base 2, with softcap if there is one. With y =
+// softmax_scale x / softcap, tanh(y) = 1 - 2 / (exp(2 y) + 1) is off by a few roundings of 1, and
+// the logit of softcap.
 class LogitScale {
  public:
   explicit __device__ LogitScale(const AttentionParams& p)
@@ -71,8 +71,8 @@ class LogitScale {
   float scale_;
 };
 
-// The first product and the softmax: rows of `k` times queries. Query head 2c + i of tile m attends
-// to the valid rows of which sees(row, m, i) is true.
+// Scores a tile, by the first product and the softmax: rows of `k` times queries. Query head 2c + i
+// of tile m attends to the valid rows of which sees(row, m, i) is true.
 template <typename T, int kHeadDim, int kHeadTiles, typename Scale, typename Sees>
 __device__ __forceinline__ TileWeights<kHeadTiles> score_tile(
     Accumulator<kHeadDim, kHeadTiles>& acc, const T* q, const T* k, unsigned valid_rows,
@@ -109,14 +109,9 @@ __device__ __forceinline__ TileWeights<kHeadTiles> score_tile(
     }
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      float max = fmaxf(s[i], s[i + 2]);
-#pragma unroll
-      for (int mask = 4; mask <= 16; mask *= 2) {
-        max = fmaxf(max, __shfl_xor_sync(kFullMask, max, mask));
-      }
-      max = fmaxf(acc.max[m][i], max);
-      // Where no row has been seen yet, or its score is -infinity, so is the maximum.
-      weights.rescale[m][i] = acc.max[m][i] == -INFINITY ? 0.0f : exp2f(acc.max[m][i] - max);
+      const float max =
+          fmaxf(acc.max[m][i], max_of_lanes<Lanes::kAcrossQuads>(fmaxf(s[i], s[i + 2])));
+      weights.rescale[m][i] = weight_in_union(acc.max[m][i], max);
       acc.max[m][i] = max;
       acc.sum[m][i] *= weights.rescale[m][i];
 #pragma unroll
@@ -132,7 +127,8 @@ __device__ __forceinline__ TileWeights<kHeadTiles> score_tile(
   return weights;
 }
 
-// The second product: rows of `v`, transposed, times their probabilities.
+// Adds a tile to the output, by the second product: rows of `v`, transposed, times their
+// probabilities.
 template <typename T, int kHeadDim, int kHeadTiles>
 __device__ __forceinline__ void add_values(Accumulator<kHeadDim, kHeadTiles>& acc, const T* v,
                                            const TileWeights<kHeadTiles>& weights) {

@@ -21,9 +21,9 @@ __device__ __forceinline__ QueryGroup query_group(const EncodeQueryParams& p, in
           size, p.q_head_stride};
 }
 
-// Of kTileColumns columns: values[i] = sum_g q_g . W_i, or, with query_bits 1, how many of the
-// q_g . W_i are positive. `weights` is the first column in shared memory; *largest becomes the bits
-// of the largest |value| seen.
+// Projects a group onto kTileColumns columns: values[i] = sum_g q_g . W_i, or, with query_bits 1,
+// how many of the q_g . W_i are positive. `weights` is the first column in shared memory; *largest
+// becomes the bits of the largest |value| seen.
 template <typename T>
 __device__ void project_queries(const QueryGroup& group, int head_dim, int query_bits,
                                 const uint16_t* weights, float* values, uint32_t* largest) {
@@ -45,14 +45,11 @@ __device__ void project_queries(const QueryGroup& group, int head_dim, int query
   float max = 0.0f;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    float total = sums[i] + sums[i + 2];
-#pragma unroll
-    for (int mask = 4; mask <= 16; mask *= 2) total += __shfl_xor_sync(kFullMask, total, mask);
+    const float total = sum_of_lanes<Lanes::kAcrossQuads>(sums[i] + sums[i + 2]);
     max = fmaxf(max, fabsf(total));
     if (lane < 4) values[lane * 2 + i] = total;
   }
-  max = fmaxf(max, __shfl_xor_sync(kFullMask, max, 1));
-  max = fmaxf(max, __shfl_xor_sync(kFullMask, max, 2));
+  max = max_of_lanes<Lanes::kQuad>(max);
   if (lane == 0) atomicMax(largest, __float_as_uint(max));  // ordered like the numbers: none is < 0
 }
 

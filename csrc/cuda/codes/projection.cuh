@@ -100,12 +100,7 @@ __device__ __forceinline__ uint2 sign_words(const float (&sums)[4][4]) {
       words.y |= static_cast<uint32_t>(sums[n][i + 2] > 0.0f) << (n * 8 + first_bit + i);
     }
   }
-#pragma unroll
-  for (int mask = 1; mask <= 2; mask *= 2) {
-    words.x |= __shfl_xor_sync(kFullMask, words.x, mask);
-    words.y |= __shfl_xor_sync(kFullMask, words.y, mask);
-  }
-  return words;
+  return {or_of_lanes<Lanes::kQuad>(words.x), or_of_lanes<Lanes::kQuad>(words.y)};
 }
 
 // The squares of a thread's elements of one step. A vector's norm is their sum in the order of the
@@ -124,8 +119,7 @@ __device__ __forceinline__ float sum_of_squares(const uint4& piece) {
 
 // The norm of a vector, as float16 bits, from the sums of squares of its quad's threads.
 __device__ __forceinline__ uint16_t norm_of_quad(float sum) {
-  sum += __shfl_xor_sync(kFullMask, sum, 1);
-  sum += __shfl_xor_sync(kFullMask, sum, 2);
+  sum = sum_of_lanes<Lanes::kQuad>(sum);
   return __half_as_ushort(__float2half_rn(fminf(sqrtf(sum), kMaxNorm)));
 }
 

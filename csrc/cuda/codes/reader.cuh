@@ -13,7 +13,7 @@ template <int kNumWords>
 struct CodeUnit {
   static constexpr int kTokens = kNumWords == 1 ? 4 : 2;
   static constexpr int kWords = kTokens * kNumWords;
-  uint32_t words[kWords];  // 0 where there is no key
+  uint32_t words[kWords];  // 0 where there is no code
 
   // The place of word w of position t.
   static constexpr int place(int t, int w) { return t / 2 * 2 * kNumWords + 2 * w + t % 2; }
@@ -82,7 +82,7 @@ class CodeReader {
   // Whether load_whole may be used: every unit of the sequence lies in one page and is aligned.
   __device__ bool has_whole_units() const { return whole_; }
 
-  // A chunk that lies within the sequence.
+  // Loads a chunk that lies within the sequence.
   template <bool kNorms, int kUnits>
   __device__ __forceinline__ void load_whole(CodeChunk<kNumWords, kNorms, kUnits>& chunk,
                                              int first) const {
@@ -119,7 +119,7 @@ class CodeReader {
     }
   }
 
-  // One unit of any sequence; codes and norms of positions from `end` on are 0.
+  // Loads one unit of any sequence; codes and norms of positions from `end` on are 0.
   template <bool kNorms>
   __device__ __forceinline__ void load_part(CodeChunk<kNumWords, kNorms, 1>& chunk, int first,
                                             int end) const {
@@ -152,7 +152,7 @@ class CodeReader {
     }
   }
 
-  // Where a position's code and norm are; null where its page does not exist.
+  // Return where a position's code and norm are; null where its page does not exist.
   __device__ __forceinline__ const uint32_t* code_address(int position) const {
     if (one_page_) return codes_ == nullptr ? nullptr : codes_ + int64_t{position} * kNumWords;
     const int page = page_of(table_, batch_idx_, position);

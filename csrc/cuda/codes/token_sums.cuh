@@ -55,7 +55,7 @@ struct TokenWeights {
 
 // What a thread reads of them. Column n = lane / 4 of a product belongs to a token of parity n % 2
 // where the bytes of quad member n / 2 are, and is zero elsewhere, so that each thread is given the
-// sums of its own keys, of two tokens.
+// sums of its own codes, of two tokens.
 struct TokenColumn {
   const uint32_t* first;
   const volatile uint32_t* masks;

@@ -42,16 +42,16 @@ __device__ __forceinline__ void attend(const GatherAttentionParams& p, const Pla
   partials.weigh();
   __syncthreads();
 
-  const int64_t first_row =
+  const int64_t first_query =
       (int64_t{list.batch_idx} * p.cache.num_kv_heads + list.kv_head_idx) * group;
   if (place.num_blocks > 1) {
     const Received received(inputs.results_arrived, results, place.num_blocks, group);
-    merge_blocks<T>(p, place.block, place.num_blocks, partials, received, first_row, group);
+    merge_blocks<T>(p, place.block, place.num_blocks, partials, received, first_query, group);
     return;
   }
   for (int i = threadIdx.x; i < group * kHeadDim; i += blockDim.x) {
     const int head = i / kHeadDim, d = i % kHeadDim;
-    write_result<T, kHeadDim>(p, first_row + head, d, partials.max(head), partials.sum(head),
+    write_result<T, kHeadDim>(p, first_query + head, d, partials.state(head),
                               partials.out(head, d));
   }
 }

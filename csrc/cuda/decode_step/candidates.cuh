@@ -165,9 +165,9 @@ struct TileBits {
 };
 
 // Keeps candidates: the ranks from the block's bound on.
-template <int kNumWords, bool kNorms, KernelKind kUse>
+template <int kNumWords, bool kNorms, KernelKind kKind>
 struct Candidates {
-  using Chunk = CodeChunk<kNumWords, kNorms, units_per_thread(kNumWords, kNorms, kUse)>;
+  using Chunk = CodeChunk<kNumWords, kNorms, units_per_thread(kNumWords, kNorms, kKind)>;
   using List = CandidateList<Candidates, CodeUnit<kNumWords>::kTokens, Chunk::kPositions>;
   using Kept = KeptRanks<kNorms>;
 
@@ -341,12 +341,12 @@ __device__ __forceinline__ bool bounds_were_low(const ScoreSelectParams& p,
 // comes first; should the bounds that it led to be too high, which only a slice unlike its sample
 // can bring about, everything is kept. Returns how often it was scanned in vain. A barrier must
 // follow.
-template <int kNumWords, bool kNorms, KernelKind kUse>
+template <int kNumWords, bool kNorms, KernelKind kKind>
 __device__ __forceinline__ int scan_for_candidates(
     const Params& params, SharedPlan& shared,
-    const CandidateSource<Candidates<kNumWords, kNorms, kUse>>& source) {
-  constexpr int kPositions = Candidates<kNumWords, kNorms, kUse>::Chunk::kPositions;
-  constexpr bool kTokens = kUse == KernelKind::kTokens;
+    const CandidateSource<Candidates<kNumWords, kNorms, kKind>>& source) {
+  constexpr int kPositions = Candidates<kNumWords, kNorms, kKind>::Chunk::kPositions;
+  constexpr bool kTokens = kKind == KernelKind::kTokens;
   const ScoreSelectParams& p = params.select;
   const auto tables = reinterpret_cast<uint32_t*>(&shared.scan.tables);
   uint32_t* const saved = source.candidates.scratch;

@@ -61,8 +61,7 @@ __device__ void encode_tile(const uint16_t* vectors, int64_t stride, int q_len, 
   uint32_t mine =
       (static_cast<uint32_t>(sums[0] > 0.0f) | static_cast<uint32_t>(sums[1] > 0.0f) << 1)
       << lane % 4 * 2;
-  mine |= __shfl_xor_sync(kFullMask, mine, 1);
-  mine |= __shfl_xor_sync(kFullMask, mine, 2);
+  mine = or_of_lanes<Lanes::kQuad>(mine);
   if (lane % 4 == 0 && token < q_len) bits[token * kMaxWords * 4] = mine;
 }
 

@@ -25,12 +25,14 @@
 // ordered_rank_float16() maps it, otherwise the score's count of matches.
 namespace hata::step {
 
-constexpr int kMaxTokens = 8;  // query tokens: a warp finds the cut of each
-constexpr int kMostPlaces =
-    1 << 16;                      // positions of a thread: half a word says which (CandidateList)
+constexpr int kMaxTokens = 8;     // query tokens: one product encodes their keys
 constexpr int kMaxHeadDim = 256;  // of the new keys and values
-constexpr int kMaxAttendHeads = kTileHeads;  // query heads of a KV head: one matrix product's
-constexpr int kMaxAttendHeadDim = 128;       // more output elements a thread would spill
+// What the step attends over itself: query heads of a KV head, as many as one matrix product has,
+// and head_dim, for which registers and shared memory are cut.
+constexpr int kMaxAttendHeads = kTileHeads;
+constexpr int kMaxAttendHeadDim = 128;
+// Positions of a thread: half a word of a CandidateList says which of them an entry is of.
+constexpr int kMostPlaces = 1 << 16;
 
 // What a kernel is for. Each has the code for its case alone: small steps are bound by how much
 // machine code they go through.

@@ -11,9 +11,9 @@ namespace hata::step {
 
 // Units that a thread scores at a time: at most 64 bytes and eight positions, and less where
 // registers are short.
-constexpr int units_per_thread(int num_words, bool norms, KernelKind use) {
+constexpr int units_per_thread(int num_words, bool norms, KernelKind kind) {
   const bool is_short =
-      norms || use == KernelKind::kOneToken || (use == KernelKind::kTokens && num_words > 1);
+      norms || kind == KernelKind::kOneToken || (kind == KernelKind::kTokens && num_words > 1);
   const int units = num_words == 2 ? 4 : num_words <= 4 ? 2 : 1;
   return is_short && num_words <= 2 ? units / 2 : units;
 }
@@ -24,9 +24,9 @@ constexpr int units_per_thread(int num_words, bool norms, KernelKind use) {
 // histogram now, or in a list from which they are counted later.
 
 // Keeps all ranks, those of a query token `pitch` behind those of the one before it.
-template <int kNumWords, bool kNorms, KernelKind kUse>
+template <int kNumWords, bool kNorms, KernelKind kKind>
 struct AllRanks {
-  using Chunk = CodeChunk<kNumWords, kNorms, units_per_thread(kNumWords, kNorms, kUse)>;
+  using Chunk = CodeChunk<kNumWords, kNorms, units_per_thread(kNumWords, kNorms, kKind)>;
 
   uint16_t* ranks;  // [q_len, pitch] in shared memory, from the beginning of the slice on
   int pitch;

@@ -170,7 +170,7 @@ struct OutputCut {
   uint32_t rank;          // of the last selected position
   uint32_t above_before;  // ranks above it in the slices before this one
   uint32_t ties_before;   // ranks equal to it there
-  uint32_t ties_to_skip;  // of all the keys equal to it, how many of the first are not selected
+  uint32_t ties_to_skip;  // of all the ranks equal to it, how many of the first are not selected
 
   __device__ int selected_before() const {
     return above_before + (ties_before > ties_to_skip ? ties_before - ties_to_skip : 0);

@@ -11,7 +11,8 @@ namespace hata {
 
 // Whether the compiler is making machine code for sm_90 or newer: clusters, stores into the memory
 // of another block, launches that overlap. All functions below but the two halves of the barrier
-// may be called only where it is; block_of_cluster() is which of its cluster's blocks this one is.
+// may be called only where it is. block_of_cluster() returns which of its cluster's blocks this one
+// is, blocks_of_cluster() how many there are.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 inline constexpr bool kIsSm90 = true;
 __device__ __forceinline__ int block_of_cluster() {
