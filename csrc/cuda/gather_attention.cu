@@ -1,10 +1,14 @@
 #include "gather_attention.h"
 
+#include <array>
+#include <optional>
+
 #include "cuda/attention/merge.cuh"
 #include "cuda/attention/rows.cuh"
 #include "cuda/attention/shape.cuh"
 #include "cuda/primitives/cluster.cuh"
 #include "cuda/primitives/launch.cuh"
+#include "cuda/primitives/memo.h"
 #include "dispatch.h"
 
 namespace hata {
@@ -122,10 +126,19 @@ void launch(const GatherAttentionParams& params, CudaStream stream) {
   const int heads = std::min(group_size, kHeadTiles * kTileHeads);
   if (pairs == 0) return;
   GatherShape shape{kFewWarps, p.num_splits};
-  if (p.may_use_clusters && compiled_for_clusters(kernel_of_warps(kFewWarps), kOp)) {
-    shape = choose_gather_shape<Layout>(kernel_of_warps, pairs * head_blocks, p.top_k, heads, kOp);
-    p.num_splits = shape.splits;
-    p.is_cluster = p.num_splits > 1;
+  if (p.may_use_clusters) {
+    const int64_t clusters = pairs * head_blocks;
+    // The device is asked once for each shape: that is slow.
+    static Memo<std::array<int64_t, 4>, std::optional<GatherShape>> remembered;
+    const std::optional<GatherShape> chosen =
+        remembered.get({current_device(kOp), clusters, p.top_k, heads}, [&] {
+          return choose_gather_shape<Layout>(kernel_of_warps, clusters, p.top_k, heads, kOp);
+        });
+    if (chosen) {
+      shape = *chosen;
+      p.num_splits = shape.splits;
+      p.is_cluster = p.num_splits > 1;
+    }
   }
   const auto kernel = kernel_of_warps(shape.warps);
   p.stages = stages_for(p.top_k, shape);

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <algorithm>
+#include <optional>
 
 #include "cuda/attention/merge.cuh"
 #include "cuda/primitives/check.h"
@@ -39,11 +40,13 @@ struct GatherLayout {
   }
 };
 
-// The shape with the most warps, each with rows to attend over, for which all clusters are resident
-// at once. kernel_of(warps) is the kernel of blocks of so many warps.
+// Chooses the shape with the most warps, each with rows to attend over, for which all clusters are
+// resident at once; nothing where the device has no clusters. kernel_of(warps) is the kernel of
+// blocks of so many warps.
 template <typename Layout, typename KernelOf>
-GatherShape choose_gather_shape(const KernelOf& kernel_of, int64_t clusters, int top_k, int heads,
-                                const char* op) {
+std::optional<GatherShape> choose_gather_shape(const KernelOf& kernel_of, int64_t clusters,
+                                               int top_k, int heads, const char* op) {
+  if (!compiled_for_clusters(kernel_of(kFewWarps), op)) return std::nullopt;
   GatherShape best{kFewWarps, 1};
   for (const int warps : {kFewWarps, kManyWarps}) {
     const auto kernel = kernel_of(warps);

@@ -5,6 +5,7 @@
 
 #include "cuda/decode_step/kernel.cuh"
 #include "cuda/primitives/launch.cuh"
+#include "cuda/primitives/memo.h"
 
 // How the fused step is cut into blocks, and its launch.
 namespace hata::step {
@@ -79,20 +80,44 @@ inline Bins bins_for(const ScoreSelectParams& p) {
   return {{padded(ceil_div(ranks, 1 << shift)), padded(1 << shift)}, shift};
 }
 
+// How many clusters of a kernel a device holds at once. Blocks of many threads have a
+// multiprocessor to themselves, because their registers fill it, so that it does not matter how
+// much shared memory they take.
+struct ResidentClusters {
+  bool exist;             // the device has clusters
+  int few[kMaxCluster];   // of 1, 2, ... blocks of few_threads()
+  int many[kMaxCluster];  // of many_threads()
+};
+
+// Asks the current device.
+template <typename Kernel>
+ResidentClusters ask_for_resident_clusters(Kernel kernel, KernelKind kind, const char* op) {
+  ResidentClusters resident{.exist = compiled_for_clusters(kernel, op)};
+  if (!resident.exist) return resident;
+  allow_shared_memory(kernel, kPlanBytes + kMostRankBytes, op);
+  for (int size = 1; size <= kMaxCluster; ++size) {
+    resident.few[size - 1] =
+        max_active_clusters(kernel, few_threads(kind), kPlanBytes + kSharingRankBytes, size, op);
+    resident.many[size - 1] =
+        max_active_clusters(kernel, many_threads(kind), kPlanBytes + kMostRankBytes, size, op);
+  }
+  return resident;
+}
+
 // Chooses the plan with the most threads for which all clusters are resident at once: a second wave
 // would wait for the slowest of the first.
-template <typename Kernel>
-LaunchPlan choose_plan(Kernel kernel, KernelKind kind, const Params& params, const char* op) {
+inline LaunchPlan choose_plan(const ResidentClusters& resident, KernelKind kind,
+                              const Params& params) {
   const int num_clusters = params.select.table.batch * params.select.num_kv_heads;
   LaunchPlan best{few_threads(kind), kSharingRankBytes, 1};
   int most = 0;
-  for (const int threads : {many_threads(kind), few_threads(kind)}) {
+  for (const bool shares : {false, true}) {
+    const int threads = shares ? few_threads(kind) : many_threads(kind);
+    const int* clusters = shares ? resident.few : resident.many;
     for (int size = 1; size <= kMaxCluster; ++size) {
-      const int rank_bytes = rank_bytes_for(params, threads, threads == few_threads(kind), size);
-      if (num_clusters <= max_active_clusters(kernel, threads, kPlanBytes + rank_bytes, size, op) &&
-          threads * size > most) {
+      if (num_clusters <= clusters[size - 1] && threads * size > most) {
         most = threads * size;
-        best = {threads, rank_bytes, size};
+        best = {threads, rank_bytes_for(params, threads, shares, size), size};
       }
     }
   }
@@ -106,10 +131,13 @@ bool launch(Params& params, CudaStream stream) {
   const auto one_token = decode_step_kernel<kNumWords, kNorms, KernelKind::kOneToken>;
   const bool one = params.select.q_len == 1;
   const auto kernel = one ? ranks_fit : decode_step_kernel<kNumWords, kNorms, KernelKind::kTokens>;
-  if (!compiled_for_clusters(kernel, kOp)) return false;
-  allow_shared_memory(kernel, kPlanBytes + kMostRankBytes, kOp);
-  const LaunchPlan plan =
-      choose_plan(kernel, one ? KernelKind::kRanksFit : KernelKind::kTokens, params, kOp);
+  const KernelKind kind = one ? KernelKind::kRanksFit : KernelKind::kTokens;
+  // The device is asked once: that is slow.
+  static Memo<std::pair<int, KernelKind>, ResidentClusters> remembered;
+  const ResidentClusters resident = remembered.get(
+      {current_device(kOp), kind}, [&] { return ask_for_resident_clusters(kernel, kind, kOp); });
+  if (!resident.exist) return false;
+  const LaunchPlan plan = choose_plan(resident, kind, params);
   params.bins = bins_for(params.select);
   params.rank_bytes = plan.rank_bytes;
   share_out_candidates(params, plan);

@@ -1,5 +1,7 @@
 #pragma once
 
+#include <map>
+#include <mutex>
 #include <utility>
 
 #include "cuda/primitives/check.h"
@@ -20,14 +22,20 @@ struct LaunchShape {
   bool overlaps_previous = false;
 };
 
-inline int device_attribute(cudaDeviceAttr attribute, const char* op) {
-  int device, value;
+inline int current_device(const char* op) {
+  int device;
   cuda_check(cudaGetDevice(&device), op);
-  cuda_check(cudaDeviceGetAttribute(&value, attribute, device), op);
+  return device;
+}
+
+inline int device_attribute(cudaDeviceAttr attribute, const char* op) {
+  int value;
+  cuda_check(cudaDeviceGetAttribute(&value, attribute, current_device(op)), op);
   return value;
 }
 
 // Whether the device runs a version of the kernel that was compiled for GPUs with clusters (sm_90).
+// A slow question, to be asked once.
 template <typename Kernel>
 bool compiled_for_clusters(Kernel kernel, const char* op) {
   cudaFuncAttributes attributes;
@@ -35,7 +43,8 @@ bool compiled_for_clusters(Kernel kernel, const char* op) {
   return attributes.ptxVersion >= 90;
 }
 
-// How many clusters of such blocks the device holds at once.
+// Returns how many clusters of such blocks the device holds at once. A slow question, to be asked
+// once.
 template <typename Kernel>
 int max_active_clusters(Kernel kernel, int threads, int shared_bytes, int cluster_size,
                         const char* op) {
@@ -54,13 +63,20 @@ int max_active_clusters(Kernel kernel, int threads, int shared_bytes, int cluste
   return clusters;
 }
 
-// Lets a kernel have that much dynamic shared memory; returns whether the device has as much.
+// Lets a kernel have that much dynamic shared memory; returns whether the device has as much. The
+// runtime is told only where a kernel wants more than it has had on that device.
 template <typename Kernel>
 bool allow_shared_memory(Kernel kernel, int bytes, const char* op) {
   constexpr int kWithoutAsking = 48 * 1024;
+  static std::mutex mutex;
+  static std::map<std::pair<int, const void*>, int> allowed;
   if (bytes <= kWithoutAsking) return true;
+  const std::lock_guard lock(mutex);
+  int& most = allowed[{current_device(op), reinterpret_cast<const void*>(kernel)}];
+  if (bytes <= most) return true;
   if (bytes > device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, op)) return false;
   cuda_check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), op);
+  most = bytes;
   return true;
 }
 
