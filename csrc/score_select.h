@@ -45,7 +45,8 @@ constexpr int64_t candidate_pitch(int64_t capacity) {
   return capacity + kMostBlocks * kMostPositions;
 }
 
-// For either.
+// Bytes of the workspace for one (sequence, query token, KV head): candidates, or ranks, which are
+// fewer bytes.
 constexpr int64_t rank_list_bytes(int64_t capacity) {
   return candidate_pitch(capacity) * 4;
 }

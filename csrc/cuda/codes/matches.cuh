@@ -20,7 +20,7 @@ constexpr int padded_planes(int num_planes) {
 struct PlaneWeights {
   int2 pairs[kMaxPlanes / 2];
 
-  // By kMaxPlanes threads.
+  // Sets the weights, by at least kMaxPlanes threads.
   __device__ void set(int weight_sum, int thread) {
     const int planes = num_planes(weight_sum);
     if (thread >= kMaxPlanes) return;

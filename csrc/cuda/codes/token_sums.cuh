@@ -31,7 +31,8 @@ struct TokenWeights {
   uint32_t masks[4];                       // 0x01010101 << i
   uint32_t pairs[kMaxTokens / 2 * kPair];  // [pairs of tokens, words, 2 tokens, kBytes]
 
-  // From planes [q_len, pitch] of shared memory, by a whole block, between barriers.
+  // Makes the weights from planes [q_len, pitch] in shared memory, by a whole block, between
+  // barriers.
   __device__ void set(const uint32_t* planes, int pitch, int num_words, int q_len, int weight_sum) {
     for (int i = threadIdx.x; i < kPair; i += blockDim.x) zeros[i] = 0;
     if (threadIdx.x < 4) masks[threadIdx.x] = 0x01010101u << threadIdx.x;
@@ -71,7 +72,7 @@ struct TokenColumn {
   }
 };
 
-// Of kPositions positions of a thread and kTokensAtOnce tokens, as products leave them.
+// The sums of a thread's kPositions positions for kTokensAtOnce tokens, as products leave them.
 template <int kPositions>
 struct TokenSums {
   int products[kPositions / 2][kTokensAtOnce / 2][4] = {};

@@ -10,8 +10,8 @@ namespace hata {
 // positions of.
 bool score_select_cluster(const ScoreSelectParams& params, CudaStream stream);
 
-// The same kernel, which also encodes the queries and appends the new tokens: all of a decoding
-// step but the attention. Also returns false where a new token may compete for selection
+// All of a decoding step but the attention by the same kernel, which also encodes the queries and
+// appends the new tokens. Also returns false where a new token may compete for selection
 // (num_recent below q_len), because its code would have to be there before the scan.
 bool encode_score_select_cluster(const DecodeStepParams& params, CudaStream stream);
 

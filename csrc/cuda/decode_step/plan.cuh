@@ -59,8 +59,8 @@ struct Bins {
   int shift;
 };
 constexpr int kGroupBins = kWarpSize;
-// Of all query tokens together: 16 KB, and without norms a bin for every rank of 256 bits and four
-// query bits (3841).
+// Bins of all query tokens together: 16 KB. Without norms that is one for every rank of 256 bits
+// and four query bits (3841).
 constexpr int kHistogramBins = 4096;
 constexpr int kMaxGroups = kHistogramBins / kGroupBins;
 
@@ -133,8 +133,8 @@ struct ScanInputs {
   TokenWeights<kMaxTokens, kMaxWords> token_weights;  // where tokens are scored at once
 };
 
-// Where ranks do not fit: bins below these are not counted, of this block, and as the others have
-// sent theirs; and what all have guessed from their samples.
+// Where ranks do not fit into shared memory, bins below a bound are not counted: this block's
+// bounds, those that the others have sent, and what all have guessed from their samples.
 struct Bounds {
   uint32_t mine[kMaxTokens];
   uint32_t sent[kMaxTokens][kMaxCluster];
@@ -202,8 +202,8 @@ struct alignas(16) SharedPlan {
   NewRows new_rows;
 
   // Params::rank_bytes of memory follow: first an EncodeScratch, then ranks [q_len, slice length]
-  // or what candidates need; and in the end, behind the ranks of a slice of so many positions and
-  // behind the rows, the selected positions: here, counted from the beginning of the plan.
+  // or what candidates need, and at last the selected positions. Those begin behind the ranks of
+  // the slice's positions and behind the rows: so many bytes from the beginning of the plan.
   __device__ static int kept_offset(int num_positions, int row_end) {
     return max(static_cast<int>(sizeof(SharedPlan)) + (num_positions + 7) / 8 * 16, row_end);
   }
