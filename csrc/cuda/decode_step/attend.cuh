@@ -7,13 +7,6 @@
 // cluster merges what its blocks found. Rows take the place of ranks and histogram.
 namespace hata::step {
 
-// Whether the fused step can attend. With a softcap gather_attention does: a branch for it here
-// costs every step (docs/kernels/log.md).
-constexpr bool can_attend(const GatherAttentionParams& p) {
-  return p.q_len == 1 && p.num_heads / p.cache.num_kv_heads <= kMaxAttendHeads &&
-         p.cache.head_dim <= kMaxAttendHeadDim && p.softcap == 0.0f;
-}
-
 // Attends over inputs.list, and writes this block's share of the cluster's result, by a whole
 // block. `rows` is attend_row_bytes() of shared memory, `results` kMaxResultBytes.
 template <typename T, int kHeadDim>

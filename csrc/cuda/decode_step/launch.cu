@@ -1,6 +1,5 @@
 #include "cuda/decode_step/launch.h"
 
-#include "cuda/decode_step/attend.cuh"
 #include "cuda/decode_step/plan.cuh"
 #include "dispatch.h"
 

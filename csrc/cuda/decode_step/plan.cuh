@@ -27,12 +27,20 @@ namespace hata::step {
 
 constexpr int kMaxTokens = 8;     // query tokens: one product encodes their keys
 constexpr int kMaxHeadDim = 256;  // of the new keys and values
+// Positions of a thread: half a word of a CandidateList says which of them an entry is of.
+constexpr int kMostPlaces = 1 << 16;
+
 // What the step attends over itself: query heads of a KV head, as many as one matrix product has,
 // and head_dim, for which registers and shared memory are cut.
 constexpr int kMaxAttendHeads = kTileHeads;
 constexpr int kMaxAttendHeadDim = 128;
-// Positions of a thread: half a word of a CandidateList says which of them an entry is of.
-constexpr int kMostPlaces = 1 << 16;
+
+// Whether the fused step can attend. With a softcap gather_attention does: a branch for it here
+// costs every step (docs/kernels/log.md).
+constexpr bool can_attend(const GatherAttentionParams& p) {
+  return p.q_len == 1 && p.num_heads / p.cache.num_kv_heads <= kMaxAttendHeads &&
+         p.cache.head_dim <= kMaxAttendHeadDim && p.softcap == 0.0f;
+}
 
 // What a kernel is for. Each has the code for its case alone: small steps are bound by how much
 // machine code they go through.
