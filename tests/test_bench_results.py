@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import decode, grids, records, tables, vllm_arrivals
+from bench import decode, generate, grids, records, tables, vllm_arrivals
 from bench.__main__ import app
 from bench.capture import attention_inputs
 from bench.cases import CONFIGS, Case, Shape
@@ -60,6 +60,10 @@ def results(tmp_path) -> Path:
     for documents, backend, rate in itertools.product((0, 16), ("FLASH_ATTN", "hata"), (1.0, 2.0)):
         load = {"documents": documents, "backend": backend, "rate": rate}
         report.add({**load, "tpot_p50_ms": 9.0 + rate, "tokens_per_s": 99.0 * rate})
+    report = Report(tmp_path / "generate_x.csv", generate.COLUMNS, origin)
+    for context, method in itertools.product((1024, 8192), generate.METHODS):
+        case = {"model": "llama-3.1-8b", "batch": 1, "context": context, "method": method}
+        report.add({**case, "dense_layers": 2, "ms_per_token": context / 512})
     return tmp_path
 
 
@@ -73,7 +77,8 @@ def test_every_picture_is_drawn_and_the_same_rows_give_the_same(results):
 
 
 def test_pictures_whose_rows_are_missing_are_left_out(results, capsys):
-    (results / "vllm_arrivals_x.csv").unlink()
+    for name in ("vllm_arrivals", "generate"):
+        (results / f"{name}_x.csv").unlink()
     file = results / "decode_x.csv"
     header, first, *_ = file.read_text().splitlines()
     file.write_text(f"{header}\n{first}\n")

@@ -104,7 +104,7 @@ def test_indices_that_are_written():
 @pytest.mark.parametrize("key_norms", [False, True])
 def test_a_capacity_whose_keys_pass_2_31(algorithm, key_norms):
     """Sequences share one page, as long as clusters take; the workspace has keys for each."""
-    capacity, batch = (2**29, 3) if algorithm in ("auto", "two_kernels") else (20 * 2**20, 60)
+    capacity, batch = (2**29, 3) if algorithm in ("auto", "two_kernels") else (2**24, 66)
     near = make_caches([3000], device="cuda", page_size=None, key_norms=key_norms)
     page = int(near.block_table[0, 0])
     codes = torch.empty(1, 2, capacity, 2, dtype=torch.int32, device="cuda")
