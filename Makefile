@@ -80,7 +80,7 @@ in-vllm: python model
 	$(call install,test)
 	@$(MAKE) extension
 	$(say) "the tests in vLLM"
-	@$(PY) -m pytest -m vllm tests/test_vllm.py $(ARGS)
+	@$(PY) -m pytest -m vllm tests/test_vllm*.py $(ARGS)
 
 build: python
 	$(call install,transformers)

@@ -202,7 +202,7 @@ def measure_vllm(options: Options) -> None:
     top_ks = sorted({top_k_of(context) for _, context in chosen})
     engines = list(options.engines(max_len, [batch for batch, _ in chosen], top_ks))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    path = options.output or RESULTS / f"vllm_{slug(device)}.csv"
+    path = options.output or RESULTS / f"vllm{'_fill' * options.fill}_{slug(device)}.csv"
     check_output(path)
     command = " ".join(["python -m bench vllm", *options.words()])
     report = Report(path, COLUMNS, origin(device, command), options.append)

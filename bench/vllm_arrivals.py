@@ -108,7 +108,8 @@ def measure_arrivals(options: Options) -> None:
     max_len = max(mix) + QUESTION + options.tokens
     batches = [batch for batch in (1, 2, 4, 8, 12) if batch < options.max_num_seqs]
     batches += range(16, options.max_num_seqs, 8)
-    engines = options.engines(max_len, [*batches, options.max_num_seqs], [top_k_of(max(mix))])
+    batches.append(options.max_num_seqs)
+    engines = list(options.engines(max_len, batches, [top_k_of(max(mix))]))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     path = options.output or RESULTS / f"vllm_arrivals_{slug(device)}.csv"
     check_output(path)

@@ -24,7 +24,7 @@ from devices import DEVICES, DTYPES, algorithms
 from hata.demo.model import WHEEL, WHEEL_VERSION
 
 if importlib.util.find_spec("vllm") is None:
-    collect_ignore = ["test_vllm.py"]  # `make test-vllm` has it in an environment of its own
+    collect_ignore_glob = ["test_vllm*.py"]  # `make test-vllm` has them in their own environment
 
 # The same examples in every run; `--hypothesis-profile thorough` searches for new ones.
 hypothesis.settings.register_profile(

@@ -77,15 +77,15 @@ def test_the_frequent_words_are_the_most_frequent(tokenizer):
     assert most[:3] == answers
 
 
-def test_windows_are_of_the_users_texts_in_turns(tokenizer, tmp_path):
+def test_windows_are_spread_over_the_users_texts(tokenizer, tmp_path):
     for name, letter in (("a.txt", "a"), ("b.txt", "b")):
-        (tmp_path / name).write_text(f"{letter * 30}. " * 40)
+        (tmp_path / name).write_text("".join(f"{letter}{i:03}. " for i in range(200)))
     prose = Prose.open([tmp_path])
-    windows = [prose.window(tokenizer, number, 60, seed=0) for number in range(4)]
-    assert [tokenizer.decode(window)[0] for window in windows] == list("abab")
-    assert {len(window) for window in windows} == {60}
-    with pytest.raises(ValueError, match="texts must hold 2000 tokens each, got 1280"):
-        prose.window(tokenizer, 0, 2000, seed=0)
+    windows = [tokenizer.decode(window) for window in prose.windows(tokenizer, 5, 60)]
+    assert [text[:4] for text in windows] == ["a000", "a095", "a190", "b000", "b190"]
+    assert {len(text) for text in windows} == {60}
+    with pytest.raises(ValueError, match="texts must hold 2000 tokens each, got 1200"):
+        prose.windows(tokenizer, 1, 2000)
 
 
 def test_an_outcome_is_that_of_the_tokens_that_count():
@@ -125,16 +125,18 @@ def test_errors_are_paired_and_of_the_samples():
 
 
 def test_a_task_counts_where_dense_is_well_above_chance():
-    def rows(*scores: float) -> list[dict[str, str]]:
-        row = {"task": "qa", "context": "99", "method": "dense", "stderr": "0.3"}
-        return [{**row, "dense_score": str(x), "score": str(x)} for x in scores]
+    def rows(*scores: float, stderr: float = 0.1) -> list[dict[str, str]]:
+        row = {"task": "qa", "context": "99", "method": "dense", "stderr": str(stderr)}
+        return [{**row, "score": str(x)} for x in scores]
 
     assert counts("qa", rows(0.5))
     assert left_out(rows(0.5)) == []
-    assert not counts("qa", rows(0.4))
-    said = "qa at 99 tokens, where dense attention scores 0.35 ± 0.21 and a guess 0.17"
+    assert not counts("qa", rows(0.4, stderr=0.01))
+    assert not counts("qa", rows(0.5, stderr=0.3))  # two errors reach down to a guess
+    assert counts("qa", rows(0.5, 0.5, 0.5, 0.5, stderr=0.3))  # 0.15 for all of them
+    said = "qa at 99 tokens, where dense attention scores 0.35 ± 0.07 and a guess 0.17"
     assert left_out(rows(0.4, 0.3)) == [said]
-    assert score(rows(0.4, 0.3)) == "0.35 ± 0.21"
+    assert score(rows(0.4, 0.3)) == "0.35 ± 0.07"
 
 
 def test_rows_and_a_report_are_written_and_a_run_continues(folder, tmp_path, capsys, monkeypatch):

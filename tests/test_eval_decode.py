@@ -3,12 +3,20 @@
 import pytest
 import torch
 
+from families import FAMILIES
 from hata.eval.decode import DENSE, Setting, SparseDecoder
 from hata.integrations.transformers import CACHE_ARGUMENT, enabled
 from hata.selectors import ExactSelector, HataSelector, QuestSelector, StreamingSelector
 from tiny_models import FEW, make_model, make_weights, random_prompt
 
 PROMPT, DECODED = 70, 9
+asked: list[int] = []  # the layers that an `Asked` was asked for
+
+
+class Asked(StreamingSelector):
+    def index(self, layer_idx, k, softmax_scale):
+        asked.append(layer_idx)
+        return super().index(layer_idx, k, softmax_scale)
 
 
 @pytest.mark.parametrize("name", ["llama-group4", "qwen3"])
@@ -49,13 +57,7 @@ def test_layers_that_share_attend_to_the_selection_of_the_first(device):
     """Of layers 1 and 2 the first alone asks the selector; both attend to what it says."""
     model = make_model("llama-group4", device)
     tokens = random_prompt(1, PROMPT + DECODED, device)[0].tolist()
-    asked = []
-
-    class Asked(StreamingSelector):
-        def index(self, layer_idx, k, softmax_scale):
-            asked.append(layer_idx)
-            return super().index(layer_idx, k, softmax_scale)
-
+    asked.clear()
     decoder = SparseDecoder(model)
     decoder.read(tokens[:PROMPT])
     own = decoder.decode(tokens[PROMPT:], Setting(Asked(), 12, 1, 2, 4))
@@ -64,8 +66,22 @@ def test_layers_that_share_attend_to_the_selection_of_the_first(device):
     torch.testing.assert_close(shared, own)  # what it says is the same in all layers
 
 
-def test_only_layers_that_see_the_whole_context_are_sparse(device):
-    """All layers of this model have a window: nothing is selected."""
+@pytest.mark.parametrize("model", ["Gemma3", "Qwen3Next", "Mistral"])
+def test_only_layers_that_see_the_whole_context_are_sparse(device, model):
+    family = next(x for x in FAMILIES if x.model == model)
+    tokens = random_prompt(1, PROMPT + DECODED, device)[0].tolist()
+    decoder = SparseDecoder(family.make().to(device))
+    decoder.read(tokens[:PROMPT])
+    dense = decoder.decode(tokens[PROMPT:])
+    asked.clear()
+    everything = decoder.decode(tokens[PROMPT:], Setting(Asked(), 80))
+    assert asked == list(range(len(family.layers)))
+    torch.testing.assert_close(everything, dense)
+    few = decoder.decode(tokens[PROMPT:], Setting(Asked(), 4))
+    assert (few - dense).abs().max() > 1e-3
+
+
+def test_a_model_whose_layers_all_have_a_window_stays_dense(device):
     model = make_model("mistral", device, sliding_window=16)
     tokens = random_prompt(1, PROMPT + DECODED, device)[0].tolist()
     decoder = SparseDecoder(model)
@@ -109,3 +125,10 @@ def test_a_model_that_keeps_the_setting_to_itself_is_refused(device):
     )
     with pytest.raises(ValueError, match=r"model must hand its arguments on .* LlamaForCausalLM"):
         decoder.decode([1, 2], Setting(ExactSelector(), 1))
+
+
+def test_attention_with_a_softcap_is_refused(device):
+    family = next(x for x in FAMILIES if x.model == "Gemma2")
+    decoder = SparseDecoder(family.make().to(device))
+    with pytest.raises(ValueError, match="model must attend without softcap, got one with it"):
+        decoder.read([1, 2, 3])

@@ -381,3 +381,15 @@ def test_a_compiled_model_is_compiled_for_the_prompt_and_for_a_token(config: Hat
     assert_equal(answer(model, rows, 20), found)
     assert counter.frame_count <= 3 + 3 + 3  # padded, and with layers of other caches
     assert steps.q_lens == 2 * 29 * [1] + 5 * 19 * [1]
+
+
+@pytest.mark.parametrize("family", [OWN_LOGITS[0], OWN_LOGITS[-1]], ids=["softcap", "sinks"])
+def test_a_compiled_model_has_its_own_logits(family: Family) -> None:
+    model, prompt = family.make(), random_prompt(2, 21)
+    settings = {"output_logits": True, "return_dict_in_generate": True}
+    switch_on(model, FEW)
+    eager = generate(model, prompt, 4, **settings)
+    torch._dynamo.reset()
+    model.forward = torch.compile(model.forward, backend="eager")
+    compiled = generate(model, prompt, 4, **settings)
+    torch.testing.assert_close(compiled.logits, eager.logits, rtol=1e-4, atol=1e-5)

@@ -3,55 +3,41 @@
 In all engines but stock vLLM's own, codes are checked after every step.
 """
 
-import csv
 import json
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-
-os.environ.update(
-    HF_HUB_OFFLINE="1",
-    VLLM_CPU_OMP_THREADS_BIND="nobind",
-    VLLM_ENABLE_V1_MULTIPROCESSING="0",
-    VLLM_LOGGING_LEVEL="WARNING",
-    VLLM_NO_USAGE_STATS="1",
-)
-
 from prometheus_client import REGISTRY, CollectorRegistry
 from prometheus_client.multiprocess import MultiProcessCollector
-from transformers import (
-    Gemma2Config,
-    Gemma2ForCausalLM,
-    Gemma3ForCausalLM,
-    Gemma3TextConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
-)
-from vllm import LLM, SamplingParams, TokensPrompt
-from vllm.distributed import cleanup_dist_env_and_memory
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+from vllm import LLM
 
-from bench.__main__ import app
 from bench.vllm import RANDOM_CACHE
-from hata import HashWeights, HataConfig, load_weights, pretrained, save_weights
-from hata.cli import run_app
-from hata.demo.model import bundled_model
+from hata import HashWeights, HataConfig, load_weights, save_weights
 from hata.integrations.transformers import enable
 from hata.integrations.vllm import engine_args
 from hata.integrations.vllm.metrics import measure_mass
-from tiny_folder import save_tiny_llama
+from vllm_engine import (
+    BLOCK,
+    MAX_LEN,
+    MB,
+    NUM_LAYERS,
+    OBSERVER,
+    SHAPE,
+    attention_layer,
+    engine,
+    generate,
+    hash_weights,
+    hata,
+    metric,
+    observed,
+    random_prompts,
+    tokens,
+)
 
 pytestmark = pytest.mark.vllm
-
-BLOCK, MAX_LEN, NUM_LAYERS = 32, 512, 3
-SHAPE = {"num_layers": NUM_LAYERS, "num_kv_heads": 2, "head_dim": 64}
-MB = 2**20
 
 
 @pytest.fixture(scope="module")
@@ -75,72 +61,6 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def hash_weights(model: Path) -> Path:
-    return model.with_name("hash.safetensors")  # vLLM loads all that lies in the model's folder
-
-
-observed: set[int] = set()
-
-
-def observe(layer_idx: int, indices: Tensor, num_selected: Tensor, cache_seqlens: Tensor) -> None:
-    """Everything is selected."""
-    assert (num_selected == cache_seqlens[:, None, None]).all()
-    observed.add(layer_idx)
-
-
-@contextmanager
-def engine(model: Path, **changes: Any) -> Iterator[LLM]:
-    settings = {
-        "dtype": "float32",
-        "max_model_len": MAX_LEN,
-        "max_num_batched_tokens": 96,  # prompts come in chunks, beside sequences that decode
-        "max_num_seqs": 8,
-        "block_size": BLOCK,
-        "kv_cache_memory_bytes": 64 * MB,
-        "skip_tokenizer_init": True,
-        "enforce_eager": True,
-        "disable_log_stats": False,
-        **changes,
-    }
-    llm = LLM(str(model), **settings)
-    try:
-        yield llm
-    finally:
-        llm.llm_engine.engine_core.shutdown()
-        cleanup_dist_env_and_memory()
-
-
-def hata(model: Path, top_k: int = MAX_LEN, **changes: Any) -> dict[str, Any]:
-    settings = {"num_dense_layers": 1, "check": True, **changes}
-    return engine_args(hash_weights(model), top_k=top_k, **settings)
-
-
-def random_prompts(*lengths: int, seed: int = 0) -> list[list[int]]:
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randint(3, 500, (n,), generator=generator).tolist() for n in lengths]
-
-
-def generate(
-    llm: LLM, prompts: list[list[int]], num_tokens: int = 30, **sampling: Any
-) -> list[Any]:
-    params = SamplingParams(
-        max_tokens=num_tokens,
-        ignore_eos=True,
-        detokenize=False,
-        **{"temperature": 0.0, **sampling},
-    )
-    inputs = [TokensPrompt(prompt_token_ids=prompt) for prompt in prompts]
-    return llm.generate(inputs, params, use_tqdm=False)
-
-
-def tokens(outputs: list[Any]) -> list[list[int]]:
-    return [list(output.outputs[0].token_ids) for output in outputs]
-
-
-def metric(llm: LLM, name: str) -> float:
-    return next(m.value for m in llm.get_metrics() if m.name == name)
-
-
 def scenario(llm: LLM) -> dict[str, list[list[int]]]:
     """Ragged batches, twice with one prefix, greedy and sampled."""
     prompts = random_prompts(5, 70, 200, 33, 150, 1, 96)
@@ -161,15 +81,10 @@ def stock(llama: Path) -> dict[str, list[list[int]]]:
         return scenario(llm)
 
 
-def attention_layer(llm: LLM, layer_idx: int = 1) -> Any:
-    context = llm.llm_engine.vllm_config.compilation_config.static_forward_context
-    return context[f"model.layers.{layer_idx}.self_attn.attn"]
-
-
 def test_equals_stock_vllm_where_everything_is_selected(llama, stock):
     """Chunked prompts, mixed batches, prefix hits, sampling with a seed."""
     observed.clear()
-    with engine(llama, **hata(llama, observer=f"{__name__}:observe")) as llm:
+    with engine(llama, **hata(llama, observer=OBSERVER)) as llm:
         assert scenario(llm) == stock
         assert metric(llm, "vllm:prefix_cache_hits") >= 2 * 4 * BLOCK
     assert observed == {1, 2}
@@ -343,80 +258,6 @@ def test_models_that_are_not_supported_are_refused(llama, tmp_path):
         pass
 
 
-@pytest.mark.parametrize(
-    "family", [(Gemma2Config, Gemma2ForCausalLM), (Gemma3TextConfig, Gemma3ForCausalLM)]
-)
-def test_layers_with_a_window_stay_dense(tmp_path, family):
-    """Gemma 3, and Gemma 2, whose logits are capped: layers take turns, hash weights for half."""
-    torch.manual_seed(0)
-    make_config, make_model = family
-    kinds = ["sliding_attention", "full_attention"] * 2
-    config = make_config(
-        vocab_size=512,
-        hidden_size=256,
-        intermediate_size=512,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=64,
-        query_pre_attn_scalar=64,
-        max_position_embeddings=MAX_LEN,
-        initializer_range=0.2,
-        sliding_window=40,
-        layer_types=kinds,
-    )
-    model = tmp_path / "gemma"
-    make_model(config).save_pretrained(model)
-    weights = HashWeights.random(**{**SHAPE, "num_layers": 2}, num_bits=64)
-    save_weights(hash_weights(model), replace(weights, layers=(1, 3)))
-    prompts, one_pool = random_prompts(5, 150, 70), {"disable_hybrid_kv_cache_manager": True}
-    with engine(model, **one_pool) as llm:
-        expected = tokens(generate(llm, prompts))
-    observed.clear()
-    settings = hata(model, num_dense_layers=0, observer=f"{__name__}:observe")
-    with engine(model, **one_pool, **settings) as llm:
-        assert tokens(generate(llm, prompts)) == expected
-    assert observed == {1, 3}
-    message = "disable_hybrid_kv_cache_manager must be True for a model with sliding windows"
-    with pytest.raises(ValueError, match=message), engine(model, **settings):
-        pass
-
-
-def test_answers_are_compared_with_stock_vllm(tmp_path, monkeypatch):
-    """Where everything is selected there is nothing to tell; where little is, there is."""
-    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
-    model = save_tiny_llama(tmp_path / "model")
-    weights, output = tmp_path / "hash.safetensors", tmp_path / "rows.csv"
-    save_weights(weights, HashWeights.random(**{**SHAPE, "num_layers": 4}, num_bits=64))
-    command = f"vllm-quality --model {model} --weights {weights} --output {output} --context 800"
-    command += " --top-k 1024 --top-k 24 --prompts 2 --tokens 12"
-    with pytest.raises(SystemExit) as exit_info:
-        run_app(app, "python -m bench", command.split())
-    assert exit_info.value.code == 0
-    with output.open(newline="") as file:
-        everything, little = csv.DictReader(file)
-    assert everything["tokens_equal"] == everything["first_difference"] == "1"
-    assert abs(float(everything["logprob_difference"])) < 1e-4
-    assert abs(float(little["logprob_difference"])) > 1e-2
-
-
-def test_arrivals_are_measured(tmp_path, monkeypatch):
-    """Requests about three texts that are in the prefix cache, some alone and some together."""
-    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
-    output = tmp_path / "rows.csv"
-    command = f"vllm-arrivals --shape tiny --backend hata --output {output} --mix 64 --mix 200"
-    command += " --documents 3 --requests 5 --rate 2 --rate 1000 --tokens 8 --max-num-seqs 4"
-    with pytest.raises(SystemExit) as exit_info:
-        run_app(app, "python -m bench", command.split())
-    assert exit_info.value.code == 0
-    with output.open(newline="") as file:
-        slow, fast = csv.DictReader(file)
-    assert float(slow["tokens_per_s"]) < float(fast["tokens_per_s"])
-    for row in (slow, fast):
-        assert 0 < float(row["tpot_p50_ms"]) <= float(row["tpot_p99_ms"])
-        assert float(row["ttft_p50_s"]) > 0
-
-
 def test_random_numbers_take_the_place_of_a_prompt(llama):
     """Normal keys and values, random bits of codes; the last block has the token that is new."""
     settings = hata(llama, top_k=24, check=False)
@@ -427,24 +268,3 @@ def test_random_numbers_take_the_place_of_a_prompt(llama):
     torch.testing.assert_close(keys.std(), torch.tensor(1.0), rtol=0.02, atol=0)
     bits = codes[..., None] >> torch.arange(32, dtype=torch.int32) & 1
     torch.testing.assert_close(bits.float().mean(), torch.tensor(0.5), rtol=0.02, atol=0)
-
-
-@pytest.mark.model
-def test_smollm2_equals_stock_vllm_where_everything_is_selected():
-    """The demo's model with its packaged hash weights, and two texts with one beginning."""
-    model, text = bundled_model(), (Path(__file__).parents[1] / "LICENSE").read_text()
-    weights = Path(pretrained.__file__).parent / "SmolLM2-135M-Instruct.safetensors"
-    arguments = {"skip_tokenizer_init": False, "max_model_len": 1024}
-    prompts = [text[:1500], text[:1500] + text[3000:3200]]
-
-    def answers(**settings: Any) -> list[str]:
-        params = SamplingParams(max_tokens=24, temperature=0.0, ignore_eos=True)
-        with engine(model, **arguments, **settings) as llm:
-            return [
-                output.outputs[0].text
-                for prompt in prompts
-                for output in llm.generate([prompt], params, use_tqdm=False)
-            ]
-
-    found = answers(**engine_args(weights, top_k=1024, check=True))
-    assert found == answers()

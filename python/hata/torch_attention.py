@@ -55,7 +55,7 @@ def add_sink_logits(out: Tensor, lse: Tensor, sink_logits: Tensor) -> None:
     Args:
         out: ``[batch, q_len, num_heads, head_dim]``. Written.
         lse: ``[batch, q_len, num_heads]``, float32. Written.
-        sink_logits: ``[num_heads]``, finite.
+        sink_logits: ``[num_heads]``; -infinity for none, where lse is not.
     """
     sink = sink_logits.to(lse.dtype)
     out.mul_(torch.sigmoid(lse - sink)[..., None])
@@ -109,6 +109,9 @@ def torch_attention(
         k, v = (pad(t, (0, SINK_CHANNELS, 1, 0)) for t in (k, v))
         k[:, :, 0, head_dim:] = 1
         mask = None if mask is None else pad(mask, (1, 0), value=mask.dtype == torch.bool)
+    if mask is not None:
+        # CUDA's kernels that take a mask know no groups; torch would form the matrix of logits.
+        k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
     q_len, seq_len = q.shape[2], k.shape[2]
     is_causal = is_causal and q_len > 1
     attn_mask = causal_lower_right(q_len, seq_len) if is_causal and q_len < seq_len else mask
@@ -127,9 +130,12 @@ def _sink_queries(q: Tensor, sink_logits: Tensor, softmax_scale: float) -> Tenso
     """Returns channels that sum to the sink logits over the scale, ``[..., SINK_CHANNELS]``.
 
     The first is the number rounded to q's dtype, the next what that has lost, and so on: two
-    channels of bfloat16 hold 16 bits. The last ones are 0.
+    channels of bfloat16 hold 16 bits. The last ones are 0. What q's dtype cannot hold, -infinity
+    too, becomes its largest number: times the 0 of all other keys it must not be NaN.
     """
+    largest = torch.finfo(q.dtype).max
     rest = sink_logits.to(torch.promote_types(q.dtype, torch.float32)) / softmax_scale
+    rest = rest.clamp(-largest, largest)
     channels = []
     for _ in range(SINK_CHANNELS):
         channels.append(rest.to(q.dtype))

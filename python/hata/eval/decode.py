@@ -12,6 +12,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from hata.checks import check
+from hata.eval.prose import WHERE
 from hata.integrations.model_shape import full_attention_layers
 from hata.integrations.transformers_cache import CACHE_ARGUMENT
 from hata.selectors import Selector, rank
@@ -147,6 +148,8 @@ def _attend(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """The attention function: q, k, v are ``[1, heads, length, head_dim]``."""
+    for name in ("softcap", "s_aux", "position_bias"):  # what "sdpa" does not know in all versions
+        check(kwargs.get(name) is None, WHERE, "model", f"attend without {name}", "one with it")
     sparse = [] if hata_selection is None else hata_selection.sparse_layers
     if hata_selection is not None and module.layer_idx in sparse:
         setting, number = hata_selection.setting, hata_selection.layers[module.layer_idx]

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import matplotlib as mpl
 import torch
+from matplotlib.ticker import ScalarFormatter
 
 from hata.eval.prose import WHERE
 from hata.eval.report import distinct, label, select
@@ -49,7 +50,8 @@ def plot_likelihood(path: Path, rows: Sequence[Row]) -> None:
         path: The PNG file to write.
         rows: Of one context and one number of dense layers.
     """
-    colors = mpl.colormaps["tab20"].colors  # type: ignore[attr-defined]
+    tab20 = mpl.colormaps["tab20"].colors  # type: ignore[attr-defined]
+    colors = [*tab20[::2], *tab20[1::2]]  # the strong ones first
     first = rows[0]
     with picture(path, WHERE, 13, 8) as figure:
         grid = figure.subplots(2, 2, sharey="row", sharex="col")
@@ -67,6 +69,7 @@ def plot_likelihood(path: Path, rows: Sequence[Row]) -> None:
                         label=name,
                     )
                 axes.set_xscale("log", base=2)
+                axes.xaxis.set_major_formatter(ScalarFormatter())
                 axes.grid(alpha=0.3)
             axes_of_row[0].set_ylabel(said)
             if column == "kl":

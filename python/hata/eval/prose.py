@@ -13,7 +13,6 @@ from hata.training.texts import text_files
 
 WHERE = "eval"
 _PYTHON = "Python's documentation (pydoc_data.topics)"
-_CHARACTERS_PER_TOKEN = 16  # more than tokenizers reach on prose and code
 
 
 @dataclass(frozen=True)
@@ -54,34 +53,31 @@ class Prose:
                 yield tokenizer(sentence, add_special_tokens=False).input_ids
             start = 0
 
-    def window(self, tokenizer: Any, number: int, num_tokens: int, seed: int) -> list[int]:
-        """Cuts a window of a text, from a random sentence on.
+    def windows(self, tokenizer: Any, num_windows: int, num_tokens: int) -> list[list[int]]:
+        """Cuts windows, evenly spaced in each text; the texts have equal shares of them.
 
         Args:
             tokenizer: A transformers tokenizer.
-            number: Of the window; the texts take turns.
-            num_tokens: Of the window, with what the tokenizer begins a text with.
-            seed: Chooses the sentence, together with the number.
+            num_windows: How many.
+            num_tokens: Of each, with what the tokenizer begins a text with.
 
         Raises:
-            ValueError: The text is too short.
+            ValueError: A text is too short.
         """
-        text = self.texts[number % len(self.texts)]
-        length = _CHARACTERS_PER_TOKEN * num_tokens
-        starts = [0]  # sentences with enough text behind them
-        behind = sum(map(len, text))
-        for i, sentence in enumerate(text):
-            if behind < length:
-                break
-            starts.append(i)
-            behind -= len(sentence)
-        start = random.Random(f"{seed} {number}").choice(starts)
-        piece = "".join(text[start:])[:length]
         begin: list[int] = list(tokenizer("").input_ids)[:1]
-        tokens = begin + tokenizer(piece, add_special_tokens=False, verbose=False).input_ids
-        rule = f"hold {num_tokens} tokens each"
-        check(len(tokens) >= num_tokens, WHERE, "texts", rule, len(tokens))
-        return tokens[:num_tokens]
+        length = num_tokens - len(begin)
+        found = []
+        for number, text in enumerate(self.texts[:num_windows]):
+            count = len(range(number, num_windows, len(self.texts)))
+            tokens: list[int] = tokenizer(
+                "".join(text), add_special_tokens=False, verbose=False
+            ).input_ids
+            rule = f"hold {length} tokens each"
+            check(len(tokens) >= length, WHERE, "texts", rule, len(tokens))
+            for i in range(count):
+                start = (len(tokens) - length) * i // max(count - 1, 1)
+                found.append(begin + tokens[start : start + length])
+        return found
 
     @cached_property
     def words(self) -> list[str]:

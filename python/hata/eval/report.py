@@ -13,7 +13,8 @@ from hata.eval.rows import Row
 from hata.eval.tasks import LIKELIHOOD, TASKS
 from hata.outputs import whole_file
 
-LEAST_ABOVE_CHANCE = 0.3  # a task counts where dense attention's score is this much above chance
+# A task counts where dense attention scores this much above chance, and two standard errors.
+LEAST_ABOVE_CHANCE = 0.3
 
 _HEADINGS = ("method", "top_k", "dense layers", "bytes read", "excess NLL", "KL")
 
@@ -40,19 +41,25 @@ def label(row: Row) -> str:
     return f"{row['method']}: {said}" if said else row["method"]
 
 
-def counts(task: str, rows: Sequence[Row]) -> bool:
-    """Whether dense attention scores well above chance in these rows of a task."""
-    scores = [float(row["dense_score"]) for row in rows]
-    return sum(scores) / len(scores) >= TASKS[task].chance + LEAST_ABOVE_CHANCE
+def mean_score(rows: Sequence[Row]) -> tuple[float, float | None]:
+    """The mean score over depths, and its standard error where the rows have one."""
+    mean = sum(float(row["score"]) for row in rows) / len(rows)
+    if not all(row["stderr"] for row in rows):
+        return mean, None
+    return mean, math.sqrt(sum(float(row["stderr"]) ** 2 for row in rows)) / len(rows)
+
+
+def counts(task: str, dense: Sequence[Row]) -> bool:
+    """Whether dense attention's rows of a task are well above chance, and beyond their error."""
+    mean, error = mean_score(dense)
+    above = mean - TASKS[task].chance
+    return above >= LEAST_ABOVE_CHANCE and above > 2 * (error or 0.0)
 
 
 def score(rows: Sequence[Row]) -> str:
     """The mean score over depths, with its standard error where there is one."""
-    mean = sum(float(row["score"]) for row in rows) / len(rows)
-    if not all(row["stderr"] for row in rows):
-        return f"{mean:.2f}"
-    error = math.sqrt(sum(float(row["stderr"]) ** 2 for row in rows)) / len(rows)
-    return f"{mean:.2f} ± {error:.2f}"
+    mean, error = mean_score(rows)
+    return f"{mean:.2f}" if error is None else f"{mean:.2f} ± {error:.2f}"
 
 
 def print_means(console: Console, rows: Sequence[Row]) -> None:
@@ -86,9 +93,13 @@ def write_report(folder: Path, rows: Sequence[Row]) -> None:
     text: list[str] = []
     for number, where in enumerate(_runs(rows)):
         of_run = select(rows, **where)
-        made = "; ".join(" ".join(x) for x in distinct(of_run, "gpu", "torch", "commit"))
+        made = "; ".join(
+            f"{gpu}, torch {torch}, commit {commit}"
+            for gpu, torch, commit in distinct(of_run, "gpu", "torch", "commit")
+        )
         text += [f"# {where['model']}: what sparse decoding costs", ""]
-        text += [f"Text: {where['texts']}. {where['dtype']}; {made}.", ""]
+        samples = f"{where['num_samples']} samples of each task, context and depth"
+        text += [f"Text: {where['texts']}. {samples}. {where['dtype']}; {made}.", ""]
         text += [f"{_SAID}", ""]
         for title, headings, lines in _tables(of_run):
             text += [f"## {title}", "", _line(headings)]

@@ -17,7 +17,7 @@ from hata.eval.options import EvalOptions
 from hata.eval.prose import WHERE, Prose
 from hata.eval.report import print_means, write_report
 from hata.eval.rows import Outcome, Row, Rows, compare, summary
-from hata.eval.tasks import AT_DEPTHS, LIKELIHOOD, Sample, likelihood_sample, task_sample
+from hata.eval.tasks import AT_DEPTHS, LIKELIHOOD, Sample, likelihood_samples, task_sample
 from hata.integrations.model_shape import ModelShape, full_attention_layers, model_shape
 from hata.pretrained import find_pretrained
 from hata.progress import progress_bar
@@ -85,7 +85,7 @@ def run_eval(options: EvalOptions) -> list[Row]:
         planned = _planned(case, options, selectors, shape, layers, common)
         missing = [(row, setting) for row, setting in planned if not rows.has(row)]
         if missing:
-            work.append((list(_samples(case, options, tokenizer, prose)), missing))
+            work.append((_samples(case, options, tokenizer, prose), missing))
 
     decoder = SparseDecoder(model)
     total = options.num_samples * sum(len(missing) for _, missing in work)
@@ -170,15 +170,13 @@ def _planned(
         yield row, Setting(selector, top_k, num_dense, *always, share)
 
 
-def _samples(case: Case, options: EvalOptions, tokenizer: Any, prose: Prose) -> Iterator[Sample]:
-    for number in range(options.num_samples):
-        if case.task == LIKELIHOOD:
-            yield likelihood_sample(
-                tokenizer, prose, number, case.context, options.num_decoded, options.seed
-            )
-        else:
-            seed = (options.seed, case.task, case.context, case.depth, number)
-            yield task_sample(tokenizer, prose, case.task, case.depth or 0.0, case.context, seed)
+def _samples(case: Case, options: EvalOptions, tokenizer: Any, prose: Prose) -> list[Sample]:
+    task, context, number = case.task, case.context, options.num_samples
+    if task == LIKELIHOOD:
+        return likelihood_samples(tokenizer, prose, number, context, options.num_decoded)
+    seeds = [(options.seed, task, context, case.depth, i) for i in range(number)]
+    depth = case.depth or 0.0
+    return [task_sample(tokenizer, prose, task, depth, context, seed) for seed in seeds]
 
 
 def _measure(

@@ -68,16 +68,16 @@ class Sample:
     answers: tuple[range, ...]
 
 
-def likelihood_sample(
-    tokenizer: Any, prose: Prose, number: int, num_tokens: int, num_decoded: int, seed: int
-) -> Sample:
-    """Cuts a window of text, whose last ``num_decoded`` tokens are decoded.
+def likelihood_samples(
+    tokenizer: Any, prose: Prose, num_samples: int, num_tokens: int, num_decoded: int
+) -> list[Sample]:
+    """Cuts windows of text, whose last ``num_decoded`` tokens are decoded.
 
     Raises:
         ValueError: A text is too short.
     """
-    tokens = prose.window(tokenizer, number, num_tokens, seed)
-    return Sample(tokens[:-num_decoded], tokens[-num_decoded:], ())
+    windows = prose.windows(tokenizer, num_samples, num_tokens)
+    return [Sample(x[:-num_decoded], x[-num_decoded:], ()) for x in windows]
 
 
 def task_sample(

@@ -94,9 +94,10 @@ def enable(
 
     Only layers that attend to the whole context become hata's; those with a window, with chunks or
     with a recurrent state stay as they are. A forward pass without a cache is dense, with
-    gradients. `disable` makes the model what it was. docs/transformers.md says more: which models
-    there are, padding, chunks and drafts. transformers before 5.24 calls the argument
-    ``past_key_values``.
+    gradients. Layers on several GPUs (``device_map``), or KV heads split among them (``tp_plan``),
+    are attended to where they lie. `disable` makes the model what it was. docs/transformers.md says
+    more: which models there are, padding, chunks and drafts. transformers before 5.24 calls the
+    argument ``past_key_values``.
 
     Source: HATA, arXiv 2506.02572; transformers' ``AttentionInterface`` and ``Cache``.
 

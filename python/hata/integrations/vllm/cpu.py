@@ -86,7 +86,7 @@ class HataImpl(HataLayer, CPUAttentionBackendImpl):
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attends from the last ``q_len`` positions, ``[num_heads, q_len, head_dim]``."""
         q_len, seq_len = q.shape[1], k.shape[1]
-        if self.window is None and self.softcap is None:
+        if self.window is None and self.softcap is None and self.sinks is None:
             return scaled_dot_product_attention(
                 q[None],
                 k[None],
@@ -103,5 +103,9 @@ class HataImpl(HataLayer, CPUAttentionBackendImpl):
         hidden = positions > ends
         if self.window is not None:
             hidden |= positions <= ends - self.window
-        weights = logits.masked_fill(hidden, -torch.inf).softmax(-1)
+        logits = logits.masked_fill(hidden, -torch.inf)
+        if self.sinks is not None:
+            sinks = self.sinks.float().view(len(k), -1, 1, 1).expand(*logits.shape[:3], 1)
+            logits = torch.cat([logits, sinks], -1)
+        weights = logits.softmax(-1)[..., :seq_len]
         return (weights @ v.float()[:, None]).flatten(0, 1)

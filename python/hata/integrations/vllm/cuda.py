@@ -49,11 +49,6 @@ class HataBackend(FlashAttentionBackend):
         return kv_cache_dtype in (None, "auto", "float16", "bfloat16")
 
     @classmethod
-    def supports_sink(cls) -> bool:
-        """Not yet."""
-        return False
-
-    @classmethod
     def supports_attn_type(cls, attn_type: str) -> bool:
         """Decoders alone."""
         return attn_type == "decoder"

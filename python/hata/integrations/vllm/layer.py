@@ -123,6 +123,7 @@ class HataLayer:
     num_kv_heads: int
     head_size: int
     scale: float
+    sinks: Tensor | None  # [num_heads], a logit each that has no position
 
     def __init__(
         self,
@@ -140,7 +141,6 @@ class HataLayer:
     ) -> None:
         for name, value in {
             "alibi_slopes": alibi_slopes,
-            "attention sinks": extra.get("sinks"),
             "cross-layer KV sharing": kv_sharing_target_layer_name,
             "encoder attention": None if attn_type == "decoder" else attn_type,
         }.items():
@@ -180,8 +180,7 @@ class HataLayer:
         weights, config = self.hash_weights, self.settings.config
         if weights is None or self.window is not None or self.layer_idx < config.num_dense_layers:
             return
-        num_layers = self.engine.model_config.get_total_num_hidden_layers()
-        if self.layer_idx >= num_layers:  # a draft that continues the model, as EAGLE's do
+        if self.layer_idx not in weights.layers:  # a draft that continues the model, as EAGLE's do
             return
         # As vLLM shares out KV heads: in order, and each to several ranks where they are too few.
         rank, ranks = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
@@ -191,6 +190,7 @@ class HataLayer:
         row = weights.layers.index(self.layer_idx)
         key_weights, query_weights = weights.layer(row, act_dtype, device)
         self.key_weights, self.query_weights = key_weights[heads], query_weights[heads]
+        num_layers = self.engine.model_config.get_total_num_hidden_layers()
         self.top_k = config.layer_top_k(num_layers)[self.layer_idx]
         num_words = key_weights.shape[2] // 32
         self.codes = SideCache(self.num_kv_heads, num_words, weights.key_norms)
@@ -302,6 +302,8 @@ class HataLayer:
             softcap=self.softcap,
             out=out,
         )
+        if self.sinks is not None:  # one more term in the denominator of the softmax
+            out.mul_(torch.sigmoid(step.lse - self.sinks)[..., None])
         if self.observer is not None:
             self.observer(self.layer_idx, step.indices, step.num_selected, run.cache_seqlens)
         every = self.settings.measure_every
