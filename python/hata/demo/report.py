@@ -68,7 +68,7 @@ def print_answers(
     table.add_row("prompt and first token", *(f"{run.prefill_seconds:.2f} s" for run in runs))
     table.add_row("each further token", *(f"{run.milliseconds_per_token:.1f} ms" for run in runs))
     share = f"{read.hata / 1e6:.2f} MB, {read.hata / read.dense:.0%}"
-    table.add_row("cache read for a token", f"{read.dense / 1e6:.2f} MB", share)
+    table.add_row("full-attention cache read", f"{read.dense / 1e6:.2f} MB", share)
     console.print(table)
 
 
