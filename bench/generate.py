@@ -303,9 +303,8 @@ def fill(model: Any, cache: Any, batch: int, context: int) -> None:
         size = (batch, context, shape["num_kv_heads"], shape["head_dim"])
         k, v = (torch.randn(size, dtype=dtype, device=model.device) for _ in range(2))
         if isinstance(cache, HataTransformersCache) and layer_idx in cache.hata_layers:
-            layer = cache.layers[layer_idx]
-            cache.hata_cache.append(layer.layer_idx, k[:, 1:], v[:, 1:])
-            layer.seen = context
+            cache.hata_cache.append(cache.hata_layers.index(layer_idx), k[:, 1:], v[:, 1:])
+            cache.layers[layer_idx].seen = context
         else:
             cache.update(k.transpose(1, 2), v.transpose(1, 2), layer_idx)
 

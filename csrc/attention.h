@@ -6,9 +6,9 @@
 
 // What gather_attention and dense_attention share: softmax(logit) v over some positions of a paged
 // cache, with logit_t = softmax_scale q . k_t or, where softcap is not 0, softcap
-// tanh(softmax_scale q . k_t / softcap). The work is split over these positions. A row is one query
-// token and query head; split s of a row leaves (out, lse) of its part in the workspace, and the
-// splits' parts are then merged.
+// tanh(softmax_scale q . k_t / softcap). The work is split over these positions. A query is one
+// query token and query head; split s of a query leaves (out, lse) of its part in the workspace,
+// and the splits' parts are then merged.
 namespace hata {
 
 struct AttentionParams {
@@ -32,7 +32,7 @@ constexpr int group_of(const AttentionParams& p) {
   return p.num_heads / p.cache.num_kv_heads;
 }
 
-constexpr int64_t num_rows_of(const AttentionParams& p) {
+constexpr int64_t num_queries_of(const AttentionParams& p) {
   return int64_t{p.table.batch} * p.q_len * p.num_heads;
 }
 

@@ -8,12 +8,12 @@ namespace hata {
 enum class ScoreKind {
   kInt32,    // the score, 2 matches - weight_sum num_bits
   kFloat16,  // score / num_bits * norm, in float32, rounded once
-  kKey16,    // the matches themselves, or ordered_key_float16 of the float16 score: internal
+  kRank16,   // the matches themselves, or ordered_rank_float16 of the float16 score: internal
 };
 
 // scores[b, j, h, t] = sum_p w_p (num_bits - 2 popcount(code[b, h, t] ^ planes[b, j, h, p]))
 // for every position t that query token j sees; see query_planes.h for the weights w_p.
-// Positions that it does not see get the lowest value: INT32_MIN, -infinity; kKey16 leaves them
+// Positions that it does not see get the lowest value: INT32_MIN, -infinity; kRank16 leaves them
 // unwritten.
 struct HammingScoreParams {
   PageTable table;

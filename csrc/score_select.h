@@ -12,9 +12,9 @@ namespace hata {
 // with auto and candidates, in the same one where it can.
 enum class ScoreSelectAlgorithm {
   kAuto,
-  kTwoKernels,  // any GPU: a scan that writes keys to the workspace, then a selection from them
-  kCluster,  // sm_90: one kernel, keys and histograms in the shared memory of a cluster of blocks
-  kCandidates,  // the same, and no slice's keys are taken to fit, nor more candidates than a few
+  kTwoKernels,  // any GPU: a scan that writes ranks to the workspace, then a selection from them
+  kCluster,  // sm_90: one kernel, ranks and histograms in the shared memory of a cluster of blocks
+  kCandidates,  // the same, and no slice's ranks are taken to fit, nor more candidates than a few
 };
 
 // select_topk of hamming_score, without the public score tensor.
@@ -28,52 +28,54 @@ struct ScoreSelectParams {
   const uint32_t* planes;  // [batch, q_len, num_kv_heads, num_planes, num_words], contiguous
   int32_t* indices;        // [batch, q_len, num_kv_heads, top_k], contiguous
   int32_t* num_selected;   // [batch, q_len, num_kv_heads], contiguous
-  void* keys;              // workspace [batch, q_len, num_kv_heads], rows of key_row_bytes
+  void* ranks;             // workspace [batch, q_len, num_kv_heads], rank_list_bytes each
   ScoreSelectAlgorithm algorithm;  // on CUDA
 };
 
-// Keys are read 16 bytes at a time, so that a row of them is a multiple of that long.
-constexpr int64_t key_row_pitch(int64_t capacity) {
+// Ranks, 16-bit numbers with the order of the scores (ordered_rank_float16() or matches), are read
+// 16 bytes at a time, so that a list of them is a multiple of that long.
+constexpr int64_t rank_pitch(int64_t capacity) {
   return (capacity + 7) / 8 * 8;
 }
 
 // Candidates that a cluster's blocks cannot hold take 4 bytes; each block rounds its slice up to
 // what a warp scores at a time.
-constexpr int64_t candidate_row_pitch(int64_t capacity) {
+constexpr int64_t candidate_pitch(int64_t capacity) {
   constexpr int kMostBlocks = 8, kMostPositions = 256;
   return capacity + kMostBlocks * kMostPositions;
 }
 
-// For either.
-constexpr int64_t key_row_bytes(int64_t capacity) {
-  return candidate_row_pitch(capacity) * 4;
+// Bytes of the workspace for one (sequence, query token, KV head): candidates, or ranks, which are
+// fewer bytes.
+constexpr int64_t rank_list_bytes(int64_t capacity) {
+  return candidate_pitch(capacity) * 4;
 }
 
-// The scan of score_select: 16-bit keys to the workspace.
-constexpr HammingScoreParams key_score_params(const ScoreSelectParams& p) {
+// The scan of score_select: ranks to the workspace.
+constexpr HammingScoreParams rank_score_params(const ScoreSelectParams& p) {
   return {.table = p.table,
           .code_cache = p.code_cache,
-          .kind = ScoreKind::kKey16,
+          .kind = ScoreKind::kRank16,
           .q_len = p.q_len,
           .num_kv_heads = p.num_kv_heads,
           .weight_sum = p.weight_sum,
-          .max_seq_len = static_cast<int>(key_row_pitch(p.table.capacity)),
+          .max_seq_len = static_cast<int>(rank_pitch(p.table.capacity)),
           .planes = p.planes,
-          .scores = p.keys};
+          .scores = p.ranks};
 }
 
-// The selection of score_select: from the keys in the workspace.
-constexpr SelectTopkParams key_select_params(const ScoreSelectParams& p) {
-  const int64_t width = key_row_pitch(p.table.capacity);
-  return {.dtype = SelectDType::kKey16,
+// The selection of score_select: from the ranks in the workspace.
+constexpr SelectTopkParams rank_select_params(const ScoreSelectParams& p) {
+  const int64_t width = rank_pitch(p.table.capacity);
+  return {.dtype = SelectDType::kRank16,
           .batch = p.table.batch,
           .q_len = p.q_len,
           .num_kv_heads = p.num_kv_heads,
-          .max_seq_len = static_cast<int>(key_row_pitch(p.table.capacity)),
+          .max_seq_len = static_cast<int>(rank_pitch(p.table.capacity)),
           .top_k = p.top_k,
           .num_sink = p.num_sink,
           .num_recent = p.num_recent,
-          .scores = p.keys,
+          .scores = p.ranks,
           .cache_seqlens = p.table.cache_seqlens,
           .indices = p.indices,
           .num_selected = p.num_selected,

@@ -4,14 +4,14 @@
 
 namespace hata {
 
-enum class SelectDType { kInt32, kFloat16, kFloat32, kKey16 };
+enum class SelectDType { kInt32, kFloat16, kFloat32, kRank16 };
 
 // indices[b, j, h] = the top_k visible positions with the highest scores, ascending, then -1;
 // num_selected[b, j, h] = min(top_k, visible). The first num_sink and last num_recent visible
 // positions are always among them (num_sink + num_recent <= top_k); equal scores at the cut go to
 // the most recent positions.
 struct SelectTopkParams {
-  SelectDType dtype;  // of scores; kKey16 are the internal keys of hamming_score.h
+  SelectDType dtype;  // of scores; kRank16 are the internal ranks of hamming_score.h
   int batch, q_len, num_kv_heads;
   int max_seq_len;
   int top_k, num_sink, num_recent;

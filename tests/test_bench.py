@@ -168,6 +168,17 @@ def test_a_failed_case_fails_the_run_but_not_the_others(tmp_path, monkeypatch, c
     assert "failed: 1 x 8/2 x 2K, A: 128 bits, query 1, norms: wrong" in capsys.readouterr().err
 
 
+def test_every_way_to_decode_a_whole_model_is_measured(device, tmp_path):
+    path = tmp_path / "generate.csv"
+    options = ["--device", device, "--model", "smollm2-135m", "--layers", "1", "--case", "2x40"]
+    assert run("generate", *options, "--output", str(path)) == 0
+    found = [(row["method"], row["dense_layers"]) for row in rows(path)]
+    eager = [("hata-eager", "2"), ("hata-eager", "0")] if device == "cuda" else []
+    hata = [("hata", "2"), ("hata", "0")]
+    assert found == [("dynamic", ""), ("static", ""), ("dense", "1"), *eager, *hata]
+    assert all(float(row["ms_per_token"]) > 0 for row in rows(path))
+
+
 def test_a_cache_over_the_memory_limit_is_reported(tmp_path, capsys):
     options = ["--device", "cpu", "--quick", "--memory-limit-gb", "0.001"]
     assert run("decode", *options, "--output", str(tmp_path / "decode.csv")) == 1

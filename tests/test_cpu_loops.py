@@ -119,23 +119,23 @@ def test_every_isa_selects_the_same_rows(
     internals, rng, bits, num_values, top_k, num_sink, num_recent
 ):
     visible = 3001
-    # Few values make ties; many, multiplied, use the whole width of the key.
-    keys = rng.integers(0, num_values, visible) * (2 ** (bits - 16)) + rng.integers(0, 2, visible)
-    keys = keys.astype(np.uint16 if bits == 16 else np.uint32)
+    # Few values make ties; many, multiplied, use the whole width of the rank.
+    ranks = rng.integers(0, num_values, visible) * (2 ** (bits - 16)) + rng.integers(0, 2, visible)
+    ranks = ranks.astype(np.uint16 if bits == 16 else np.uint32)
     positions = np.arange(visible)
     forced = internals.always_selected(positions, visible, num_sink, num_recent)
-    best = np.lexsort((-positions, -keys.astype(np.int64), ~forced))[:top_k]
+    best = np.lexsort((-positions, -ranks.astype(np.int64), ~forced))[:top_k]
     for isa in internals.supported_isas():
         select = internals.select_row16 if bits == 16 else internals.select_row32
-        indices, num_selected = select(isa, keys, top_k, num_sink, num_recent)
+        indices, num_selected = select(isa, ranks, top_k, num_sink, num_recent)
         np.testing.assert_array_equal(indices, np.sort(best), err_msg=isa)
         assert num_selected == top_k
 
 
 def test_every_isa_selects_all_of_a_short_row(internals):
-    keys = np.arange(5, dtype=np.uint16)
+    ranks = np.arange(5, dtype=np.uint16)
     for isa in internals.supported_isas():
-        indices, num_selected = internals.select_row16(isa, keys, 8, 1, 2)
+        indices, num_selected = internals.select_row16(isa, ranks, 8, 1, 2)
         np.testing.assert_array_equal(indices, [0, 1, 2, 3, 4, -1, -1, -1])
         assert num_selected == 5
 

@@ -78,26 +78,26 @@ def dense_ranks(values: NDArray) -> NDArray[np.int64]:
     return ranks
 
 
-def test_float16_keys_have_the_order_of_all_65536_values(internals):
+def test_float16_ranks_have_the_order_of_all_65536_values(internals):
     bits = np.arange(65536, dtype=np.uint16)
-    keys = internals.ordered_key_float16(bits)
+    ranks = internals.ordered_rank_float16(bits)
     np.testing.assert_array_equal(
-        dense_ranks(keys.astype(np.float64)), dense_ranks(bits.view(np.float16)) + 1
+        dense_ranks(ranks.astype(np.float64)), dense_ranks(bits.view(np.float16)) + 1
     )
 
 
-def test_float32_keys_have_the_order_of_float32(internals, rng):
+def test_float32_ranks_have_the_order_of_float32(internals, rng):
     tiny = np.finfo(np.float32).smallest_subnormal
     special = np.array([0, -0.0, np.inf, -np.inf, np.nan, tiny, -tiny, 1, -1], np.float32)
     values = np.concatenate([special, -np.abs(special), random_codes(rng, 20000).view(np.float32)])
-    keys = internals.ordered_key_float32(values.view(np.uint32))
-    np.testing.assert_array_equal(dense_ranks(keys.astype(np.float64)), dense_ranks(values) + 1)
+    ranks = internals.ordered_rank_float32(values.view(np.uint32))
+    np.testing.assert_array_equal(dense_ranks(ranks.astype(np.float64)), dense_ranks(values) + 1)
 
 
-def test_int32_keys_have_the_order_of_int32(internals, rng):
+def test_int32_ranks_have_the_order_of_int32(internals, rng):
     values = np.concatenate([random_codes(rng, 1000).view(np.int32), [-(2**31), -1, 0, 2**31 - 1]])
-    keys = internals.ordered_key_int32(values)
-    np.testing.assert_array_equal(np.argsort(keys), np.argsort(values))
+    ranks = internals.ordered_rank_int32(values)
+    np.testing.assert_array_equal(np.argsort(ranks), np.argsort(values))
 
 
 def test_sink_and_recent_positions_are_always_selected(internals):
@@ -218,7 +218,7 @@ def test_workspace_parts_are_aligned_and_do_not_overlap(internals, shape):
     splits = internals.attention_num_splits(pairs, top_k)
     sizes = {
         "planes": pairs * internals.MAX_PLANES * internals.MAX_WORDS * 4,
-        "keys": pairs * max_seq_len * 2,
+        "ranks": pairs * max_seq_len * 2,
         "out_partial": splits * rows * head_dim * 4,
         "lse_partial": splits * rows * 4,
     }

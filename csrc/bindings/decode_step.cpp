@@ -72,7 +72,7 @@ void decode_step(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor
 
   encode.planes = reinterpret_cast<uint32_t*>(base + layout.planes);
   select.planes = encode.planes;
-  select.keys = base + layout.keys;
+  select.ranks = base + layout.ranks;
   select.indices = data<int32_t>(indices);
   select.num_selected = data<int32_t>(num_selected);
   attend.indices = select.indices;

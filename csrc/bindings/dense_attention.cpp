@@ -32,7 +32,7 @@ void dense_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_cac
   check.tensor(lse, "lse", ScalarType::Float, {batch, q_len, num_heads});
   check.contiguous(lse, "lse");
   params.num_splits = dense_num_splits(params);
-  const int64_t num_parts = params.num_splits * num_rows_of(params);
+  const int64_t num_parts = params.num_splits * num_queries_of(params);
   const Tensor out_partial = torch::stable::new_empty(
       q, {params.num_splits > 1 ? num_parts * cache.head_dim : 0}, ScalarType::Float);
   const Tensor lse_partial =

@@ -37,7 +37,7 @@ ScoreSelectParams score_select_params(const ArgumentChecks& check, const CodeCac
       .planes = nullptr,
       .indices = nullptr,
       .num_selected = nullptr,
-      .keys = nullptr,
+      .ranks = nullptr,
       .algorithm = forced_algorithm(check),
   };
 }
@@ -60,12 +60,12 @@ std::tuple<Tensor, Tensor> score_select(const Tensor& planes, const Tensor& code
   Tensor indices =
       torch::stable::new_empty(planes, {batch, q_len, heads, budget.top_k}, ScalarType::Int);
   Tensor num_selected = torch::stable::new_empty(planes, {batch, q_len, heads}, ScalarType::Int);
-  Tensor keys = torch::stable::new_empty(
-      planes, {batch * q_len * heads * key_row_bytes(table.capacity)}, ScalarType::Byte);
+  Tensor ranks = torch::stable::new_empty(
+      planes, {batch * q_len * heads * rank_list_bytes(table.capacity)}, ScalarType::Byte);
   params.planes = p.data;
   params.indices = data<int32_t>(indices);
   params.num_selected = data<int32_t>(num_selected);
-  params.keys = keys.data_ptr();
+  params.ranks = ranks.data_ptr();
   launch(planes, params, score_select_cpu, score_select_cuda);
   return {indices, num_selected};
 }

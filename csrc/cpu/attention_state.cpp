@@ -76,17 +76,17 @@ void AttentionState::weigh(int column, int n, int num_seen) {
   largest_[column] = largest;
 }
 
-int64_t AttentionState::row_of_column(int column) const {
+int64_t AttentionState::query_of_column(int column) const {
   const int64_t token = b_ * p_.q_len + first_token_ + column / group_;
   return token * p_.num_heads + kv_head_idx_ * group_ + column % group_;
 }
 
 const float* AttentionState::normalized(int column) {
-  float* row = acc_.data() + static_cast<int64_t>(column) * p_.cache.head_dim;
+  float* out = acc_.data() + static_cast<int64_t>(column) * p_.cache.head_dim;
   if (sum_[column] != 0.0f) {
-    for (int d = 0; d < p_.cache.head_dim; ++d) row[d] /= sum_[column];
+    for (int d = 0; d < p_.cache.head_dim; ++d) out[d] /= sum_[column];
   }
-  return row;
+  return out;
 }
 
 float AttentionState::lse(int column) const {
@@ -96,47 +96,47 @@ float AttentionState::lse(int column) const {
 void AttentionState::store() {
   const int head_dim = p_.cache.head_dim;
   for (int c = 0; c < num_columns_; ++c) {
-    const int64_t row = row_of_column(c);
+    const int64_t query_idx = query_of_column(c);
     store_floats(normalized(c), head_dim, p_.cache.dtype,
-                 element(p_.out, p_.cache.dtype, row * head_dim));
-    p_.lse[row] = lse(c);
+                 element(p_.out, p_.cache.dtype, query_idx * head_dim));
+    p_.lse[query_idx] = lse(c);
   }
 }
 
 void AttentionState::store_part(int split) {
   const int head_dim = p_.cache.head_dim;
   for (int c = 0; c < num_columns_; ++c) {
-    const int64_t row = split * num_rows_of(p_) + row_of_column(c);
-    std::copy_n(normalized(c), head_dim, p_.out_partial + row * head_dim);
-    p_.lse_partial[row] = lse(c);
+    const int64_t part = split * num_queries_of(p_) + query_of_column(c);
+    std::copy_n(normalized(c), head_dim, p_.out_partial + part * head_dim);
+    p_.lse_partial[part] = lse(c);
   }
 }
 
 void merge_parts(const AttentionParams& p, int num_parts, int64_t begin, int64_t end) {
   const int head_dim = p.cache.head_dim;
-  const int64_t num_rows = num_rows_of(p);
+  const int64_t num_queries = num_queries_of(p);
   std::vector<float> sum(static_cast<size_t>(head_dim));
-  for (int64_t row = begin; row < end; ++row) {
+  for (int64_t query_idx = begin; query_idx < end; ++query_idx) {
     float largest = kMinusInfinity;
     for (int s = 0; s < num_parts; ++s) {
-      largest = std::max(largest, p.lse_partial[s * num_rows + row]);
+      largest = std::max(largest, p.lse_partial[s * num_queries + query_idx]);
     }
     std::fill(sum.begin(), sum.end(), 0.0f);
     float total = 0.0f;
     for (int s = 0; s < num_parts; ++s) {
-      const float lse = p.lse_partial[s * num_rows + row];
+      const float lse = p.lse_partial[s * num_queries + query_idx];
       if (lse == kMinusInfinity) continue;
       const float weight = std::exp(lse - largest);
-      const float* out = p.out_partial + (s * num_rows + row) * head_dim;
+      const float* out = p.out_partial + (s * num_queries + query_idx) * head_dim;
       for (int d = 0; d < head_dim; ++d) sum[d] += weight * out[d];
       total += weight;
     }
     if (total != 0.0f) {
       for (float& value : sum) value /= total;
     }
-    p.lse[row] = total == 0.0f ? kMinusInfinity : largest + std::log(total);
+    p.lse[query_idx] = total == 0.0f ? kMinusInfinity : largest + std::log(total);
     store_floats(sum.data(), head_dim, p.cache.dtype,
-                 element(p.out, p.cache.dtype, row * head_dim));
+                 element(p.out, p.cache.dtype, query_idx * head_dim));
   }
 }
 

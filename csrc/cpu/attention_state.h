@@ -49,7 +49,7 @@ class AttentionState {
  private:
   // Turns the logits of one column into weights, 0 from num_seen on.
   void weigh(int column, int n, int num_seen);
-  int64_t row_of_column(int column) const;
+  int64_t query_of_column(int column) const;
   const float* normalized(int column);
   float lse(int column) const;
 
@@ -62,7 +62,7 @@ class AttentionState {
   std::vector<float> largest_, sum_;  // [num_columns]
 };
 
-// Merges the first num_parts partial results of rows [begin, end).
+// Merges the first num_parts partial results of queries [begin, end).
 void merge_parts(const AttentionParams& p, int num_parts, int64_t begin, int64_t end);
 
 }  // namespace hata

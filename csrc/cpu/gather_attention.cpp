@@ -36,7 +36,7 @@ void gather_attention_cpu(const GatherAttentionParams& p) {
     }
   });
   if (p.num_splits == 1) return;
-  parallel_for(num_rows_of(p), 16,
+  parallel_for(num_queries_of(p), 16,
                [&](int64_t begin, int64_t end) { merge_parts(p, p.num_splits, begin, end); });
 }
 

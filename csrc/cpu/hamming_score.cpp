@@ -99,8 +99,8 @@ void score_positions(const HotLoops& loops, const ScanPlanes& planes, ScoreKind 
   if (norms == nullptr) return loops.count_matches(planes, codes, n, out);
   loops.count_matches(planes, codes, n, matches);
   loops.apply_norms(planes, matches, norms, n, out);
-  if (kind == ScoreKind::kKey16) {
-    for (int i = 0; i < n; ++i) out[i] = ordered_key_float16(out[i]);
+  if (kind == ScoreKind::kRank16) {
+    for (int i = 0; i < n; ++i) out[i] = ordered_rank_float16(out[i]);
   }
 }
 
@@ -162,9 +162,9 @@ void hamming_score_cpu(const HammingScoreParams& p) {
   const auto used = [&](int64_t b) {
     return std::min(seq_len_of(p.table, static_cast<int>(b)), p.max_seq_len);
   };
-  // The internal keys of positions that are not in use are not written, the public scores are.
+  // The internal ranks of positions that are not in use are not written, the public scores are.
   const auto blocks_of = [&](int64_t b) -> int64_t {
-    const int width = p.kind == ScoreKind::kKey16 ? used(b) : p.max_seq_len;
+    const int width = p.kind == ScoreKind::kRank16 ? used(b) : p.max_seq_len;
     return (width + kBlock - 1) / kBlock;
   };
   int64_t total = 0;

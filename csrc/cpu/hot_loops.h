@@ -18,19 +18,19 @@ struct ScanPlanes {
 inline constexpr int kSelectBinBits = 11;
 inline constexpr int kSelectBins = 1 << kSelectBinBits;
 
-// The loops of the selection over n > 0 ordered keys (selection.h), uint16_t or uint32_t.
-template <class Key>
-struct KeyLoops {
-  // The lowest and the highest key.
-  void (*range)(const Key* keys, int n, Key* low, Key* high);
+// The loops of the selection over n > 0 ordered ranks (selection.h), uint16_t or uint32_t.
+template <class Rank>
+struct RankLoops {
+  // The lowest and the highest rank.
+  void (*range)(const Rank* ranks, int n, Rank* low, Rank* high);
 
-  // counts[bin], kSelectBins of them: the keys in [low, low + span] with (key - low) >> shift =
+  // counts[bin], kSelectBins of them: the ranks in [low, low + span] with (rank - low) >> shift =
   // bin.
-  void (*count)(const Key* keys, int n, Key low, Key span, int shift, int* counts);
+  void (*count)(const Rank* ranks, int n, Rank low, Rank span, int shift, int* counts);
 
-  // Writes first + i for each key i that is above cut, and for those equal to it but the first
+  // Writes first + i for each rank i that is above cut, and for those equal to it but the first
   // num_skipped. Returns the end of what it wrote.
-  int32_t* (*collect)(const Key* keys, int n, Key cut, int num_skipped, int first,
+  int32_t* (*collect)(const Rank* ranks, int n, Rank cut, int num_skipped, int first,
                       int32_t* positions);
 };
 
@@ -65,8 +65,8 @@ struct HotLoops {
   void (*add_weighted_rows)(const float* weights, int weight_stride, int group, int head_dim,
                             const void* const* rows, int n, DType dtype, float* acc);
 
-  KeyLoops<uint16_t> keys16;
-  KeyLoops<uint32_t> keys32;
+  RankLoops<uint16_t> ranks16;
+  RankLoops<uint32_t> ranks32;
 };
 
 // The loops for this process, chosen at the first call: those of the best instruction set that the

@@ -1,5 +1,5 @@
 #include "cpu/float_loops.h"
-#include "cpu/key_loops.h"
+#include "cpu/rank_loops.h"
 #include "cpu/scan_loops.h"
 
 namespace hata {
@@ -13,8 +13,8 @@ const HotLoops kAvx2Loops = {
     .project = project,
     .dot_rows = dot_rows,
     .add_weighted_rows = add_weighted_rows,
-    .keys16 = kKeyLoops<uint16_t>,
-    .keys32 = kKeyLoops<uint32_t>,
+    .ranks16 = kRankLoops<uint16_t>,
+    .ranks32 = kRankLoops<uint32_t>,
 };
 
 }  // namespace hata

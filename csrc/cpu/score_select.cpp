@@ -3,8 +3,8 @@
 namespace hata {
 
 void score_select_cpu(const ScoreSelectParams& params) {
-  hamming_score_cpu(key_score_params(params));
-  select_topk_cpu(key_select_params(params));
+  hamming_score_cpu(rank_score_params(params));
+  select_topk_cpu(rank_select_params(params));
 }
 
 }  // namespace hata

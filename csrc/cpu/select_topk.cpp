@@ -12,34 +12,34 @@
 namespace hata {
 namespace {
 
-// Selects from scores that order_key maps to keys.
-template <class Key, class Score, class OrderKey>
-int select_scores(const SelectTopkParams& p, const KeyLoops<Key>& loops, const Score* scores,
-                  int visible, int32_t* indices, const OrderKey& order_key) {
-  thread_local std::vector<Key> keys;
-  keys.resize(static_cast<size_t>(visible));
-  for (int t = 0; t < visible; ++t) keys[t] = order_key(scores[t]);
-  return select_row(loops, keys.data(), visible, p.top_k, p.num_sink, p.num_recent, indices);
+// Selects from scores that order_rank maps to ranks.
+template <class Rank, class Score, class OrderRank>
+int select_scores(const SelectTopkParams& p, const RankLoops<Rank>& loops, const Score* scores,
+                  int visible, int32_t* indices, const OrderRank& order_rank) {
+  thread_local std::vector<Rank> ranks;
+  ranks.resize(static_cast<size_t>(visible));
+  for (int t = 0; t < visible; ++t) ranks[t] = order_rank(scores[t]);
+  return select_row(loops, ranks.data(), visible, p.top_k, p.num_sink, p.num_recent, indices);
 }
 
 int select_one(const SelectTopkParams& p, const HotLoops& loops, int64_t offset, int visible,
                int32_t* indices) {
   switch (p.dtype) {
     case SelectDType::kInt32:
-      return select_scores(p, loops.keys32, static_cast<const int32_t*>(p.scores) + offset, visible,
-                           indices, ordered_key_int32);
+      return select_scores(p, loops.ranks32, static_cast<const int32_t*>(p.scores) + offset,
+                           visible, indices, ordered_rank_int32);
     case SelectDType::kFloat32:
       return select_scores(
-          p, loops.keys32, static_cast<const float*>(p.scores) + offset, visible, indices,
-          [](float score) { return ordered_key_float32(std::bit_cast<uint32_t>(score)); });
+          p, loops.ranks32, static_cast<const float*>(p.scores) + offset, visible, indices,
+          [](float score) { return ordered_rank_float32(std::bit_cast<uint32_t>(score)); });
     case SelectDType::kFloat16:
-      return select_scores(p, loops.keys16, static_cast<const uint16_t*>(p.scores) + offset,
-                           visible, indices, ordered_key_float16);
-    case SelectDType::kKey16:
+      return select_scores(p, loops.ranks16, static_cast<const uint16_t*>(p.scores) + offset,
+                           visible, indices, ordered_rank_float16);
+    case SelectDType::kRank16:
       break;
   }
-  return select_row(loops.keys16, static_cast<const uint16_t*>(p.scores) + offset, visible, p.top_k,
-                    p.num_sink, p.num_recent, indices);
+  return select_row(loops.ranks16, static_cast<const uint16_t*>(p.scores) + offset, visible,
+                    p.top_k, p.num_sink, p.num_recent, indices);
 }
 
 }  // namespace

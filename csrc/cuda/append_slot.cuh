@@ -2,7 +2,7 @@
 
 #include "cache_append.h"
 
-// Where the key, value, code and norm of a row lie.
+// Finds the key, value, code and norm of a row of the caches.
 namespace hata {
 
 template <typename T>

@@ -1,6 +1,6 @@
 #include "decode_step.h"
 
-#include "cuda/score_select_cluster.h"
+#include "cuda/decode_step/launch.h"
 
 namespace hata {
 

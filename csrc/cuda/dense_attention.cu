@@ -1,9 +1,9 @@
 #include "dense_attention.h"
 
-#include "cuda/gather_merge.cuh"
-#include "cuda/gather_rows.cuh"
-#include "cuda/gather_shape.cuh"
-#include "cuda/launch.cuh"
+#include "cuda/attention/merge.cuh"
+#include "cuda/attention/rows.cuh"
+#include "cuda/attention/shape.cuh"
+#include "cuda/primitives/launch.cuh"
 #include "dispatch.h"
 
 namespace hata {
@@ -15,9 +15,9 @@ constexpr int kPieceTiles = kMinRowsPerSplit / kTileRows;
 struct DenseParams : DenseAttentionParams {
   int stages;  // tiles in flight a warp
 
-  // How many splits wrote parts of a row, or 0 where its sequence is not ours.
-  __device__ int num_parts(int64_t row) const {
-    const int seq_len = seq_len_of(table, row / (int64_t{q_len} * num_heads));
+  // How many splits wrote parts of a query's result, or 0 where its sequence is not ours.
+  __device__ int num_parts(int64_t query_idx) const {
+    const int seq_len = seq_len_of(table, query_idx / (int64_t{q_len} * num_heads));
     return seq_len < min_sparse_len ? split_sequence(seq_len, num_splits).used : 0;
   }
 };
@@ -99,13 +99,13 @@ __global__ void __launch_bounds__(kWarps* kWarpSize)
   for (int i = threadIdx.x; i < num_columns * kHeadDim; i += kWarps * kWarpSize) {
     const int column = i / kHeadDim, d = i % kHeadDim;
     const int64_t token = int64_t{batch_idx} * p.q_len + token_of(column);
-    const int64_t row = token * p.num_heads + head_of(column);
-    const float max = partials.max(column), sum = partials.sum(column);
+    const int64_t query_idx = token * p.num_heads + head_of(column);
+    const AttentionState state = partials.state(column);
     if (used == 1) {
-      write_result<T, kHeadDim>(p, row, d, max, sum, partials.out(column, d));
+      write_result<T, kHeadDim>(p, query_idx, d, state, partials.out(column, d));
     } else {
-      const int64_t part = split * num_rows_of(p) + row;
-      write_part<kHeadDim>(p, part, d, max, sum, partials.out(column, d));
+      const int64_t part = split * num_queries_of(p) + query_idx;
+      write_part<kHeadDim>(p, part, d, state, partials.out(column, d));
     }
   }
 }
@@ -115,7 +115,7 @@ void launch(const DenseAttentionParams& params, CudaStream stream) {
   constexpr const char* kOp = "hata::dense_attention";
   using Layout = GatherLayout<kHeadDim, kColumnTiles>;
   const auto kernel = dense_attention_kernel<T, kHeadDim, kColumnTiles>;
-  if (num_rows_of(params) == 0) return;
+  if (num_queries_of(params) == 0) return;
   DenseParams p{params, kMaxStages};
   const auto shared_bytes = [&] { return Layout::bytes(kWarps, p.stages, 1, kMaxColumns); };
   while (p.stages > 1 && !allow_shared_memory(kernel, shared_bytes(), kOp)) --p.stages;

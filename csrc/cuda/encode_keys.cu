@@ -3,8 +3,8 @@
 #include <algorithm>
 
 #include "cuda/append_slot.cuh"
-#include "cuda/launch.cuh"
-#include "cuda/projection.cuh"
+#include "cuda/codes/projection.cuh"
+#include "cuda/primitives/launch.cuh"
 #include "dispatch.h"
 
 namespace hata {

@@ -2,8 +2,8 @@
 
 #include <algorithm>
 
-#include "cuda/encode_planes.cuh"
-#include "cuda/launch.cuh"
+#include "cuda/codes/encode_planes.cuh"
+#include "cuda/primitives/launch.cuh"
 #include "dispatch.h"
 
 namespace hata {

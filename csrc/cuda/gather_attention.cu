@@ -1,10 +1,14 @@
 #include "gather_attention.h"
 
-#include "cuda/cluster_barrier.cuh"
-#include "cuda/gather_merge.cuh"
-#include "cuda/gather_rows.cuh"
-#include "cuda/gather_shape.cuh"
-#include "cuda/launch.cuh"
+#include <array>
+#include <optional>
+
+#include "cuda/attention/merge.cuh"
+#include "cuda/attention/rows.cuh"
+#include "cuda/attention/shape.cuh"
+#include "cuda/primitives/cluster.cuh"
+#include "cuda/primitives/launch.cuh"
+#include "cuda/primitives/memo.h"
 #include "dispatch.h"
 
 namespace hata {
@@ -28,10 +32,10 @@ __global__ void __launch_bounds__(kWarps* kWarpSize)
   constexpr int kHeads = kHeadTiles * kTileHeads;
   using Layout = GatherLayout<kHeadDim, kHeadTiles>;
   extern __shared__ __align__(16) char shared[];
-#if __CUDA_ARCH__ >= 900
-  __shared__ ArrivalBarrier results_arrived;
-  if (threadIdx.x == 0) results_arrived.init();
-#endif
+  __shared__ ArrivalBarrier results_arrived;  // of a cluster
+  if constexpr (kIsSm90) {
+    if (threadIdx.x == 0) results_arrived.init();
+  }
   if (p.is_cluster) arrive_at_cluster_barrier();
   if (!p.queries_are_ready) wait_for_previous_kernel();
   const int warp = threadIdx.x / kWarpSize;
@@ -81,24 +85,25 @@ __global__ void __launch_bounds__(kWarps* kWarpSize)
   partials.weigh();
   __syncthreads();
 
-  const int64_t first_row = token * p.num_heads + first_head;
-#if __CUDA_ARCH__ >= 900
-  if (p.is_cluster) {
-    wait_at_cluster_barrier();  // every block has begun
-    const Received received(results_arrived, shared + Layout::received_offset(kWarps, p.stages),
-                            p.num_splits, num_heads);
-    merge_blocks<T>(p, split, p.num_splits, partials, received, first_row, num_heads);
-    return;
+  const int64_t first_query = token * p.num_heads + first_head;
+  if constexpr (kIsSm90) {
+    if (p.is_cluster) {
+      wait_at_cluster_barrier();  // every block has begun
+      const Received received(results_arrived, shared + Layout::received_offset(kWarps, p.stages),
+                              p.num_splits, num_heads);
+      merge_blocks<T>(p, split, p.num_splits, partials, received, first_query, num_heads);
+      return;
+    }
   }
-#endif
-  const int64_t first_part = split * num_rows_of(p) + first_row;
+  const int64_t first_part = split * num_queries_of(p) + first_query;
   for (int i = threadIdx.x; i < num_heads * kHeadDim; i += kThreads) {
     const int head = i / kHeadDim, d = i % kHeadDim;
-    const float max = partials.max(head), sum = partials.sum(head), out = partials.out(head, d);
+    const AttentionState state = partials.state(head);
+    const float out = partials.out(head, d);
     if (p.num_splits == 1) {
-      write_result<T, kHeadDim>(p, first_row + head, d, max, sum, out);
+      write_result<T, kHeadDim>(p, first_query + head, d, state, out);
     } else {
-      write_part<kHeadDim>(p, first_part + head, d, max, sum, out);
+      write_part<kHeadDim>(p, first_part + head, d, state, out);
     }
   }
 }
@@ -121,10 +126,19 @@ void launch(const GatherAttentionParams& params, CudaStream stream) {
   const int heads = std::min(group_size, kHeadTiles * kTileHeads);
   if (pairs == 0) return;
   GatherShape shape{kFewWarps, p.num_splits};
-  if (p.may_use_clusters && compiled_for_clusters(kernel_of_warps(kFewWarps), kOp)) {
-    shape = choose_gather_shape<Layout>(kernel_of_warps, pairs * head_blocks, p.top_k, heads, kOp);
-    p.num_splits = shape.splits;
-    p.is_cluster = p.num_splits > 1;
+  if (p.may_use_clusters) {
+    const int64_t clusters = pairs * head_blocks;
+    // The device is asked once for each shape: that is slow.
+    static Memo<std::array<int64_t, 4>, std::optional<GatherShape>> remembered;
+    const std::optional<GatherShape> chosen =
+        remembered.get({current_device(kOp), clusters, p.top_k, heads}, [&] {
+          return choose_gather_shape<Layout>(kernel_of_warps, clusters, p.top_k, heads, kOp);
+        });
+    if (chosen) {
+      shape = *chosen;
+      p.num_splits = shape.splits;
+      p.is_cluster = p.num_splits > 1;
+    }
   }
   const auto kernel = kernel_of_warps(shape.warps);
   p.stages = stages_for(p.top_k, shape);

@@ -1,7 +1,7 @@
 #include "hamming_score.h"
 
-#include "cuda/check.h"
-#include "cuda/code_scan.cuh"
+#include "cuda/codes/matches.cuh"
+#include "cuda/primitives/check.h"
 #include "dispatch.h"
 #include "selection.h"
 
@@ -30,11 +30,11 @@ __device__ void store(const HammingScoreParams& p, int64_t i, int matches, uint1
     case ScoreKind::kFloat16:
       static_cast<uint16_t*>(p.scores)[i] = float16_score<kNumBits>(matches, p.weight_sum, norm);
       break;
-    case ScoreKind::kKey16:
+    case ScoreKind::kRank16:
       static_cast<uint16_t*>(p.scores)[i] =
           p.code_cache.norms == nullptr
               ? static_cast<uint16_t>(matches)
-              : ordered_key_float16(float16_score<kNumBits>(matches, p.weight_sum, norm));
+              : ordered_rank_float16(float16_score<kNumBits>(matches, p.weight_sum, norm));
       break;
   }
 }
@@ -48,7 +48,7 @@ __device__ void store_invisible(const HammingScoreParams& p, int64_t i) {
 template <int kNumWords>
 struct SharedPlanes {
   PlaneWeights weights;
-  alignas(8) uint32_t rows[kMaxTokens][kMaxPlanes * kNumWords];
+  alignas(8) uint32_t planes[kMaxTokens][kMaxPlanes * kNumWords];
   alignas(8) uint32_t zeros[kMaxPlanes * kNumWords];
   int bases[kMaxTokens];
 };
@@ -71,8 +71,8 @@ __device__ __forceinline__ void score_chunk(const HammingScoreParams& p, int bat
     const int64_t row = (int64_t{batch_idx} * p.q_len + j) * p.num_kv_heads + kv_head_idx;
     int matches[kUnits * kTokens];
     count_matches(chunk.units, offsets,
-                  {plane_rows<kNumWords>(planes.rows[t], planes.zeros), planes.weights, num_planes,
-                   planes.bases[t]},
+                  {plane_column<kNumWords>(planes.planes[t], planes.zeros), planes.weights,
+                   num_planes, planes.bases[t]},
                   matches);
 #pragma unroll
     for (int i = 0; i < kUnits * kTokens; ++i) {
@@ -101,7 +101,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int batch_idx = pair / p.num_kv_heads, kv_head_idx = pair % p.num_kv_heads;
   const int block_position = blockIdx.x % blocks_per_pair * positions_per_block<kNumWords>();
   const int seq_len = min(seq_len_of(p.table, batch_idx), p.max_seq_len);
-  if (p.kind == ScoreKind::kKey16 && block_position >= seq_len) return;
+  if (p.kind == ScoreKind::kRank16 && block_position >= seq_len) return;
 
   const CodeReader<kNumWords> reader(p.table, p.code_cache, batch_idx, kv_head_idx,
                                      only_page(p.table, batch_idx));
@@ -116,15 +116,15 @@ __global__ void __launch_bounds__(kThreads, 1)
     for (int i = threadIdx.x; i < num_tokens * token_words; i += kThreads) {
       const int t = i / token_words, word = i % token_words;
       const int64_t row = (int64_t{batch_idx} * p.q_len + token + t) * p.num_kv_heads + kv_head_idx;
-      planes.rows[t][word] = p.planes[row * token_words + word];
+      planes.planes[t][word] = p.planes[row * token_words + word];
     }
     if (threadIdx.x < num_tokens) {
-      add_ones(planes.rows[threadIdx.x], num_planes(p.weight_sum), kNumWords, 0, 1);
+      add_ones(planes.planes[threadIdx.x], num_planes(p.weight_sum), kNumWords, 0, 1);
     }
     __syncthreads();
     static_assert(kMaxTokens <= kThreads / kWarpSize);
     if (warp < num_tokens) {
-      planes.bases[warp] = plane_base<kNumWords>(planes.rows[warp], p.weight_sum);
+      planes.bases[warp] = plane_base<kNumWords>(planes.planes[warp], p.weight_sum);
     }
     __syncthreads();
     if (reader.has_whole_units() && first + Chunk::kPositions <= seq_len) {

@@ -1,7 +1,7 @@
 #include "merge_attention_states.h"
 
-#include "cuda/attention_state.cuh"
-#include "cuda/check.h"
+#include "cuda/primitives/attention_state.cuh"
+#include "cuda/primitives/check.h"
 #include "dispatch.h"
 
 namespace hata {
@@ -18,7 +18,7 @@ __global__ void __launch_bounds__(kThreads)
   if (row >= p.num_rows) return;
   const float lse_a = p.lse_a[row], lse_b = p.lse_b[row];
   const float lse = log_add_exp(lse_a, lse_b);
-  const float weight_a = state_weight(lse_a, lse), weight_b = state_weight(lse_b, lse);
+  const float weight_a = share_of_union(lse_a, lse), weight_b = share_of_union(lse_b, lse);
   // What an empty state holds may be anything, NaN too.
   float out = 0.0f;
   if (weight_a > 0.0f) out += weight_a * static_cast<float>(static_cast<const T*>(p.out_a)[i]);

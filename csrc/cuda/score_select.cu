@@ -2,7 +2,7 @@
 
 #include <stdexcept>
 
-#include "cuda/score_select_cluster.h"
+#include "cuda/decode_step/launch.h"
 
 namespace hata {
 
@@ -12,10 +12,10 @@ void score_select_cuda(const ScoreSelectParams& p, CudaStream stream) {
       p.algorithm == ScoreSelectAlgorithm::kCandidates) {
     throw std::runtime_error(
         "hata::score_select: clusters need sm_90 or newer, at most 8 query tokens "
-        "and a capacity of at most 20 million positions");
+        "and a capacity of at most 16777216 positions");
   }
-  hamming_score_cuda(key_score_params(p), stream);
-  select_topk_cuda(key_select_params(p), stream);
+  hamming_score_cuda(rank_score_params(p), stream);
+  select_topk_cuda(rank_select_params(p), stream);
 }
 
 }  // namespace hata

@@ -2,8 +2,8 @@
 
 #include <type_traits>
 
-#include "cuda/block_scan.cuh"
-#include "cuda/check.h"
+#include "cuda/primitives/check.h"
+#include "cuda/primitives/warp.cuh"
 #include "paged_cache.h"
 #include "selection.h"
 
@@ -15,7 +15,7 @@ constexpr int kDigitBits = 8;
 constexpr int kBins = 1 << kDigitBits;
 
 template <SelectDType kDType>
-struct Key {
+struct Rank {
   using Stored =
       std::conditional_t<kDType == SelectDType::kInt32 || kDType == SelectDType::kFloat32, uint32_t,
                          uint16_t>;
@@ -24,20 +24,20 @@ struct Key {
   __device__ static uint32_t of(Stored stored) {
     switch (kDType) {
       case SelectDType::kInt32:
-        return ordered_key_int32(static_cast<int32_t>(stored));
+        return ordered_rank_int32(static_cast<int32_t>(stored));
       case SelectDType::kFloat32:
-        return ordered_key_float32(stored);
+        return ordered_rank_float32(stored);
       case SelectDType::kFloat16:
-        return ordered_key_float16(static_cast<uint16_t>(stored));
-      case SelectDType::kKey16:
+        return ordered_rank_float16(static_cast<uint16_t>(stored));
+      case SelectDType::kRank16:
         break;
     }
     return stored;
   }
 };
 
-// Finds, in a histogram of one digit, the digit of the `wanted`-th largest key; returns it with how
-// many keys lie above it.
+// Finds, in a histogram of one digit, the digit of the `wanted`-th largest rank; returns it with
+// how many ranks lie above it.
 struct Cut {
   uint32_t digit;
   uint32_t above;
@@ -55,26 +55,26 @@ __device__ Cut find_cut(const uint32_t* histogram, uint32_t wanted) {
   return cut;
 }
 
-// grid: batch * q_len * num_kv_heads; one block selects for one row of scores. Radix passes from
-// the highest digit find the key of the last selected position; one ordered pass then writes the
+// grid: batch * q_len * num_kv_heads; one block selects from one list of scores. Radix passes from
+// the highest digit find the rank of the last selected position; one ordered pass then writes the
 // positions above it and the most recent of those that equal it.
 template <SelectDType kDType>
 __global__ void __launch_bounds__(kThreads)
     select_topk_kernel(const __grid_constant__ SelectTopkParams p) {
-  using Key = Key<kDType>;
+  using Rank = Rank<kDType>;
   __shared__ uint32_t histogram[kBins];
-  const int64_t row = blockIdx.x;
-  const int kv_head_idx = row % p.num_kv_heads;
-  const int j = row / p.num_kv_heads % p.q_len;
-  const int batch_idx = row / p.num_kv_heads / p.q_len;
+  const int64_t list_idx = blockIdx.x;
+  const int kv_head_idx = list_idx % p.num_kv_heads;
+  const int j = list_idx / p.num_kv_heads % p.q_len;
+  const int batch_idx = list_idx / p.num_kv_heads / p.q_len;
   const int seq_len = min(max(p.cache_seqlens[batch_idx], 0), p.max_seq_len);
   const int visible = visible_len(seq_len, p.q_len, j);
-  const auto* scores = static_cast<const typename Key::Stored*>(p.scores) +
+  const auto* scores = static_cast<const typename Rank::Stored*>(p.scores) +
                        batch_idx * p.score_batch_stride + j * p.score_token_stride +
                        kv_head_idx * p.score_head_stride;
-  int32_t* indices = p.indices + row * p.top_k;
+  int32_t* indices = p.indices + list_idx * p.top_k;
   const int num_selected = min(p.top_k, visible);
-  if (threadIdx.x == 0) p.num_selected[row] = num_selected;
+  if (threadIdx.x == 0) p.num_selected[list_idx] = num_selected;
   for (int i = num_selected + threadIdx.x; i < p.top_k; i += kThreads) indices[i] = -1;
   if (visible <= p.top_k) {
     for (int i = threadIdx.x; i < visible; i += kThreads) indices[i] = i;
@@ -84,15 +84,15 @@ __global__ void __launch_bounds__(kThreads)
   // More positions than top_k: the sinks and the recent ones do not overlap. The rest compete.
   const int first = p.num_sink, last = visible - p.num_recent;
   uint32_t wanted = p.top_k - p.num_sink - p.num_recent;
-  uint32_t prefix = 0;  // the digits of the last selected key found so far
+  uint32_t prefix = 0;  // the digits of the last selected rank found so far
   if (wanted > 0) {
-    for (int shift = Key::kBits - kDigitBits; shift >= 0; shift -= kDigitBits) {
+    for (int shift = Rank::kBits - kDigitBits; shift >= 0; shift -= kDigitBits) {
       for (int i = threadIdx.x; i < kBins; i += kThreads) histogram[i] = 0;
       __syncthreads();
       for (int t = first + threadIdx.x; t < last; t += kThreads) {
-        const uint32_t key = Key::of(scores[t]);
-        const bool matches = (static_cast<uint64_t>(key) >> (shift + kDigitBits)) == prefix;
-        if (matches) atomicAdd(&histogram[(key >> shift) % kBins], 1u);
+        const uint32_t rank = Rank::of(scores[t]);
+        const bool matches = (static_cast<uint64_t>(rank) >> (shift + kDigitBits)) == prefix;
+        if (matches) atomicAdd(&histogram[(rank >> shift) % kBins], 1u);
       }
       __syncthreads();
       const Cut cut = find_cut(histogram, wanted);
@@ -100,7 +100,7 @@ __global__ void __launch_bounds__(kThreads)
       prefix = prefix << kDigitBits | cut.digit;
     }
   }
-  // `wanted` of the histogram[...] keys that equal `prefix` are selected, the most recent ones.
+  // `wanted` of the histogram[...] ranks that equal `prefix` are selected, the most recent ones.
   uint32_t ties_to_skip = 0;
   if (wanted > 0) {
     __syncthreads();
@@ -112,9 +112,9 @@ __global__ void __launch_bounds__(kThreads)
     const int t = tile + threadIdx.x;
     const bool forced = t < visible && always_selected(t, visible, p.num_sink, p.num_recent);
     const bool competes = t < visible && !forced && p.top_k > p.num_sink + p.num_recent;
-    const uint32_t key = competes ? Key::of(scores[t]) : 0;
-    const bool above = forced || (competes && key > prefix);
-    const bool tied = competes && key == prefix;
+    const uint32_t rank = competes ? Rank::of(scores[t]) : 0;
+    const bool above = forced || (competes && rank > prefix);
+    const bool tied = competes && rank == prefix;
     uint32_t total;
     const uint32_t before = block_exclusive_scan(
         static_cast<uint32_t>(tied) << 16 | static_cast<uint32_t>(above), total);
@@ -131,9 +131,9 @@ __global__ void __launch_bounds__(kThreads)
 
 template <SelectDType kDType>
 void launch(const SelectTopkParams& p, CudaStream stream) {
-  const int64_t rows = int64_t{p.batch} * p.q_len * p.num_kv_heads;
-  if (rows == 0) return;
-  select_topk_kernel<kDType><<<static_cast<unsigned>(rows), kThreads, 0, stream>>>(p);
+  const int64_t lists = int64_t{p.batch} * p.q_len * p.num_kv_heads;
+  if (lists == 0) return;
+  select_topk_kernel<kDType><<<static_cast<unsigned>(lists), kThreads, 0, stream>>>(p);
   cuda_check(cudaGetLastError(), "hata::select_topk");
 }
 
@@ -147,8 +147,8 @@ void select_topk_cuda(const SelectTopkParams& p, CudaStream stream) {
       return launch<SelectDType::kFloat16>(p, stream);
     case SelectDType::kFloat32:
       return launch<SelectDType::kFloat32>(p, stream);
-    case SelectDType::kKey16:
-      return launch<SelectDType::kKey16>(p, stream);
+    case SelectDType::kRank16:
+      return launch<SelectDType::kRank16>(p, stream);
   }
 }
 

@@ -69,12 +69,12 @@ Array<uint32_t> pack_signs(const Array<float>& values) {
   return code;
 }
 
-// keys [visible] -> (indices [top_k], num_selected).
-template <class Key>
-py::tuple select_row(const hata::KeyLoops<Key>& loops, const Array<Key>& keys, int top_k,
+// ranks [visible] -> (indices [top_k], num_selected).
+template <class Rank>
+py::tuple select_row(const hata::RankLoops<Rank>& loops, const Array<Rank>& ranks, int top_k,
                      int num_sink, int num_recent) {
   Array<int32_t> indices(top_k);
-  const int num_selected = hata::select_row(loops, keys.data(), static_cast<int>(keys.shape(0)),
+  const int num_selected = hata::select_row(loops, ranks.data(), static_cast<int>(ranks.shape(0)),
                                             top_k, num_sink, num_recent, indices.mutable_data());
   return py::make_tuple(indices, num_selected);
 }
@@ -88,12 +88,12 @@ void add_cpu_loops(py::module_& m) {
   m.def("to_float", &to_float);
   m.def("project", &project);
   m.def("pack_signs", &pack_signs);
-  m.def("select_row16", [](const std::string& isa, const Array<uint16_t>& keys, int top_k,
+  m.def("select_row16", [](const std::string& isa, const Array<uint16_t>& ranks, int top_k,
                            int num_sink, int num_recent) {
-    return select_row(hata::loops_of_isa(isa).keys16, keys, top_k, num_sink, num_recent);
+    return select_row(hata::loops_of_isa(isa).ranks16, ranks, top_k, num_sink, num_recent);
   });
-  m.def("select_row32", [](const std::string& isa, const Array<uint32_t>& keys, int top_k,
+  m.def("select_row32", [](const std::string& isa, const Array<uint32_t>& ranks, int top_k,
                            int num_sink, int num_recent) {
-    return select_row(hata::loops_of_isa(isa).keys32, keys, top_k, num_sink, num_recent);
+    return select_row(hata::loops_of_isa(isa).ranks32, ranks, top_k, num_sink, num_recent);
   });
 }

@@ -32,7 +32,7 @@ py::dict workspace_layout(int64_t batch, int64_t q_len, int64_t num_heads, int64
       hata::workspace_layout(batch, q_len, num_heads, num_kv_heads, head_dim, max_seq_len, top_k);
   py::dict offsets;
   offsets["planes"] = layout.planes;
-  offsets["keys"] = layout.keys;
+  offsets["ranks"] = layout.ranks;
   offsets["out_partial"] = layout.out_partial;
   offsets["lse_partial"] = layout.lse_partial;
   offsets["size"] = layout.size;
@@ -49,9 +49,9 @@ PYBIND11_MODULE(hata_internals, m) {
   m.def("plane_weight", &hata::plane_weight);
   m.def("level_planes", &hata::level_planes);
 
-  m.def("ordered_key_float16", py::vectorize(&hata::ordered_key_float16));
-  m.def("ordered_key_float32", py::vectorize(&hata::ordered_key_float32));
-  m.def("ordered_key_int32", py::vectorize(&hata::ordered_key_int32));
+  m.def("ordered_rank_float16", py::vectorize(&hata::ordered_rank_float16));
+  m.def("ordered_rank_float32", py::vectorize(&hata::ordered_rank_float32));
+  m.def("ordered_rank_int32", py::vectorize(&hata::ordered_rank_int32));
   m.def("always_selected", py::vectorize(&hata::always_selected));
 
   m.def("float16_to_float", py::vectorize(&hata::float16_to_float));

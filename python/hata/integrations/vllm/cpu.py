@@ -4,12 +4,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
-from torch.nn.functional import scaled_dot_product_attention
 from vllm.v1.attention.backend import AttentionMetadataBuilder, CommonAttentionMetadata
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentionBackendImpl
 
 from hata.integrations.vllm.layer import Batch, HataLayer, make_batch
+from hata.torch_attention import torch_attention
 
 
 class HataBackend(CPUAttentionBackend):
@@ -85,27 +84,16 @@ class HataImpl(HataLayer, CPUAttentionBackendImpl):
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attends from the last ``q_len`` positions, ``[num_heads, q_len, head_dim]``."""
-        q_len, seq_len = q.shape[1], k.shape[1]
-        if self.window is None and self.softcap is None and self.sinks is None:
-            return scaled_dot_product_attention(
-                q[None],
-                k[None],
-                v[None],
-                attn_mask=causal_lower_right(q_len, seq_len) if 1 < q_len < seq_len else None,
-                is_causal=1 < q_len == seq_len,
-                scale=self.scale,
-                enable_gqa=True,
-            )[0]
-        logits = self.scale * q.float().unflatten(0, (len(k), -1)) @ k.float()[:, None].mT
-        if self.softcap is not None:
-            logits = self.softcap * torch.tanh(logits / self.softcap)
-        ends, positions = torch.arange(seq_len - q_len, seq_len)[:, None], torch.arange(seq_len)
-        hidden = positions > ends
+        mask = None
         if self.window is not None:
-            hidden |= positions <= ends - self.window
-        logits = logits.masked_fill(hidden, -torch.inf)
-        if self.sinks is not None:
-            sinks = self.sinks.float().view(len(k), -1, 1, 1).expand(*logits.shape[:3], 1)
-            logits = torch.cat([logits, sinks], -1)
-        weights = logits.softmax(-1)[..., :seq_len]
-        return (weights @ v.float()[:, None]).flatten(0, 1)
+            q_len, seq_len = q.shape[1], k.shape[1]
+            last, t = torch.arange(seq_len - q_len, seq_len)[:, None], torch.arange(seq_len)
+            mask = ((t <= last) & (t > last - self.window))[None, None]
+        return torch_attention(
+            *(q[None], k[None], v[None]),
+            softmax_scale=self.scale,
+            mask=mask,
+            is_causal=mask is None,
+            softcap=self.softcap,
+            sink_logits=self.sinks,
+        )[0]

@@ -1,0 +1,164 @@
+#pragma once
+
+#include <algorithm>
+#include <bit>
+
+#include "cuda/decode_step/kernel.cuh"
+#include "cuda/primitives/launch.cuh"
+#include "cuda/primitives/memo.h"
+
+// How the fused step is cut into blocks, and its launch.
+namespace hata::step {
+
+// How the work is cut: threads of a block, their shared memory behind the plan, blocks of a
+// cluster.
+struct LaunchPlan {
+  int threads;
+  int rank_bytes;
+  int cluster_size;
+};
+
+// Returns the positions of a block's slice of a full cache.
+inline int slice_of(const ScoreSelectParams& p, int cluster_size) {
+  return ceil_div(p.table.capacity, cluster_size * kSliceAlignment) * kSliceAlignment;
+}
+
+// Returns the shared memory for the ranks of one block's slice of a full cache, within what there
+// is; in all enough for rows, which take the place of everything from the histogram on.
+inline int rank_bytes_for(const Params& params, int threads, bool shares, int cluster_size) {
+  const ScoreSelectParams& p = params.select;
+  if (shares) return kSharingRankBytes;
+  if (p.algorithm == ScoreSelectAlgorithm::kCandidates) return kMostRankBytes;
+  int64_t bytes = int64_t{slice_of(p, cluster_size)} * p.q_len * 2;
+  if (params.attends) {
+    const int row_bytes = attend_row_bytes(threads, params.attend.cache.head_dim);
+    bytes = std::max<int64_t>(bytes, kRowOffset + row_bytes - kPlanBytes) + kKeptBytes;
+  }
+  return static_cast<int>(std::clamp<int64_t>(bytes, kSharingRankBytes, kMostRankBytes));
+}
+
+// Whether the ranks of a full cache fit into shared memory. Otherwise, lists of candidates do.
+inline bool all_ranks_fit(const ScoreSelectParams& p, const LaunchPlan& plan) {
+  return p.algorithm != ScoreSelectAlgorithm::kCandidates &&
+         int64_t{slice_of(p, plan.cluster_size)} * p.q_len * 2 <= plan.rank_bytes;
+}
+
+constexpr int list_entries(int bytes, int bit_words, int threads, int q_len) {
+  return (bytes - (kTableWords + 2 * bit_words) * 4) / (threads * q_len * 4);
+}
+constexpr bool lists_fit(int bytes, int threads, int q_len) {
+  return list_entries(bytes, threads * ComparedRanks::kWords, threads, q_len) >=
+         kListHeader + kListGroup;
+}
+constexpr bool lists_fit(KernelKind kind, int q_len) {
+  return lists_fit(kSharingRankBytes, few_threads(kind), q_len) &&
+         lists_fit(kMostRankBytes, many_threads(kind), q_len);
+}
+static_assert(lists_fit(KernelKind::kOneToken, 1));
+static_assert(lists_fit(KernelKind::kTokens, kMaxTokens));
+
+// Says how long the lists of candidates are, and how many words each half of TileBits has.
+inline void share_out_candidates(Params& params, const LaunchPlan& plan) {
+  const ScoreSelectParams& p = params.select;
+  params.num_bit_words =
+      plan.threads * TileBits::words_for(slice_of(p, plan.cluster_size), plan.threads);
+  const int entries = list_entries(plan.rank_bytes, params.num_bit_words, plan.threads, p.q_len);
+  const bool few = p.algorithm == ScoreSelectAlgorithm::kCandidates;
+  const int used = few ? kListHeader + kListGroup : entries;
+  params.list_bytes = used * plan.threads * 4;
+  params.list_full = (used - kListGroup) * plan.threads * 4;
+}
+
+inline Bins bins_for(const ScoreSelectParams& p) {
+  const int ranks = p.code_cache.norms != nullptr
+                        ? 1 << 16
+                        : p.weight_sum * p.code_cache.num_words * kWordBits + 1;
+  const auto padded = [](int bins) { return ceil_div(bins, kGroupBins) * kGroupBins; };
+  // If there must be a second histogram, one of a single group is found fastest.
+  int shift = padded(ranks) * p.q_len <= kHistogramBins ? 0 : std::bit_width(kGroupBins - 1u);
+  while (padded(ceil_div(ranks, 1 << shift)) * p.q_len > kHistogramBins) ++shift;
+  return {{padded(ceil_div(ranks, 1 << shift)), padded(1 << shift)}, shift};
+}
+
+// How many clusters of a kernel a device holds at once. Blocks of many threads have a
+// multiprocessor to themselves, because their registers fill it, so that it does not matter how
+// much shared memory they take.
+struct ResidentClusters {
+  bool exist;             // the device has clusters
+  int few[kMaxCluster];   // of 1, 2, ... blocks of few_threads()
+  int many[kMaxCluster];  // of many_threads()
+};
+
+// Asks the current device.
+template <typename Kernel>
+ResidentClusters ask_for_resident_clusters(Kernel kernel, KernelKind kind, const char* op) {
+  ResidentClusters resident{.exist = compiled_for_clusters(kernel, op)};
+  if (!resident.exist) return resident;
+  allow_shared_memory(kernel, kPlanBytes + kMostRankBytes, op);
+  for (int size = 1; size <= kMaxCluster; ++size) {
+    resident.few[size - 1] =
+        max_active_clusters(kernel, few_threads(kind), kPlanBytes + kSharingRankBytes, size, op);
+    resident.many[size - 1] =
+        max_active_clusters(kernel, many_threads(kind), kPlanBytes + kMostRankBytes, size, op);
+  }
+  return resident;
+}
+
+// Chooses the plan with the most threads for which all clusters are resident at once: a second wave
+// would wait for the slowest of the first.
+inline LaunchPlan choose_plan(const ResidentClusters& resident, KernelKind kind,
+                              const Params& params) {
+  const int num_clusters = params.select.table.batch * params.select.num_kv_heads;
+  LaunchPlan best{few_threads(kind), kSharingRankBytes, 1};
+  int most = 0;
+  for (const bool shares : {false, true}) {
+    const int threads = shares ? few_threads(kind) : many_threads(kind);
+    const int* clusters = shares ? resident.few : resident.many;
+    for (int size = 1; size <= kMaxCluster; ++size) {
+      if (num_clusters <= clusters[size - 1] && threads * size > most) {
+        most = threads * size;
+        best = {threads, rank_bytes_for(params, threads, shares, size), size};
+      }
+    }
+  }
+  return best;
+}
+
+template <int kNumWords, bool kNorms>
+bool launch(Params& params, CudaStream stream) {
+  constexpr const char* kOp = "hata::score_select";
+  const auto ranks_fit = decode_step_kernel<kNumWords, kNorms, KernelKind::kRanksFit>;
+  const auto one_token = decode_step_kernel<kNumWords, kNorms, KernelKind::kOneToken>;
+  const bool one = params.select.q_len == 1;
+  const auto kernel = one ? ranks_fit : decode_step_kernel<kNumWords, kNorms, KernelKind::kTokens>;
+  const KernelKind kind = one ? KernelKind::kRanksFit : KernelKind::kTokens;
+  // The device is asked once: that is slow.
+  static Memo<std::pair<int, KernelKind>, ResidentClusters> remembered;
+  const ResidentClusters resident = remembered.get(
+      {current_device(kOp), kind}, [&] { return ask_for_resident_clusters(kernel, kind, kOp); });
+  if (!resident.exist) return false;
+  const LaunchPlan plan = choose_plan(resident, kind, params);
+  params.bins = bins_for(params.select);
+  params.rank_bytes = plan.rank_bytes;
+  share_out_candidates(params, plan);
+  params.row_end = kRowOffset + attend_row_bytes(plan.threads, params.attend.cache.head_dim);
+  launch_kernel(
+      kernel == ranks_fit && !all_ranks_fit(params.select, plan) ? one_token : kernel,
+      {.grid = dim3(params.select.table.batch * plan.cluster_size, params.select.num_kv_heads),
+       .threads = plan.threads,
+       .shared_bytes = kPlanBytes + plan.rank_bytes,
+       .cluster_size = plan.cluster_size,
+       .overlaps_previous = true},
+      stream, kOp, params);
+  return true;
+}
+
+// Launches the step of codes of kNumWords words, and returns false, having done nothing, where the
+// device has no clusters. instances_*.cu make this, side by side; launch.cu calls it.
+template <int kNumWords>
+bool launch(Params& params, CudaStream stream) {
+  return params.select.code_cache.norms != nullptr ? launch<kNumWords, true>(params, stream)
+                                                   : launch<kNumWords, false>(params, stream);
+}
+
+}  // namespace hata::step

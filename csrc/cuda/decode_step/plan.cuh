@@ -1,0 +1,249 @@
+#pragma once
+
+#include <cstddef>
+
+#include "cuda/attention/merge.cuh"
+#include "cuda/codes/matches.cuh"
+#include "cuda/codes/token_sums.cuh"
+#include "cuda/primitives/cluster.cuh"
+#include "decode_step.h"
+
+// The plan of the fused step: what it is told, how it is cut, and what a block has in shared
+// memory.
+//
+// A cluster of up to eight blocks serves one (sequence, KV head), each block one slice of the
+// sequence. A block goes through these phases, each in a file of its own:
+//
+//   encode      queries become bit planes, the new tokens' keys become codes
+//   scan        every code of the slice becomes a rank, counted in a histogram
+//   cut         the cluster finds the rank of its last selected position
+//   select      each block writes its part of the indices, in order
+//   attend      each block attends over them, and the cluster merges the results
+//   candidates  what scan and select do instead where ranks do not fit into shared memory
+//
+// A rank is a 16-bit number with the order of the scores. With norms it is the float16 score as
+// ordered_rank_float16() maps it, otherwise the score's count of matches.
+namespace hata::step {
+
+constexpr int kMaxTokens = 8;     // query tokens: one product encodes their keys
+constexpr int kMaxHeadDim = 256;  // of the new keys and values
+// Positions of a thread: half a word of a CandidateList says which of them an entry is of.
+constexpr int kMostPlaces = 1 << 16;
+
+// What the step attends over itself: query heads of a KV head, as many as one matrix product has,
+// and head_dim, for which registers and shared memory are cut.
+constexpr int kMaxAttendHeads = kTileHeads;
+constexpr int kMaxAttendHeadDim = 128;
+
+// Whether the fused step can attend. With a softcap gather_attention does: a branch for it here
+// costs every step (docs/kernels/log.md).
+constexpr bool can_attend(const GatherAttentionParams& p) {
+  return p.q_len == 1 && p.num_heads / p.cache.num_kv_heads <= kMaxAttendHeads &&
+         p.cache.head_dim <= kMaxAttendHeadDim && p.softcap == 0.0f;
+}
+
+// What a kernel is for. Each has the code for its case alone: small steps are bound by how much
+// machine code they go through.
+enum class KernelKind {
+  kRanksFit,  // one query token, and the ranks of a full cache fit into shared memory
+  kOneToken,  // one query token, any cache
+  kTokens     // several query tokens, any cache
+};
+
+// Threads of a block where two blocks share a multiprocessor; one that has it to itself has twice
+// as many. With several query tokens a thread has more sums to keep, and 128 registers for them
+// instead of 96.
+constexpr int few_threads(KernelKind kind) {
+  return kind == KernelKind::kTokens ? 256 : 320;
+}
+constexpr int many_threads(KernelKind kind) {
+  return 2 * few_threads(kind);
+}
+
+// How ranks become bins: rank >> shift, and where shift > 0 a second histogram of the low bits of
+// the ranks in the bin at the cut. Bins are told to other blocks in groups, one bin a lane.
+struct Bins {
+  int counts[2];  // of the two histograms of one query token, multiples of kGroupBins
+  int shift;
+};
+constexpr int kGroupBins = kWarpSize;
+// Bins of all query tokens together: 16 KB. Without norms that is one for every rank of 256 bits
+// and four query bits (3841).
+constexpr int kHistogramBins = 4096;
+constexpr int kMaxGroups = kHistogramBins / kGroupBins;
+
+struct Params {
+  ScoreSelectParams select;
+  bool encodes;  // the planes come from `encode`, not from select.planes, and `append` is done
+  EncodeQueryParams encode;
+  CacheAppendParams append;
+  int group;  // query heads of a KV head
+  Bins bins;
+  int rank_bytes;             // of shared memory behind SharedPlan
+  int row_end;                // where in shared memory the rows that are attended over end
+  int num_bit_words;          // of each half of TileBits
+  int list_bytes, list_full;  // of CandidateList, for one query token
+  bool attends;               // over what it selected, as `attend` says: one query token
+  GatherAttentionParams attend;
+};
+
+// Where in the cluster a block is.
+struct Place {
+  int block, num_blocks;
+};
+
+// One block's part of a (sequence, KV head).
+struct Slice {
+  Place place;
+  int64_t first_list;  // of the outputs: query token 0; the next token's is num_kv_heads later
+  int batch_idx, kv_head_idx;
+  int seq_len;
+  int only_page;
+  int begin, end;  // positions
+  int last;        // those that compete for every query token are before it
+  int length;      // of all slices but the last
+};
+constexpr int kSliceAlignment = 32;  // positions: a word of ComparedRanks
+
+// The bin that holds the `wanted`-th largest rank of the cluster, and what the ordered output
+// needs: how many ranks of the cluster lie in higher bins and in this one, and how many of each
+// belong to the blocks before this one.
+struct Cut {
+  uint32_t bin;
+  uint32_t above, ties;
+  uint32_t above_before, ties_before;
+  bool is_counted = true;  // no block has left out ranks from its bin on
+};
+
+// The new tokens of the sequence, and their keys and values for the KV head.
+struct NewTokens {
+  int positions[kMaxTokens];
+  Slot slots[kMaxTokens];
+  uint32_t codes[kMaxTokens][kMaxWords];  // the words that this block encodes
+};
+struct NewRows {
+  alignas(16) uint16_t k[kMaxTokens][kMaxHeadDim];
+  alignas(16) uint16_t v[kMaxTokens][kMaxHeadDim];
+};
+
+// What the scan reads beside codes.
+struct ScanTables {
+  PlaneWeights weights;
+  int num_planes;
+  alignas(8) uint32_t planes[kMaxTokens * kMaxPlanes * kMaxWords];
+  alignas(8) uint32_t no_planes[kMaxPlanes * kMaxWords];  // zero
+  int bases[kMaxTokens];
+  uint32_t largest[kMaxTokens];  // scratch of the encoding
+};
+constexpr int kTableWords = sizeof(ScanTables) / sizeof(uint32_t);
+struct ScanInputs {
+  ScanTables tables;
+  TokenWeights<kMaxTokens, kMaxWords> token_weights;  // where tokens are scored at once
+};
+
+// Where ranks do not fit into shared memory, bins below a bound are not counted: this block's
+// bounds, those that the others have sent, and what all have guessed from their samples.
+struct Bounds {
+  uint32_t mine[kMaxTokens];
+  uint32_t sent[kMaxTokens][kMaxCluster];
+  uint32_t guesses[kMaxTokens][kMaxCluster];
+};
+
+// What other blocks send before the cut is found: sums of groups of bins, and bounds.
+struct CutInbox {
+  uint32_t groups[kMaxCluster * kMaxGroups];
+  Bounds bounds;
+};
+
+// What the attention needs from before the selection on.
+struct AttendInputs {
+  RowList list;
+  ArrivalBarrier results_arrived;
+  alignas(16) uint16_t queries[kMaxAttendHeads * (kMaxAttendHeadDim + 8)];
+};
+
+// What the other blocks send of their results, and the rows of K and V that a block attends over.
+constexpr int kMaxResultBytes = Received::bytes(kMaxCluster, kMaxAttendHeads, kMaxAttendHeadDim);
+constexpr int attend_row_bytes(int threads, int head_dim) {
+  return threads / kWarpSize * 2 * kTileRows * (head_dim + 8) * 2;
+}
+
+// Shared memory of a block. Addresses run down, time runs to the right; members on one line with a
+// brace share a place.
+//
+//                   encode           scan            cut               select     attend
+//   slice           written -----------------------------------------------------------------
+//   ..._arrived     initialized -------------------------------------------------------------
+//   attend          queries ---------------------------------------------------+- list ------
+//   { cut_inbox     .                bounds          group sums        .       |
+//   { results       .                .               .                 .       |  of all blocks
+//   histogram       zero ----------- counts ---------------- of low bits       +- rows, then
+//   { scan          planes --------- read            .                 .       |  what the
+//   { bins          .                .               of one group      .       |  warps found
+//   cuts            .                .               written --------- read    |  (up to
+//   new_tokens      written ------------------------ to the caches     .       |  Params::
+//   new_rows        copied ------------------------- to the caches     .       |  row_end)
+//   behind it       EncodeScratch    ranks or candidates ------------- read    |
+//                                                                      positions ------------
+//
+// What shares a place never meets. No block sends bins before it knows that all others have
+// scanned, or a result before it knows that all have read the group sums; bounds are not needed
+// once the cuts are found. Rows take the place of everything from the histogram on once the
+// positions are written, which are kept behind both ranks and rows.
+struct alignas(16) SharedPlan {
+  Slice slice;
+  ArrivalBarrier guesses_arrived;
+  ArrivalBarrier sums_arrived;
+  ArrivalBarrier bins_arrived[kMaxTokens];
+  AttendInputs attend;
+  union {
+    CutInbox cut_inbox;
+    alignas(16) char results[kMaxResultBytes];
+  };
+  alignas(16) uint32_t histogram[kHistogramBins];  // [q_len, bins]
+  union {
+    ScanInputs scan;
+    uint32_t bins[kMaxTokens][kMaxCluster * kGroupBins];
+  };
+  Cut cuts[kMaxTokens];
+  NewTokens new_tokens;
+  NewRows new_rows;
+
+  // Params::rank_bytes of memory follow: first an EncodeScratch, then ranks [q_len, slice length]
+  // or what candidates need, and at last the selected positions. Those begin behind the ranks of
+  // the slice's positions and behind the rows: so many bytes from the beginning of the plan.
+  __device__ static int kept_offset(int num_positions, int row_end) {
+    return max(static_cast<int>(sizeof(SharedPlan)) + (num_positions + 7) / 8 * 16, row_end);
+  }
+};
+constexpr int kPlanBytes = sizeof(SharedPlan);
+constexpr int kRowOffset = offsetof(SharedPlan, histogram);
+static_assert(kRowOffset % 16 == 0);
+
+// Params::rank_bytes: the most of which two blocks fit, and the most there is. A block may have 227
+// KB, a multiprocessor has 228 KB and takes 1 KB a block for itself; the kernel also has a little
+// static shared memory.
+constexpr int kStaticBytes = 256;
+constexpr int kSharingRankBytes = 113 * 1024 - kStaticBytes - kPlanBytes;
+constexpr int kMostRankBytes = 227 * 1024 - kStaticBytes - kPlanBytes;
+constexpr int kKeptBytes = 4 * 1024;  // for the positions that a block selects
+
+// The rows of all warps fit.
+static_assert(kRowOffset +
+                  attend_row_bytes(few_threads(KernelKind::kRanksFit), kMaxAttendHeadDim) <=
+              kPlanBytes + kSharingRankBytes);
+static_assert(kRowOffset +
+                  attend_row_bytes(many_threads(KernelKind::kRanksFit), kMaxAttendHeadDim) <=
+              kPlanBytes + kMostRankBytes);
+
+// Positions beside those that always are selected.
+__device__ __forceinline__ int num_competing(const ScoreSelectParams& p) {
+  return p.top_k - p.num_sink - p.num_recent;
+}
+
+// A sequence whose tokens all are selected has nothing to compare.
+__device__ __forceinline__ bool must_choose(const ScoreSelectParams& p, int visible) {
+  return visible > p.top_k && num_competing(p) > 0;
+}
+
+}  // namespace hata::step
