@@ -27,7 +27,7 @@ def test_smollm2_has_weights_for_all_layers():
 def test_gemma_has_weights_for_the_layers_that_see_the_whole_context():
     weights = find_pretrained("gemma-3-270m.Q4_K_M", **GEMMA)
     assert weights is not None
-    assert (weights.shape, weights.layers) == ((3, 1, 256, 64), (5, 11, 17))
+    assert (weights.shape, weights.layers) == ((3, 1, 256, 128), (5, 11, 17))
     assert (weights.query_bits, weights.key_norms) == (4, False)
     assert weights.metadata["recipe"] == "hata"
     assert "Gemma Terms of Use" in weights.metadata["model_licence"]
