@@ -19,6 +19,7 @@ from hata.weights import HashWeights, save_weights
 from tiny_folder import save_tiny_llama
 
 SHAPE = {"num_layers": 4, "num_kv_heads": 2, "head_dim": 64}
+LAYERS = (0, 1, 2, 3)
 
 
 @pytest.fixture(scope="module")
@@ -57,23 +58,23 @@ def test_weights_of_a_file_say_how_they_are_used(tiny_llama, tmp_path, capsys):
     file = tmp_path / "weights.safetensors"
     save_weights(file, HashWeights(drawn.key_weights, None, 1, True, metadata))
     options = DemoOptions(model=tiny_llama, context=640, weights=str(file), device="cpu")
-    weights = choose_weights(options, "tiny", SHAPE)
+    weights = choose_weights(options, "tiny", SHAPE, LAYERS)
     assert (weights.num_bits, weights.query_bits, weights.key_norms) == (96, 1, True)
-    assert choose_weights(replace(options, query_bits=3), "tiny", SHAPE).query_bits == 3
+    assert choose_weights(replace(options, query_bits=3), "tiny", SHAPE, LAYERS).query_bits == 3
     run_demo(replace(options, max_new_tokens=4))
     assert "hash weights: recipe paper: trained" in " ".join(capsys.readouterr().out.split())
     with pytest.raises(ValueError, match="--weights must hold codes of --num-bits=64, got 96"):
-        choose_weights(replace(options, num_bits=64), "tiny", SHAPE)
+        choose_weights(replace(options, num_bits=64), "tiny", SHAPE, LAYERS)
 
 
 def test_random_weights_can_be_asked_for():
     name = hata.pretrained_names()[0]
-    shape = {"num_layers": 30, "num_kv_heads": 3, "head_dim": 64}
-    assert choose_weights(DemoOptions(), name, shape).metadata["recipe"] == "hata"
-    drawn = choose_weights(DemoOptions(weights="random", seed=5), name, shape)
+    model = ({"num_layers": 30, "num_kv_heads": 3, "head_dim": 64}, tuple(range(30)))
+    assert choose_weights(DemoOptions(), name, *model).metadata["recipe"] == "hata"
+    drawn = choose_weights(DemoOptions(weights="random", seed=5), name, *model)
     assert drawn.metadata == {"origin": "random orthogonal, seed 5"}
     assert drawn.num_bits == 128
-    other = choose_weights(DemoOptions(num_bits=96), name, shape)
+    other = choose_weights(DemoOptions(num_bits=96), name, *model)
     assert (other.num_bits, "recipe" in other.metadata) == (96, False)
 
 
@@ -163,6 +164,10 @@ def test_bytes_of_a_step_counted_by_hand():
     read = Bytes.of_step(HataConfig(top_k=100), weights, itemsize=2, seq_len=1000)
     assert read.dense == 3 * 1000 * row
     assert read.hata == 2 * 1000 * row + (1000 * 2 * 8 + 100 * row)
+
+    of_some_layers = replace(weights, layers=(5, 11, 17))  # none of them among the first two
+    read = Bytes.of_step(HataConfig(top_k=100), of_some_layers, itemsize=2, seq_len=1000)
+    assert read.hata == 3 * (1000 * 2 * 8 + 100 * row)
 
     with_norms = HashWeights.random(**shape, num_bits=128, key_norms=True)
     config = HataConfig(top_k=2000, num_dense_layers=0)

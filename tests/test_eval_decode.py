@@ -92,6 +92,24 @@ def test_a_model_whose_layers_all_have_a_window_stays_dense(device):
     torch.testing.assert_close(sparse, dense)
 
 
+def test_a_model_with_windows_reads_its_prompt_in_pieces(device, monkeypatch):
+    """Layers that see everything and layers with a window take turns."""
+    monkeypatch.setattr("hata.eval.decode._PIECE", 32)
+    kinds = ["full_attention", "sliding_attention", "full_attention"]
+    windows = {"use_sliding_window": True, "sliding_window": 16, "layer_types": kinds}
+    model = make_model("qwen3", device, **windows)
+    tokens = random_prompt(1, PROMPT + DECODED, device)
+    with torch.no_grad():
+        expected = model(tokens).logits[0, PROMPT:]
+    lengths = []
+    model.register_forward_pre_hook(lambda _, args: lengths.append(args[0].shape[1]))
+    decoder = SparseDecoder(model)
+    decoder.read(tokens[0, :PROMPT].tolist())
+    found = decoder.decode(tokens[0, PROMPT:].tolist())
+    assert lengths == [32, 32, PROMPT - 64, DECODED]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_one_token_is_refused(device):
     decoder = SparseDecoder(make_model("llama-group1", device))
     decoder.read([1, 2, 3])

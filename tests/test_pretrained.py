@@ -8,9 +8,11 @@ import torch
 import hata
 from hata.pretrained import find_pretrained
 
+SMOLLM2 = {"num_layers": 30, "num_kv_heads": 3, "head_dim": 64, "layers": tuple(range(30))}
+GEMMA = {"num_layers": 18, "num_kv_heads": 1, "head_dim": 256, "layers": (5, 11, 17)}
+
 
 def test_smollm2_has_weights_for_all_layers():
-    assert hata.pretrained_names() == ["SmolLM2-135M-Instruct"]
     weights = hata.pretrained_weights("SmolLM2-135M-Instruct")
     assert weights.shape == (30, 3, 64, 64)
     assert weights.query_weights is not None
@@ -20,6 +22,20 @@ def test_smollm2_has_weights_for_all_layers():
     config = json.loads(weights.metadata["config"])
     assert (config["num_bits"], config["seed"]) == (64, 0)
     assert len(weights.metadata["trained_on"].split(" | ")) == 64
+
+
+def test_gemma_has_weights_for_the_layers_that_see_the_whole_context():
+    weights = find_pretrained("gemma-3-270m.Q4_K_M", **GEMMA)
+    assert weights is not None
+    assert (weights.shape, weights.layers) == ((3, 1, 256, 128), (5, 11, 17))
+    assert (weights.query_bits, weights.key_norms) == (4, False)
+    assert weights.metadata["recipe"] == "hata"
+    assert "Gemma Terms of Use" in weights.metadata["model_licence"]
+    assert len(weights.metadata["trained_on"].split(" | ")) == 16
+    for other in ({"num_kv_heads": 2}, {"head_dim": 128}, {"layers": tuple(range(18))}):
+        assert find_pretrained("gemma-3-270m", **{**GEMMA, **other}) is None
+    with pytest.raises(ValueError, match="must be one of SmolLM2-135M-Instruct, got gemma"):
+        hata.pretrained_config("gemma-3-270m")
 
 
 def test_the_settings_are_those_of_training_and_of_the_frontier():
@@ -41,11 +57,12 @@ def test_layers_of_their_own_find_more_for_the_same_bytes():
         hata.pretrained_config("SmolLM2-135M-Instruct", 100)
 
 
-def test_no_held_out_text_was_trained_on():
-    metadata = hata.pretrained_weights("SmolLM2-135M-Instruct").metadata
+@pytest.mark.parametrize("name", ["SmolLM2-135M-Instruct", "gemma-3-270m"])
+def test_no_held_out_text_was_trained_on(name):
+    metadata = hata.pretrained_weights(name).metadata
     trained_on, heldout = (
-        {part.split("[")[0] for text in metadata[name].split(" | ") for part in text.split("; ")}
-        for name in ("trained_on", "heldout")
+        {part.split("[")[0] for text in metadata[key].split(" | ") for part in text.split("; ")}
+        for key in ("trained_on", "heldout")
     )
     assert heldout
     assert not trained_on & heldout
@@ -54,11 +71,11 @@ def test_no_held_out_text_was_trained_on():
 
 @pytest.mark.parametrize("end", ["", ".Q4_1-0.1.2", "-GGUF"])
 def test_what_follows_the_name_does_not_matter(end):
-    assert find_pretrained(f"SmolLM2-135M-Instruct{end}") is not None
+    assert find_pretrained(f"SmolLM2-135M-Instruct{end}", **SMOLLM2) is not None
 
 
 def test_an_unknown_model_is_an_error():
-    assert find_pretrained("SmolLM2-135M") is None
+    assert find_pretrained("SmolLM2-135M", **SMOLLM2) is None
     for name in ("pretrained_weights", "pretrained_frontier", "pretrained_config"):
         with pytest.raises(ValueError, match=rf"hata.{name}: model must be one of SmolLM2-135M"):
             getattr(hata, name)("SmolLM2-135M")

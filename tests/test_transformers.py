@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
 import hata
@@ -186,6 +186,17 @@ def test_a_model_of_a_known_name_and_shape_gets_the_packages_weights() -> None:
     other.name_or_path = model.name_or_path
     with pytest.warns(UserWarning, match="the package has none for this model"):
         enable(other, top_k=24)
+
+
+def test_the_packages_weights_may_be_for_some_layers() -> None:
+    kinds = [("full" if i % 6 == 5 else "sliding") + "_attention" for i in range(18)]
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "vocab_size": 97, "num_hidden_layers": 18}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 256}
+    model = Gemma3ForCausalLM(Gemma3TextConfig(**sizes, **heads, layer_types=kinds)).eval()
+    model.name_or_path = "models/gemma-3-270m"
+    cache = enable(model, top_k=24, max_seq_len=32)
+    assert cache.hata_layers == cache.weights.layers == (5, 11, 17)
+    assert cache.weights.metadata["recipe"] == "hata"
 
 
 def test_weights_can_be_named_by_their_file(tmp_path: Path) -> None:

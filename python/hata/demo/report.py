@@ -18,7 +18,7 @@ from hata.weights import HashWeights
 
 @dataclass(frozen=True)
 class Bytes:
-    """Bytes of cache that one decoding step reads, summed over the layers.
+    """Bytes of cache that one decoding step reads, summed over the layers with hash weights.
 
     A dense layer reads ``seq_len * num_kv_heads * 2 * head_dim * itemsize``. A sparse one reads its
     codes, ``seq_len * num_kv_heads * num_bits / 8`` (2 more bytes for each norm), and the keys and
@@ -35,7 +35,7 @@ class Bytes:
         """Counts the bytes of one step at ``seq_len`` positions, which the demo selects from."""
         num_layers, num_kv_heads, head_dim, _ = weights.shape
         row = num_kv_heads * 2 * head_dim * itemsize
-        num_dense = min(config.num_dense_layers, num_layers)
+        num_dense = sum(layer < config.num_dense_layers for layer in weights.layers)
         layers = zip(weights.layer_bits, config.layer_top_k(num_layers), strict=True)
         sparse = sum(
             seq_len * num_kv_heads * (num_bits // 8 + 2 * weights.key_norms)
@@ -68,7 +68,7 @@ def print_answers(
     table.add_row("prompt and first token", *(f"{run.prefill_seconds:.2f} s" for run in runs))
     table.add_row("each further token", *(f"{run.milliseconds_per_token:.1f} ms" for run in runs))
     share = f"{read.hata / 1e6:.2f} MB, {read.hata / read.dense:.0%}"
-    table.add_row("cache read for a token", f"{read.dense / 1e6:.2f} MB", share)
+    table.add_row("full-attention cache read", f"{read.dense / 1e6:.2f} MB", share)
     console.print(table)
 
 

@@ -16,7 +16,7 @@ from hata.demo.options import WHERE, DemoOptions
 from hata.demo.prompt import NEEDLE, Prompt, build_prompt
 from hata.demo.report import Bytes, agreement, plot_mass, print_answers, print_mass
 from hata.demo.weights import choose_weights
-from hata.integrations.model_shape import model_shape, softmax_scale
+from hata.integrations.model_shape import full_attention_layers, model_shape, softmax_scale
 from hata.integrations.transformers import enable
 from hata.outputs import make_room_for
 from hata.progress import progress_bar
@@ -63,7 +63,7 @@ def run_demo(options: DemoOptions) -> DemoResult:
         folder = options.model or bundled_model()
         check_model_folder(folder, options.context)
         model, tokenizer = load_model(folder, options.torch_device(), options.torch_dtype())
-    weights = choose_weights(options, folder.name, model_shape(model))
+    weights = choose_weights(options, folder.name, model_shape(model), full_attention_layers(model))
     config = options.config()
     prompt_len = options.context - options.max_new_tokens
     prompt = build_prompt(tokenizer, prompt_len, options.depth, options.seed)

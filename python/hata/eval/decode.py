@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AttentionInterface, DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
@@ -17,6 +18,7 @@ from hata.integrations.transformers_cache import CACHE_ARGUMENT
 from hata.selectors import Selector, rank
 
 _ATTENTION = "hata_eval"
+_PIECE = 1024  # tokens of a prompt that a model with windows reads at once
 _SCORES_AT_ONCE = 2**24  # of all heads: about 0.3 GB with what selectors and `rank` make of them
 
 
@@ -89,9 +91,18 @@ class SparseDecoder:
 
     @torch.inference_mode()
     def read(self, prompt_ids: list[int]) -> None:
-        """Reads a prompt, densely, in place of the one before."""
+        """Reads a prompt, densely, in place of the one before.
+
+        Where layers have a window it is read in pieces: attention to a window then costs what
+        window and piece hold, not what the prompt does.
+        """
         self._prompt = DynamicCache(config=self._model.config)
-        self._forward(prompt_ids, self._prompt, None, logits_to_keep=1)
+        kinds = {type(layer) for layer in self._prompt.layers}
+        windows = DynamicSlidingWindowLayer in kinds
+        windows &= kinds <= {DynamicLayer, DynamicSlidingWindowLayer}  # no layer with a state
+        tokens = torch.tensor(prompt_ids)
+        for piece in tokens.split(_PIECE if windows else len(tokens)):
+            self._forward(piece, self._prompt, None, logits_to_keep=1)
 
     @torch.inference_mode()
     def decode(self, token_ids: list[int], setting: Setting = DENSE) -> Tensor:
@@ -110,17 +121,18 @@ class SparseDecoder:
         where = "eval.SparseDecoder.decode"
         check(len(token_ids) >= 2, where, "token_ids", "be at least 2", len(token_ids))
         selection = _Selection(setting, self._layers)
-        logits = self._forward(token_ids, copy.deepcopy(self._prompt), selection).float()
+        tokens, cache = torch.tensor(token_ids), copy.deepcopy(self._prompt)
+        logits = self._forward(tokens, cache, selection).float()
         reached = selection.mask is not None or not selection.sparse_layers
         rule, name = "hand its arguments on to its attention function", type(self._model).__name__
         check(reached, where, "model", rule, name)
         return logits
 
     def _forward(
-        self, token_ids: list[int], cache: Any, selection: _Selection | None, **settings: Any
+        self, tokens: Tensor, cache: Any, selection: _Selection | None, **settings: Any
     ) -> Tensor:
-        tokens = torch.tensor([token_ids], device=self._model.device)
         settings |= {CACHE_ARGUMENT: cache, "hata_selection": selection}
+        tokens = tokens[None].to(self._model.device)
         logits: Tensor = self._model(tokens, use_cache=True, **settings).logits
         return logits[0]
 

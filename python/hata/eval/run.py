@@ -109,8 +109,8 @@ def _selectors(
     of = SelectedLayers(shape["num_layers"], layers, shape["num_kv_heads"], shape["head_dim"])
     calibration = None if options.calibration is None else Captures.open(options.calibration)
     found: list[Selector] = [ExactSelector(), *trained_selectors(of, options)]
-    own = find_pretrained(folder.name)
-    if not options.weights and own is not None and own.shape[:3] == tuple(shape.values()):
+    own = find_pretrained(folder.name, **shape, layers=layers)
+    if not options.weights and own is not None:
         found.append(HataSelector(own.for_model(WHERE, **shape, layers=layers)))
     if options.baselines:
         found += baseline_selectors(of, calibration, options, options.torch_device())

@@ -145,7 +145,7 @@ def enable(
     callable_observer = observer is None or callable(observer)
     check_type(callable_observer, where, "observer", "be callable", observer)
     budgets = config.layer_top_k(shape["num_layers"])  # raises if it names another number of layers
-    chosen = _choose_weights(where, model, shape, weights)
+    chosen = _choose_weights(where, model, shape, layers, weights)
     settings = CacheSettings(
         model_config=model.config,
         config=config,
@@ -281,11 +281,12 @@ def _choose_weights(
     function: str,
     model: PreTrainedModel,
     shape: ModelShape,
+    layers: tuple[int, ...],
     weights: HashWeights | str | PathLike[str] | None,
 ) -> HashWeights:
     if weights is None:
-        found = find_pretrained(Path(model.name_or_path or "").name)
-        if found is not None and found.shape[:3] == tuple(shape.values()):
+        found = find_pretrained(Path(model.name_or_path or "").name, **shape, layers=layers)
+        if found is not None:
             return found
         warnings.warn(
             f"hata.{function}: weights is None and the package has none for this model, so keys "

@@ -1,6 +1,7 @@
 """Hash weights that come with the package, and the budget to use them with."""
 
 import json
+from collections.abc import Iterable, Sequence
 from importlib.resources import as_file, files
 from typing import Any
 
@@ -9,33 +10,38 @@ from hata.config import HataConfig
 from hata.weights import HashWeights, load_weights
 
 _DATA = files("hata.pretrained")
-_FILES = {
-    path.name.removesuffix(".safetensors"): path
-    for path in _DATA.iterdir()
-    if path.name.endswith(".safetensors")
-}
+_WEIGHTS, _FRONTIERS = (
+    {x.name.removesuffix(end): x for x in _DATA.iterdir() if x.name.endswith(end)}
+    for end in (".safetensors", ".frontier.json")
+)
 
 
 def pretrained_names() -> list[str]:
     """Returns the names of the models that `pretrained_weights` has weights for."""
-    return sorted(_FILES)
+    return sorted(_WEIGHTS)
 
 
-def find_pretrained(model: str) -> HashWeights | None:
+def find_pretrained(
+    model: str, num_layers: int, num_kv_heads: int, head_dim: int, layers: Sequence[int]
+) -> HashWeights | None:
     """Loads hash weights that come with the package, if there are any for this model.
 
     Args:
         model: Name of the model; what follows one of `pretrained_names` in the name of a file or
             folder, such as "SmolLM2-135M-Instruct.Q4_1", does not matter.
+        num_layers: Layers of the model.
+        num_kv_heads: KV heads of each.
+        head_dim: Channels of a head.
+        layers: The model's layers that attend to the whole context.
 
     Returns:
-        The weights, on the CPU, or None.
+        The weights, on the CPU, or None, also for a model of another shape.
     """
-    name = _find_name(model)
+    name = _find_name(model, _WEIGHTS)
     if name is None:
         return None
-    with as_file(_FILES[name]) as path:
-        return load_weights(path)
+    weights = _load(name)
+    return weights if weights.fits(num_layers, num_kv_heads, head_dim, layers) else None
 
 
 def pretrained_weights(model: str) -> HashWeights:
@@ -52,8 +58,7 @@ def pretrained_weights(model: str) -> HashWeights:
     Raises:
         ValueError: There are none for this model.
     """
-    with as_file(_FILES[_name("pretrained_weights", model)]) as path:
-        return load_weights(path)
+    return _load(_name("pretrained_weights", model, _WEIGHTS))
 
 
 def pretrained_frontier(model: str) -> dict[str, Any]:
@@ -72,10 +77,10 @@ def pretrained_frontier(model: str) -> dict[str, Any]:
         and "per_layer", whose "top_k" `HataConfig` takes, and the attention mass either selects.
 
     Raises:
-        ValueError: There are no weights for this model.
+        ValueError: There is none for this model.
     """
-    name = _name("pretrained_frontier", model)
-    frontier: dict[str, Any] = json.loads((_DATA / f"{name}.frontier.json").read_text())
+    name = _name("pretrained_frontier", model, _FRONTIERS)
+    frontier: dict[str, Any] = json.loads(_FRONTIERS[name].read_text())
     return frontier
 
 
@@ -95,10 +100,10 @@ def pretrained_config(model: str, top_k: int = 512) -> HataConfig:
         The settings; `dataclasses.replace` changes one.
 
     Raises:
-        ValueError: There are no weights for this model, or the frontier has no such ``top_k``.
+        ValueError: There is no frontier for this model, or it has no such ``top_k``.
     """
     where = "pretrained_config"
-    name = _name(where, model)
+    name = _name(where, model, _FRONTIERS)
     weights, frontier = pretrained_weights(name), pretrained_frontier(name)
     levels = {level["uniform"]["top_k"]: level["per_layer"] for level in frontier["levels"]}
     check(top_k in levels, where, "top_k", f"be one of {', '.join(map(str, levels))}", top_k)
@@ -110,15 +115,19 @@ def pretrained_config(model: str, top_k: int = 512) -> HataConfig:
     )
 
 
-def _find_name(model: str) -> str | None:
-    """Returns the name under which the package has weights for a model."""
-    names = (x for x in _FILES if model == x or model.startswith((f"{x}.", f"{x}-")))
-    return next(names, None)
+def _load(name: str) -> HashWeights:
+    with as_file(_WEIGHTS[name]) as path:
+        return load_weights(path)
 
 
-def _name(function: str, model: str) -> str:
+def _find_name(model: str, names: Iterable[str]) -> str | None:
+    """Returns the name in the package that a model goes by."""
+    return next((x for x in names if model == x or model.startswith((f"{x}.", f"{x}-"))), None)
+
+
+def _name(function: str, model: str, names: Iterable[str]) -> str:
     """Returns the same for a public function, which has to be given such a model."""
-    name = _find_name(model)
-    check(name is not None, function, "model", f"be one of {', '.join(_FILES)}", model)
+    name = _find_name(model, names)
+    check(name is not None, function, "model", f"be one of {', '.join(sorted(names))}", model)
     assert name is not None  # check has made sure of it, for the type checker
     return name

@@ -179,6 +179,19 @@ class HashWeights:
         """Bits of a key's code; those of the longest where the layers' differ."""
         return self.key_weights.shape[3]
 
+    def fits(
+        self,
+        num_layers: int,
+        num_kv_heads: int,
+        head_dim: int,
+        layers: Sequence[int] | None = None,
+    ) -> bool:
+        """Whether these are weights of a model's layers; takes what `for_model` takes."""
+        everything = tuple(range(num_layers))
+        needed = everything if layers is None else tuple(layers)
+        sizes = self.shape[1:3] == (num_kv_heads, head_dim)
+        return sizes and self.layers in (needed, everything)
+
     def for_model(
         self,
         function: str,
@@ -203,7 +216,7 @@ class HashWeights:
         wanted, got = (num_kv_heads, head_dim), self.shape[1:3]
         rule = f"be for the model's (num_kv_heads, head_dim), {wanted}"
         check(got == wanted, function, "weights", rule, got)
-        fits = self.layers in (needed, tuple(range(num_layers)))
+        fits = self.fits(num_layers, num_kv_heads, head_dim, layers)
         rule = f"be for the model's {num_layers} layers" + (
             "" if len(needed) == num_layers else f", or for {list(needed)} of them"
         )
