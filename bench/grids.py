@@ -70,7 +70,26 @@ def crossover() -> list[Sweep]:
     ]
 
 
-GRIDS = {"table": table, "figure5": figure5, "budget": budget, "crossover": crossover}
+def few() -> list[Sweep]:
+    """Few (sequence, KV head) pairs, as shards of tensor parallelism have them, and many short."""
+    pairs = (Shape(1, 8, 1, 128 * K), Shape(8, 8, 1, 32 * K), Shape(1, 16, 2, 128 * K))
+    return [
+        Sweep((*pairs, Shape(1, 5, 1, 32 * K), Shape(16, 32, 8, 8 * K), Shape(64, 32, 8, 4 * K)))
+    ]
+
+
+def million() -> list[Sweep]:
+    return [Sweep((Shape(1, 4, 1, K * K), Shape(1, 32, 8, K * K)))]
+
+
+GRIDS = {
+    "table": table,
+    "figure5": figure5,
+    "budget": budget,
+    "crossover": crossover,
+    "few": few,
+    "million": million,
+}
 
 
 @dataclass(frozen=True)
