@@ -239,11 +239,14 @@ def test_layers_with_a_window_are_left_out(tmp_path, monkeypatch, chunk):
 
 
 @pytest.mark.parametrize("name", ["Gemma2", "GptOss"])
-def test_a_softcap_and_sink_logits_are_captured(tmp_path, name):
+@pytest.mark.parametrize("chunk", [SEQ_LEN, 32])
+def test_a_softcap_and_sink_logits_are_captured(tmp_path, monkeypatch, name, chunk):
     """The keys of layer 1 depend on attention below, which the model does in eager code."""
     family = next(family for family in FAMILIES if family.model == name)
     model = family.make(vocab_size=256, attn_implementation="eager")
-    found = run(tmp_path, model)
+    monkeypatch.setattr(hata.training.record, "_SMALLEST_CHUNK", 32)
+    need = hata.training.record._memory(model, SEQ_LEN, chunk) + 1
+    found = run(tmp_path, model, dataclasses.replace(OPTIONS, memory_limit_gb=need / 1e9))
     sequence = token_sequences(
         bytewise_tokenizer(),
         text_files([tmp_path / "texts"]),
@@ -265,6 +268,13 @@ def test_a_softcap_and_sink_logits_are_captured(tmp_path, name):
         assert sinks.detach().std() > 0
         assert_equal(layer.softmax.sink_logits, sinks.detach().view(2, 2))
         assert_equal(data.softmax.sink_logits, layer.softmax.sink_logits)
+
+
+def test_a_layer_with_another_softcap_is_an_error(tmp_path):
+    model = next(family for family in FAMILIES if family.model == "Gemma2").make(vocab_size=256)
+    model.model.layers[1].self_attn.attn_logit_softcapping = 3.0
+    with pytest.raises(ValueError, match="softcap must be 2.0 in every layer, got 3.0"):
+        run(tmp_path, model)
 
 
 def test_a_model_with_windows_alone_is_an_error(tmp_path):

@@ -36,20 +36,26 @@ def inputs(device: str) -> tuple[Tensor, Tensor, Tensor]:
     return q.to(device), k.to(device), positions.to(device)
 
 
-def dense_shares(q: Tensor, k: Tensor, positions: Tensor) -> Tensor:
+def dense_shares(q: Tensor, k: Tensor, positions: Tensor, softmax: Softmax = SOFTMAX) -> Tensor:
     """``[num_queries, num_kv_heads, group, seq_len]``, float64, head by head."""
     shares = torch.zeros(NUM_QUERIES, NUM_KV_HEADS, GROUP, SEQ_LEN, dtype=torch.float64)
     for i, last in enumerate(positions.tolist()):
         for h in range(NUM_KV_HEADS):
             for g in range(GROUP):
-                logits = k[: last + 1, h].double().cpu() @ q[i, h, g].double().cpu() * SOFTMAX.scale
-                shares[i, h, g, : last + 1] = logits.softmax(0)
+                logits = k[: last + 1, h].double().cpu() @ q[i, h, g].double().cpu() * softmax.scale
+                if softmax.softcap is not None:
+                    logits = softmax.softcap * torch.tanh(logits / softmax.softcap)
+                if softmax.sink_logits is not None:
+                    logits = torch.cat([logits, softmax.sink_logits[h, g, None].double().cpu()])
+                shares[i, h, g, : last + 1] = logits.softmax(0)[: last + 1]
     return shares
 
 
-def assert_scores(selector: Selector, expected: Tensor, args: tuple[Tensor, ...]) -> None:
+def assert_scores(
+    selector: Selector, expected: Tensor, args: tuple[Tensor, ...], softmax: Softmax = SOFTMAX
+) -> None:
     q, k, positions = args
-    scores = selector.index(1, k, SOFTMAX)(q, positions)
+    scores = selector.index(1, k, softmax)(q, positions)
     assert scores.dtype == torch.float32
     # float32 softmax of at most 150 terms against float64
     torch.testing.assert_close(scores.double().cpu(), expected, rtol=1e-4, atol=1e-7)
@@ -58,6 +64,14 @@ def assert_scores(selector: Selector, expected: Tensor, args: tuple[Tensor, ...]
 def test_exact_is_the_mean_of_the_groups_attention(device: str) -> None:
     args = inputs(device)
     assert_scores(ExactSelector(), dense_shares(*args).mean(2), args)
+
+
+def test_a_softcap_and_sinks_change_the_mean_of_the_groups_attention(device: str) -> None:
+    args = inputs(device)
+    softmax = Softmax(0.2, 1.5, 3 * torch.randn(NUM_KV_HEADS, GROUP, device=device))
+    expected = dense_shares(*args, softmax).mean(2)
+    assert_scores(ExactSelector(), expected, args, softmax)
+    assert (expected - dense_shares(*args).mean(2)).abs().max() > 1e-3
 
 
 def test_exact_logits_are_the_sum_of_the_groups(device: str) -> None:

@@ -154,11 +154,8 @@ def _attend(
     if hata_selection is not None and module.layer_idx in sparse:
         setting, number = hata_selection.setting, hata_selection.layers[module.layer_idx]
         if sparse.index(module.layer_idx) % setting.share_layers == 0:
-            scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-            sinks = kwargs.get("s_aux")
-            if sinks is not None:
-                sinks = sinks.float().unflatten(0, (key.shape[1], -1))
-            softmax = Softmax(scale, kwargs.get("softcap"), sinks)
+            logits = (scaling, kwargs.get("softcap"), kwargs.get("s_aux"))
+            softmax = Softmax.of_attention(query, key, *logits)
             hata_selection.mask = _selected(setting, number, query[0], key[0], softmax)
         attention_mask = hata_selection.mask
     return torch_attention_forward(

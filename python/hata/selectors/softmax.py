@@ -24,6 +24,28 @@ class Softmax:
     softcap: float | None = None
     sink_logits: Tensor | None = None
 
+    @classmethod
+    def of_attention(
+        cls,
+        q: Tensor,
+        k: Tensor,
+        scale: float | None,
+        softcap: float | None = None,
+        sink_logits: Tensor | None = None,
+    ) -> "Softmax":
+        """Takes what transformers hands its attention functions.
+
+        Args:
+            q: ``[batch, num_heads, q_len, head_dim]``.
+            k: ``[batch, num_kv_heads, seq_len, head_dim]``.
+            scale: Factor of the products; None is ``head_dim ** -0.5``.
+            softcap: Cap of the logits, or None.
+            sink_logits: ``[num_heads]``, or None.
+        """
+        scale = q.shape[3] ** -0.5 if scale is None else scale
+        groups = None if sink_logits is None else sink_logits.float().unflatten(0, (k.shape[1], -1))
+        return cls(scale, softcap, groups)
+
     def to(self, device: torch.device) -> "Softmax":
         """Returns the same with its sink logits on this device."""
         sinks = self.sink_logits

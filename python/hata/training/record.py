@@ -233,20 +233,17 @@ class Recorder:
         """The attention function: q, k, v are ``[1, heads, length, head_dim]``."""
         no_bias = kwargs.get("position_bias") is None
         check(no_bias, _WHERE, "position_bias", "be None in attention", "a value")
-        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        softcap, sink_logits = kwargs.get("softcap"), kwargs.get("s_aux")
+        sink_logits = kwargs.get("s_aux")
+        softmax = Softmax.of_attention(query, key, scaling, kwargs.get("softcap"), sink_logits)
         layer_idx: Any = module.layer_idx
         if layer_idx in self.layers:
-            sinks = sink_logits
-            if sinks is not None:
-                sinks = sinks.float().unflatten(0, (key.shape[1], -1))
-            self._record(layer_idx, query, key, value, Softmax(scale, softcap, sinks))
+            self._record(layer_idx, query, key, value, softmax)
         out = torch_attention(
             *(query, key, value),
-            softmax_scale=scale,
+            softmax_scale=softmax.scale,
             mask=attention_mask,
             is_causal=attention_mask is None,
-            softcap=softcap,
+            softcap=softmax.softcap,
             sink_logits=sink_logits,
         )
         return out.transpose(1, 2).contiguous(), None
