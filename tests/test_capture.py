@@ -273,7 +273,7 @@ def test_a_softcap_and_sink_logits_are_captured(tmp_path, monkeypatch, name, chu
 def test_a_layer_with_another_softcap_is_an_error(tmp_path):
     model = next(family for family in FAMILIES if family.model == "Gemma2").make(vocab_size=256)
     model.model.layers[1].self_attn.attn_logit_softcapping = 3.0
-    with pytest.raises(ValueError, match="softcap must be 2.0 in every layer, got 3.0"):
+    with pytest.raises(ValueError, match=r"softcap must be 2\.0 in every layer, got 3\.0"):
         run(tmp_path, model)
 
 

@@ -51,17 +51,11 @@ class Softmax:
         sinks = self.sink_logits
         return self if sinks is None else replace(self, sink_logits=sinks.to(device))
 
-    def logits(self, products: Tensor) -> Tensor:
-        """Scales products of queries and keys, and caps them.
-
-        Args:
-            products: Floats of any shape.
-
-        Returns:
-            A new tensor of the same shape.
-        """
-        x = products * self.scale
-        return x if self.softcap is None else x.div_(self.softcap).tanh_().mul_(self.softcap)
+    def cap_(self, logits: Tensor) -> Tensor:
+        """Caps scaled products of queries and keys in place, and returns them."""
+        if self.softcap is None:
+            return logits
+        return logits.div_(self.softcap).tanh_().mul_(self.softcap)
 
     def shares(self, products: Tensor, positions: Tensor) -> Tensor:
         """Computes the attention that each query pays the positions it sees, 0 on the others.
@@ -74,7 +68,7 @@ class Softmax:
             The same shape. A query's shares sum to 1, less what a sink takes.
         """
         hidden = torch.arange(products.shape[-1], device=products.device) > positions[:, None]
-        x = self.logits(products).masked_fill_(hidden[:, None, None], -torch.inf)
+        x = self.cap_(products * self.scale).masked_fill_(hidden[:, None, None], -torch.inf)
         shares = x.softmax(-1)
         if self.sink_logits is None:
             return shares
