@@ -17,6 +17,8 @@ def make_captures(
     values: bool = True,
     num_sequences: int = 2,
     layer_types: tuple[str, ...] = (FULL_ATTENTION,) * NUM_LAYERS,
+    softcap: float | None = None,
+    sinks: bool = False,
 ) -> Captures:
     """Keys and queries that lean to a few directions, as a model's do."""
     info = CaptureInfo(
@@ -32,9 +34,11 @@ def make_captures(
         num_kv_heads=NUM_KV_HEADS,
         head_dim=HEAD_DIM,
         layer_types=layer_types,
+        softcap=softcap,
     )
     writer = CaptureWriter(folder, info)
     spread = torch.linspace(3.0, 0.1, HEAD_DIM)
+    sink_logits = 3 * torch.randn(info.num_layers, NUM_KV_HEADS, info.group)
     for sequence_idx in range(num_sequences):
         positions = (torch.randperm(SEQ_LEN // 2)[:NUM_QUERIES] + SEQ_LEN // 2).sort().values
         for layer_idx in range(info.num_layers):
@@ -42,6 +46,11 @@ def make_captures(
             q = torch.randn(NUM_QUERIES, NUM_HEADS, HEAD_DIM) * spread
             q, k, v = (x.to(getattr(torch, dtype)) for x in (q, k, v))
             writer.write(
-                sequence_idx, layer_idx, q=q, k=k, v=v if values else None, positions=positions
+                *(sequence_idx, layer_idx),
+                q=q,
+                k=k,
+                v=v if values else None,
+                positions=positions,
+                sink_logits=sink_logits[layer_idx] if sinks else None,
             )
     return Captures.open(folder)

@@ -20,8 +20,10 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 import hata.training.captures
 from closeness import assert_equal
+from families import FAMILIES
 from hata.training.captures import CaptureInfo, Captures, CaptureWriter, shard_path
 from hata.training.record import CaptureOptions, capture
+from hata.training.source import Source
 from hata.training.texts import text_files, token_sequences
 from tiny_folder import bytewise_tokenizer
 from tiny_models import MODELS, make_model
@@ -236,16 +238,57 @@ def test_layers_with_a_window_are_left_out(tmp_path, monkeypatch, chunk):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["Gemma2", "GptOss"])
+@pytest.mark.parametrize("chunk", [SEQ_LEN, 32])
+def test_a_softcap_and_sink_logits_are_captured(tmp_path, monkeypatch, name, chunk):
+    """The keys of layer 1 depend on attention below, which the model does in eager code."""
+    family = next(family for family in FAMILIES if family.model == name)
+    model = family.make(vocab_size=256, attn_implementation="eager")
+    monkeypatch.setattr(hata.training.record, "_SMALLEST_CHUNK", 32)
+    need = hata.training.record._memory(model, SEQ_LEN, chunk) + 1
+    found = run(tmp_path, model, dataclasses.replace(OPTIONS, memory_limit_gb=need / 1e9))
+    sequence = token_sequences(
+        bytewise_tokenizer(),
+        text_files([tmp_path / "texts"]),
+        num_sequences=1,
+        seq_len=SEQ_LEN,
+        seed=0,
+    )[0]
+    with torch.no_grad():
+        expected = model(torch.tensor([sequence.token_ids])).past_key_values.layers[1].keys[0]
+    layer = found.layer(0)
+    torch.testing.assert_close(layer.k[0], expected.transpose(0, 1), rtol=1e-4, atol=1e-4)
+    sinks = getattr(model.model.layers[1].self_attn, "sinks", None)
+    assert layer.softmax.softcap == getattr(model.config, "attn_logit_softcapping", None)
+    data = Source(found, range(2), 2, 3).load([0], torch.device("cpu"))
+    if sinks is None:
+        assert layer.softmax.sink_logits is None
+        assert data.softmax == layer.softmax
+    else:
+        assert sinks.detach().std() > 0
+        assert_equal(layer.softmax.sink_logits, sinks.detach().view(2, 2))
+        assert_equal(data.softmax.sink_logits, layer.softmax.sink_logits)
+
+
+def test_a_layer_with_another_softcap_is_an_error(tmp_path):
+    model = next(family for family in FAMILIES if family.model == "Gemma2").make(vocab_size=256)
+    model.model.layers[1].self_attn.attn_logit_softcapping = 3.0
+    with pytest.raises(ValueError, match=r"softcap must be 2\.0 in every layer, got 3\.0"):
+        run(tmp_path, model)
+
+
 def test_a_model_with_windows_alone_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="have a layer that attends to the whole context"):
         run(tmp_path, tiny("mistral", sliding_window=16))
 
 
-def test_a_capture_of_all_layers_is_read_for_those_that_attend_to_everything(tmp_path):
+def test_an_older_capture_is_read_for_the_layers_that_attend_to_everything(tmp_path):
     config = Gemma3TextConfig(**GEMMA, layer_types=list(KINDS))
     found = run(tmp_path, Gemma3ForCausalLM(config).eval())
     file = found.folder / "captures.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "num_layers": 4}))
+    settings = {**json.loads(file.read_text()), "num_layers": 4}
+    del settings["softcap"]
+    file.write_text(json.dumps(settings))
     assert Captures.open(found.folder).info == found.info
 
 

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -30,14 +31,14 @@ def selectors() -> list[Selector]:
 def by_definition(captures: Captures, layer_idx: int, selector: Selector, device: str) -> Quality:
     """Every figure from float64 attention over an explicit set of positions."""
     layer = captures.layer(layer_idx, with_values=True)
-    group = captures.info.group
+    group, softcap, sinks = captures.info.group, captures.info.softcap, layer.softmax.sink_logits
     sums = torch.zeros(3, captures.info.num_kv_heads, len(BUDGETS), dtype=torch.float64)
     for b in range(captures.info.num_sequences):
         k, v, positions = layer.k[b], layer.v[b], layer.positions[b].to(device)
         q = layer.q[b].unflatten(1, (-1, group)).float().to(device)
         orders = []
         for each in (selector, ExactSelector()):
-            score = each.index(layer_idx, k.to(device), captures.info.softmax_scale)
+            score = each.index(layer_idx, k.to(device), layer.softmax.to(torch.device(device)))
             scores = score(q, positions)
             orders.append(rank(scores, positions, 60, page_size=each.page_size, **SINKS).cpu())
         for i, last in enumerate(positions.tolist()):
@@ -47,18 +48,27 @@ def by_definition(captures: Captures, layer_idx: int, selector: Selector, device
                     sums[0, h, n] += len(found & best) / len(best)
                     for g in range(group):
                         logits = k[: last + 1, h].double() @ q[i, h, g].double().cpu()
-                        shares = (logits * captures.info.softmax_scale).softmax(0)
+                        logits = logits * captures.info.softmax_scale
+                        if softcap is not None:
+                            logits = softcap * torch.tanh(logits / softcap)
+                        sink = -torch.inf if sinks is None else float(sinks[h, g])
+                        sink_share = torch.sigmoid(sink - logits.logsumexp(0))
+                        shares = logits.softmax(0) * (1 - sink_share)
                         dense = shares @ v[: last + 1, h].double()
                         rows = sorted(found)
-                        mass = shares[rows].sum()
+                        mass = shares[rows].sum() + sink_share
                         out = shares[rows] @ v[rows, h].double() / mass
                         sums[1, h, n] += mass / group
                         sums[2, h, n] += (out - dense).norm() / dense.norm() / group
     return Quality(*sums / (captures.info.num_sequences * NUM_QUERIES))
 
 
-def test_measures_what_it_says(tmp_path: Path, device: str, dtype: torch.dtype) -> None:
-    captures = make_captures(tmp_path / "captures", dtype=str(dtype).removeprefix("torch."))
+@pytest.mark.parametrize("logits", [{}, {"softcap": 4.0, "sinks": True}], ids=["plain", "both"])
+def test_measures_what_it_says(
+    tmp_path: Path, device: str, dtype: torch.dtype, logits: dict[str, Any]
+) -> None:
+    name = str(dtype).removeprefix("torch.")
+    captures = make_captures(tmp_path / "captures", dtype=name, **logits)
     for measurement in measure(captures, selectors(), options(device)):
         assert len(measurement.layers) == NUM_LAYERS
         for layer_idx, found in enumerate(measurement.layers):

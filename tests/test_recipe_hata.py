@@ -10,8 +10,9 @@ from hata.training.recipes.hata import HataRecipe
 from training_data import dense_attention, make_data, trained
 
 
-def test_the_teacher_is_the_dense_attention_without_what_is_always_selected():
-    data = make_data(num_layers=1)
+@pytest.mark.parametrize("logits", [{}, {"softcap": 3.0, "sinks": True}])
+def test_the_teacher_is_the_dense_attention_without_what_is_always_selected(logits):
+    data = make_data(num_layers=1, **logits)
     fit = HataRecipe(num_bits=32).fit(data)
     rows, keys = torch.tensor([0, 7, 31]), torch.tensor([0, 1, 2, 50, 99, 120, 150, 199])
     p, contested = fit._teacher(data, 1, rows, keys)

@@ -17,6 +17,7 @@ from hata.selectors import (
     QuestSelector,
     RabitqSelector,
     Selector,
+    Softmax,
     SparqSelector,
     StreamingSelector,
     key_components,
@@ -24,7 +25,7 @@ from hata.selectors import (
 )
 
 NUM_QUERIES, NUM_KV_HEADS, GROUP, HEAD_DIM, SEQ_LEN = 5, 2, 3, 64, 150
-SCALE = 0.2
+SOFTMAX = Softmax(0.2)
 
 
 def inputs(device: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -35,20 +36,26 @@ def inputs(device: str) -> tuple[Tensor, Tensor, Tensor]:
     return q.to(device), k.to(device), positions.to(device)
 
 
-def dense_shares(q: Tensor, k: Tensor, positions: Tensor) -> Tensor:
+def dense_shares(q: Tensor, k: Tensor, positions: Tensor, softmax: Softmax = SOFTMAX) -> Tensor:
     """``[num_queries, num_kv_heads, group, seq_len]``, float64, head by head."""
     shares = torch.zeros(NUM_QUERIES, NUM_KV_HEADS, GROUP, SEQ_LEN, dtype=torch.float64)
     for i, last in enumerate(positions.tolist()):
         for h in range(NUM_KV_HEADS):
             for g in range(GROUP):
-                logits = k[: last + 1, h].double().cpu() @ q[i, h, g].double().cpu() * SCALE
-                shares[i, h, g, : last + 1] = logits.softmax(0)
+                logits = k[: last + 1, h].double().cpu() @ q[i, h, g].double().cpu() * softmax.scale
+                if softmax.softcap is not None:
+                    logits = softmax.softcap * torch.tanh(logits / softmax.softcap)
+                if softmax.sink_logits is not None:
+                    logits = torch.cat([logits, softmax.sink_logits[h, g, None].double().cpu()])
+                shares[i, h, g, : last + 1] = logits.softmax(0)[: last + 1]
     return shares
 
 
-def assert_scores(selector: Selector, expected: Tensor, args: tuple[Tensor, ...]) -> None:
+def assert_scores(
+    selector: Selector, expected: Tensor, args: tuple[Tensor, ...], softmax: Softmax = SOFTMAX
+) -> None:
     q, k, positions = args
-    scores = selector.index(1, k, SCALE)(q, positions)
+    scores = selector.index(1, k, softmax)(q, positions)
     assert scores.dtype == torch.float32
     # float32 softmax of at most 150 terms against float64
     torch.testing.assert_close(scores.double().cpu(), expected, rtol=1e-4, atol=1e-7)
@@ -59,9 +66,17 @@ def test_exact_is_the_mean_of_the_groups_attention(device: str) -> None:
     assert_scores(ExactSelector(), dense_shares(*args).mean(2), args)
 
 
+def test_a_softcap_and_sinks_change_the_mean_of_the_groups_attention(device: str) -> None:
+    args = inputs(device)
+    softmax = Softmax(0.2, 1.5, 3 * torch.randn(NUM_KV_HEADS, GROUP, device=device))
+    expected = dense_shares(*args, softmax).mean(2)
+    assert_scores(ExactSelector(), expected, args, softmax)
+    assert (expected - dense_shares(*args).mean(2)).abs().max() > 1e-3
+
+
 def test_exact_logits_are_the_sum_of_the_groups(device: str) -> None:
     q, k, positions = inputs(device)
-    scores = ExactSelector(sum_logits=True).index(0, k, SCALE)(q, positions)
+    scores = ExactSelector(sum_logits=True).index(0, k, SOFTMAX)(q, positions)
     expected = torch.einsum("qhgd,shd->qhs", q.double(), k.double())
     torch.testing.assert_close(scores.double(), expected, rtol=1e-4, atol=1e-4)
 
@@ -78,7 +93,7 @@ def test_hata_selects_what_decoding_selects(
     q, k = q.half().float(), k.half()  # a 16-bit cache
     keys, queries = torch.randn(2, 2, NUM_KV_HEADS, HEAD_DIM, num_bits).unbind()
     weights = HashWeights(keys, None if tied else queries, query_bits, key_norms)
-    scores = HataSelector(weights).index(1, k, SCALE)(q, positions)
+    scores = HataSelector(weights).index(1, k, SOFTMAX)(q, positions)
 
     key_weights, query_weights = weights.layer(1, k.dtype, k.device)
     codes, norms = hash_encode(k[None], key_weights, key_norms=True)
@@ -135,14 +150,14 @@ def test_the_components_are_those_of_the_largest_variance(device: str) -> None:
 def test_loki_reads_the_first_channels_alone(device: str) -> None:
     q, k, positions = inputs(device)
     components = torch.eye(HEAD_DIM).expand(2, NUM_KV_HEADS, -1, -1)
-    scores = LokiSelector(5, components).index(1, k, SCALE)(q, positions)
-    first = ExactSelector().index(1, k[..., :5], SCALE)(q[..., :5], positions)
+    scores = LokiSelector(5, components).index(1, k, SOFTMAX)(q, positions)
+    first = ExactSelector().index(1, k[..., :5], SOFTMAX)(q[..., :5], positions)
     torch.testing.assert_close(scores, first)
 
 
 def test_quest_bounds_the_logits_of_a_page(device: str) -> None:
     q, k, positions = inputs(device)
-    scores = QuestSelector(16).index(0, k, SCALE)(q, positions)
+    scores = QuestSelector(16).index(0, k, SOFTMAX)(q, positions)
     assert scores.shape == (NUM_QUERIES, NUM_KV_HEADS, 10)
     for page in range(10):
         keys = k[16 * page : 16 * page + 16]
@@ -162,7 +177,9 @@ def test_sparq_reads_the_largest_channels(device: str) -> None:
             for g in range(GROUP):
                 query = q[i, h, g].double()
                 share = query[chosen].abs().sum() / query.abs().sum()
-                logits = k[: last + 1, h, chosen].double() @ query[chosen] * SCALE / share.sqrt()
+                logits = (
+                    k[: last + 1, h, chosen].double() @ query[chosen] * SOFTMAX.scale / share.sqrt()
+                )
                 expected[i, h, : last + 1] += logits.softmax(0).cpu() / GROUP
     assert_scores(SparqSelector(7), expected, (q, k, positions))
 
@@ -174,7 +191,7 @@ def test_sparq_with_all_channels_is_exact(device: str) -> None:
 
 def test_streaming_takes_sinks_and_the_most_recent(device: str) -> None:
     q, k, positions = inputs(device)
-    scores = StreamingSelector().index(0, k, SCALE)(q, positions)
+    scores = StreamingSelector().index(0, k, SOFTMAX)(q, positions)
     order = rank(scores, positions, 12, num_sink=4, num_recent=3)
     expected = [0, 1, 2, 3, *range(SEQ_LEN - 8, SEQ_LEN)]
     assert order[-1, 1].sort().values.tolist() == expected
@@ -201,7 +218,7 @@ def test_rabitq_is_exact_for_keys_that_are_corners(device: str) -> None:
 
 def test_magicpig_counts_the_tables_with_a_collision(device: str) -> None:
     q, k, positions = inputs(device)
-    scores = MagicpigSelector(num_tables=20, num_table_bits=3).index(0, k, SCALE)(q, positions)
+    scores = MagicpigSelector(num_tables=20, num_table_bits=3).index(0, k, SOFTMAX)(q, positions)
     generator = torch.Generator().manual_seed(0)
     tables = torch.randn(HEAD_DIM, 20, 3, generator=generator).to(device)
     keys = torch.einsum("shd,dlb->shlb", k - k.mean(0), tables) > 0
@@ -291,7 +308,7 @@ def test_a_budget_past_the_sequence_orders_everything(device: str) -> None:
             "HataSelector: weights must have one num_bits for all layers",
         ),
         (
-            lambda: SparqSelector(9).index(0, torch.zeros(3, 1, 8), 1.0),
+            lambda: SparqSelector(9).index(0, torch.zeros(3, 1, 8), SOFTMAX),
             "SparqSelector: channels must be in 1..8, got 9",
         ),
     ],

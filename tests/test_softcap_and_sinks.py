@@ -99,7 +99,7 @@ def test_a_sink_is_a_set_of_keys_without_values(device: str, dtype: torch.dtype)
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("kind", ["causal", "bool", "float"])
+@pytest.mark.parametrize("kind", ["causal", "bool", "float", "heads"])
 def test_gradients_are_those_of_plain_attention(name: str, kind: str) -> None:
     q, k, v = (torch.randn(2, heads, 7, 16, dtype=torch.double) for heads in (6, 2, 2))
     logits = dict(CASES[name])
@@ -114,6 +114,9 @@ def test_gradients_are_those_of_plain_attention(name: str, kind: str) -> None:
     if kind != "causal":
         seen = seen.triu(-3)
         mask = seen[None, None]
+    if kind == "heads":
+        seen = torch.stack([seen.triu(-window) for window in range(1, 7)])
+        mask = seen[None]
     if kind == "float":
         mask = torch.zeros(1, 1, 7, 7, dtype=torch.double).masked_fill(~seen, -torch.inf)
 

@@ -99,9 +99,7 @@ def test_a_fit_does_not_depend_on_the_layers_beside_it(device, name):
     changes |= {"num_epochs": 1, "num_pairs": 4000} if name == "paper" else {}
     recipe = RECIPES[name](num_bits=32, **changes)
     both = make_data(device=device)
-    second = TrainingData(
-        (1,), both.q[:, 2:], both.k[:, 2:], both.positions, both.softmax_scale, 2, 3
-    )
+    second = TrainingData((1,), both.q[:, 2:], both.k[:, 2:], both.positions, both.softmax, 2, 3)
     for whole, alone in zip(trained(recipe, both), trained(recipe, second), strict=True):
         assert whole.shape == (4, 32, 32)
         # float32 products in batches of another size, over a few steps

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from hata.selectors import Softmax
 from hata.training.data import TrainingData
 from hata.training.recipes import Recipe
 
@@ -18,6 +19,8 @@ def make_data(
     num_queries: int = 40,
     seed: int = 0,
     device: str = "cpu",
+    softcap: float | None = None,
+    sinks: bool = False,
 ) -> TrainingData:
     """Draws layers ``0..num_layers - 1``; queries use the same quarter of the directions."""
     heads = num_layers * num_kv_heads
@@ -39,7 +42,9 @@ def make_data(
     )
     layers = tuple(range(num_layers))
     on_device = (x.to(device) for x in (q, k, positions + seq_len // 2))
-    return TrainingData(layers, *on_device, head_dim**-0.5, 2, 3)
+    sink_logits = draw(heads, group).to(device) if sinks else None
+    softmax = Softmax(head_dim**-0.5, softcap, sink_logits)
+    return TrainingData(layers, *on_device, softmax, 2, 3)
 
 
 def trained(recipe: Recipe, data: TrainingData) -> tuple[Tensor, Tensor]:
@@ -56,6 +61,11 @@ def trained(recipe: Recipe, data: TrainingData) -> tuple[Tensor, Tensor]:
 def dense_attention(data: TrainingData, s: int, row: int, position: int) -> Tensor:
     """One query token's attention, mean over the group: ``[heads, seq_len]``."""
     q, k = data.q[s, :, row], data.k[s]
-    logits = torch.einsum("hgd,htd->hgt", q, k) * data.softmax_scale
+    softmax = data.softmax
+    logits = torch.einsum("hgd,htd->hgt", q, k) * softmax.scale
+    if softmax.softcap is not None:
+        logits = softmax.softcap * torch.tanh(logits / softmax.softcap)
     logits[..., position + 1 :] = -torch.inf
-    return logits.softmax(-1).mean(1)
+    if softmax.sink_logits is not None:
+        logits = torch.cat([logits, softmax.sink_logits[..., None]], -1)
+    return logits.softmax(-1)[..., : data.seq_len].mean(1)

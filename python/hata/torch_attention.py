@@ -87,7 +87,7 @@ def torch_attention(
         v: The same shape.
         softmax_scale: Factor of the logits.
         mask: True where a token sees a key, or floats that are added to the logits; it broadcasts
-            to ``[batch, 1, q_len, seq_len]``.
+            to ``[batch, num_heads, q_len, seq_len]``, with the queries of all tokens.
         is_causal: Whether the queries are the last ``q_len`` tokens, each of which sees itself and
             what is before it; then there is no mask.
         softcap: Cap of the logits, above 0; None: they stay.
@@ -109,8 +109,9 @@ def torch_attention(
         k, v = (pad(t, (0, SINK_CHANNELS, 1, 0)) for t in (k, v))
         k[:, :, 0, head_dim:] = 1
         mask = None if mask is None else pad(mask, (1, 0), value=mask.dtype == torch.bool)
-    if mask is not None:
-        # CUDA's kernels that take a mask know no groups; torch would form the matrix of logits.
+    if mask is not None or (q.is_cuda and q.dtype == torch.float32):
+        # CUDA's kernels that take a mask, and those for float32, know no groups; torch would form
+        # the matrix of logits.
         k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
     q_len, seq_len = q.shape[2], k.shape[2]
     is_causal = is_causal and q_len > 1
@@ -170,7 +171,10 @@ def _capped_attention(
         part = groups[:, :, :, tokens]
         logits = (part.flatten(2, 3) @ keys[..., :visible]).unflatten(2, part.shape[2:4])
         logits = softcap * torch.tanh(logits * (softmax_scale / softcap))
-        seen = None if mask is None else mask[..., tokens, :][:, :, None]
+        seen = mask
+        if mask is not None:
+            seen = mask[..., tokens, :].expand(-1, num_heads, -1, -1)
+            seen = seen.unflatten(1, groups.shape[1:3])
         if is_causal:
             seen = torch.arange(visible, device=q.device) <= last[:, None]
         if seen is not None and seen.dtype == torch.bool:

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface, DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from hata.checks import check
 from hata.eval.prose import WHERE
 from hata.integrations.model_shape import full_attention_layers
+from hata.integrations.transformers_attention import torch_attention_forward
 from hata.integrations.transformers_cache import CACHE_ARGUMENT
-from hata.selectors import Selector, rank
+from hata.selectors import Selector, Softmax, rank
 
 _ATTENTION = "hata_eval"
 _PIECE = 1024  # tokens of a prompt that a model with windows reads at once
@@ -148,16 +148,17 @@ def _attend(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """The attention function: q, k, v are ``[1, heads, length, head_dim]``."""
-    for name in ("softcap", "s_aux", "position_bias"):  # what "sdpa" does not know in all versions
-        check(kwargs.get(name) is None, WHERE, "model", f"attend without {name}", "one with it")
+    no_bias = kwargs.get("position_bias") is None
+    check(no_bias, WHERE, "model", "attend without position_bias", "one with it")
     sparse = [] if hata_selection is None else hata_selection.sparse_layers
     if hata_selection is not None and module.layer_idx in sparse:
         setting, number = hata_selection.setting, hata_selection.layers[module.layer_idx]
         if sparse.index(module.layer_idx) % setting.share_layers == 0:
-            scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-            hata_selection.mask = _selected(setting, number, query[0], key[0], scale)
+            logits = (scaling, kwargs.get("softcap"), kwargs.get("s_aux"))
+            softmax = Softmax.of_attention(query, key, *logits)
+            hata_selection.mask = _selected(setting, number, query[0], key[0], softmax)
         attention_mask = hata_selection.mask
-    return sdpa_attention_forward(
+    return torch_attention_forward(
         module, query, key, value, attention_mask, scaling=scaling, **kwargs
     )
 
@@ -167,7 +168,7 @@ AttentionMaskInterface.register(_ATTENTION, sdpa_mask)
 
 
 def _selected(
-    setting: Setting, layer_idx: int, query: Tensor, key: Tensor, softmax_scale: float
+    setting: Setting, layer_idx: int, query: Tensor, key: Tensor, softmax: Softmax
 ) -> Tensor:
     """The positions that the last tokens attend to.
 
@@ -176,7 +177,7 @@ def _selected(
         layer_idx: The layer's number among the selector's.
         query: ``[num_heads, q_len, head_dim]``, of the last tokens.
         key: ``[num_kv_heads, seq_len, head_dim]``, theirs included.
-        softmax_scale: Factor of the logits.
+        softmax: The layer's.
 
     Returns:
         ``[1, num_heads, q_len, seq_len]``, bool.
@@ -185,7 +186,7 @@ def _selected(
     (num_heads, q_len, _), (num_kv_heads, seq_len, _) = query.shape, key.shape
     positions = torch.arange(seq_len - q_len, seq_len, device=key.device)
     queries = query.unflatten(0, (num_kv_heads, -1)).permute(2, 0, 1, 3).float()
-    score = setting.selector.index(layer_idx, key.transpose(0, 1), softmax_scale)
+    score = setting.selector.index(layer_idx, key.transpose(0, 1), softmax)
     masks = []
     chunk = max(1, _SCORES_AT_ONCE // (num_heads * seq_len))
     for q, seen in zip(queries.split(chunk), positions.split(chunk), strict=True):

@@ -45,6 +45,12 @@ def softmax_scale(model: Any) -> float:
     return next(scales, model_shape(model)["head_dim"] ** -0.5)
 
 
+def softcap(model: Any) -> float | None:
+    """Returns the cap of the attention logits: the first layer's, or None."""
+    caps = (getattr(module, "attn_logit_softcapping", None) for module in model.modules())
+    return next((cap for cap in caps if cap is not None), None)
+
+
 def tensor_parallel_shard(model: Any) -> tuple[int, int]:
     """Returns which shard of split tensors this process holds, and how many there are."""
     size = model.tp_size or 1

@@ -19,6 +19,50 @@ from hata.integrations.transformers_mask import HERE, CausalMask, mask_function
 from hata.torch_attention import torch_attention
 
 
+def torch_attention_forward(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attends as transformers' "sdpa" does, and with a softcap and sink logits too.
+
+    Args:
+        module: The layer's attention.
+        query: ``[batch, num_heads, q_len, head_dim]``.
+        key: ``[batch, num_kv_heads, seq_len, head_dim]``.
+        value: The same shape.
+        attention_mask: ``[batch, 1 or num_heads, q_len, seq_len]``; None is causal.
+        scaling: Factor of the logits; None is ``head_dim ** -0.5``.
+        dropout: Probability that a share of the softmax is dropped.
+        softcap: Cap of the logits, or None.
+        s_aux: Sink logits, ``[num_heads]``, or None.
+        kwargs: What "sdpa" takes besides.
+
+    Returns:
+        ``[batch, q_len, num_heads, head_dim]``, and no weights.
+    """
+    if softcap is None and s_aux is None:
+        settings = {"dropout": dropout, "scaling": scaling, **kwargs}
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
+    out = torch_attention(
+        *(query, key, value),
+        softmax_scale=query.shape[3] ** -0.5 if scaling is None else scaling,
+        mask=attention_mask,
+        is_causal=attention_mask is None,
+        softcap=softcap,
+        sink_logits=s_aux,
+        dropout_p=dropout,
+    )
+    return out.transpose(1, 2).contiguous(), None
+
+
 def _attend(
     module: torch.nn.Module,
     query: Tensor,
@@ -37,20 +81,8 @@ def _attend(
         if isinstance(mask, CausalMask):
             mask = mask.for_sdpa
             mask = None if mask is None else mask.to(query.device)
-        if softcap is None and sink_logits is None:
-            return sdpa_attention_forward(
-                module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs
-            )
-        out = torch_attention(
-            *(query, key, value),
-            softmax_scale=query.shape[3] ** -0.5 if scaling is None else scaling,
-            mask=mask,
-            is_causal=mask is None and query.shape[2] > 1,
-            softcap=softcap,
-            sink_logits=sink_logits,
-            dropout_p=dropout,
-        )
-        return out.transpose(1, 2).contiguous(), None
+        settings = {"dropout": dropout, "scaling": scaling, **kwargs}
+        return torch_attention_forward(module, query, key, value, mask, **settings)
     rule, got = "be causal over the whole context", "another mask"
     check(not isinstance(attention_mask, Tensor), HERE, "attention_mask", rule, got)
     assert not isinstance(attention_mask, Tensor)  # what check has made sure of

@@ -110,7 +110,7 @@ def measure(
     layers = []
     for layer_idx in range(info.num_layers):
         layer = captures.layer(layer_idx, with_values=info.has_values)
-        measured = _measure_layer(layer, layer_idx, info.softmax_scale, selectors, budgets, options)
+        measured = _measure_layer(layer, layer_idx, selectors, budgets, options)
         layers.append(measured)
         on_layer()
     by_selector = zip(*layers, strict=True)
@@ -120,13 +120,13 @@ def measure(
 def _measure_layer(
     layer: LayerCapture,
     layer_idx: int,
-    softmax_scale: float,
     selectors: Sequence[Selector],
     budgets: Sequence[int],
     options: MeasureOptions,
 ) -> list[Quality]:
     device = options.torch_device()
     always = {"num_sink": options.num_sink, "num_recent": options.num_recent}
+    softmax = layer.softmax.to(device)
     exact_selector = ExactSelector()
     chunk = _queries_at_once(layer, budgets[-1], options)
     sums: list[Quality] = []
@@ -135,10 +135,10 @@ def _measure_layer(
         k = layer.k[sequence_idx].to(device)
         v = None if layer.v is None else layer.v[sequence_idx].to(device)
         q, positions = _queries(layer, sequence_idx, options)
-        exact = exact_selector.index(layer_idx, k, softmax_scale)
-        scores = [selector.index(layer_idx, k, softmax_scale) for selector in selectors]
+        exact = exact_selector.index(layer_idx, k, softmax)
+        scores = [selector.index(layer_idx, k, softmax) for selector in selectors]
         for q_some, seen in zip(q.split(chunk), positions.split(chunk), strict=True):
-            dense = DenseAttention(q_some, k, v, seen, softmax_scale)
+            dense = DenseAttention(q_some, k, v, seen, softmax)
             exact_ranks = dense.ranks(rank(exact(q_some, seen), seen, budgets[-1], **always))
             found = []
             for selector, score in zip(selectors, scores, strict=True):

@@ -13,6 +13,7 @@ from hata.selectors.quest import QuestSelector
 from hata.selectors.rabitq import RabitqSelector
 from hata.selectors.ranking import rank
 from hata.selectors.selector import Score, Selector
+from hata.selectors.softmax import Softmax
 from hata.selectors.streaming import StreamingSelector
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "RabitqSelector",
     "Score",
     "Selector",
+    "Softmax",
     "SparqSelector",
     "StreamingSelector",
     "key_components",

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from hata.checks import check_int
-from hata.selectors.selector import CACHE_ITEMSIZE, Score, Selector, logits, visible_softmax
+from hata.selectors.selector import CACHE_ITEMSIZE, Score, Selector, products
+from hata.selectors.softmax import Softmax
 
 
 @dataclass(frozen=True)
@@ -67,14 +68,14 @@ class LokiSelector(ChannelSelector):
         """Checks every rule."""
         check_int("LokiSelector", "channels", self.channels, 1, self.components.shape[-1])
 
-    def index(self, layer_idx: int, k: Tensor, softmax_scale: float) -> Score:
+    def index(self, layer_idx: int, k: Tensor, softmax: Softmax) -> Score:
         """Projects the keys."""
         projection = self.components[layer_idx, ..., : self.channels].to(k.device)
         keys = torch.einsum("shd,hdc->shc", k.float(), projection)
 
         def score(q: Tensor, positions: Tensor) -> Tensor:
             queries = torch.einsum("qhgd,hdc->qhgc", q, projection)
-            return visible_softmax(logits(queries, keys) * softmax_scale, positions).mean(2)
+            return softmax.shares(products(queries, keys), positions).mean(2)
 
         return score
 
@@ -115,7 +116,7 @@ class SparqSelector(ChannelSelector):
 
     name: ClassVar[str] = "sparq"
 
-    def index(self, layer_idx: int, k: Tensor, softmax_scale: float) -> Score:
+    def index(self, layer_idx: int, k: Tensor, softmax: Softmax) -> Score:
         """Keeps the keys."""
         check_int("SparqSelector", "channels", self.channels, 1, k.shape[-1])
 
@@ -124,7 +125,7 @@ class SparqSelector(ChannelSelector):
             largest = sizes.sum(2, keepdim=True).topk(self.channels).indices
             chosen = q.new_zeros(q.shape).scatter(-1, largest.expand(-1, -1, q.shape[2], -1), 1.0)
             share = (sizes * chosen).sum(-1, keepdim=True) / sizes.sum(-1, keepdim=True)
-            scale = softmax_scale * share.clamp(min=1e-30).rsqrt()
-            return visible_softmax(logits(q * chosen, k) * scale, positions).mean(2)
+            scale = share.clamp(min=1e-30).rsqrt()
+            return softmax.shares(products(q * chosen, k) * scale, positions).mean(2)
 
         return score

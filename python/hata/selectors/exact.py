@@ -5,7 +5,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from hata.selectors.selector import CACHE_ITEMSIZE, Score, Selector, logits, visible_softmax
+from hata.selectors.selector import CACHE_ITEMSIZE, Score, Selector, products
+from hata.selectors.softmax import Softmax
 
 
 @dataclass(frozen=True)
@@ -35,13 +36,13 @@ class ExactSelector(Selector):
         """What is summed."""
         return {"recipe": self.variant}
 
-    def index(self, layer_idx: int, k: Tensor, softmax_scale: float) -> Score:
+    def index(self, layer_idx: int, k: Tensor, softmax: Softmax) -> Score:
         """Keeps the keys."""
 
         def score(q: Tensor, positions: Tensor) -> Tensor:
             if self.sum_logits:
-                return logits(q.sum(2, keepdim=True), k)[:, :, 0]
-            return visible_softmax(logits(q, k) * softmax_scale, positions).mean(2)
+                return products(q.sum(2, keepdim=True), k)[:, :, 0]
+            return softmax.shares(products(q, k), positions).mean(2)
 
         return score
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hata.selectors.selector import logits, visible_softmax
+from hata.selectors.selector import products
+from hata.selectors.softmax import Softmax
 
 _NOT_RANKED = 2**31 - 1
 
@@ -17,7 +18,8 @@ class Quality:
 
     Attributes:
         recall: Share of the exact top-k set that is selected.
-        attention_mass: Share of the dense softmax that the selected positions hold.
+        attention_mass: Share of the dense softmax that the selected positions hold, and a sink with
+            them: what is lost are the shares of the other positions.
         output_error: ``|out - dense| / |dense|``, Euclidean, of the attention output over the
             selected positions; None without values.
     """
@@ -49,15 +51,18 @@ class DenseAttention:
         k: ``[seq_len, num_kv_heads, head_dim]``.
         v: The same shape, or None.
         positions: ``[num_queries]``, int64: query i sees ``0..positions[i]``.
-        softmax_scale: Factor of the logits.
+        softmax: The layer's.
     """
 
     def __init__(
-        self, q: Tensor, k: Tensor, v: Tensor | None, positions: Tensor, softmax_scale: float
+        self, q: Tensor, k: Tensor, v: Tensor | None, positions: Tensor, softmax: Softmax
     ) -> None:
         self._seq_len, self._num_seen = k.shape[0], positions[:, None] + 1
         self._heads = torch.arange(k.shape[1], device=k.device)[:, None]
-        self._shares = visible_softmax(logits(q, k) * softmax_scale, positions)
+        self._shares = softmax.shares(products(q, k), positions)
+        self._sinks = self._shares.new_zeros(self._shares.shape[:3])  # what a head's sink takes
+        if softmax.sink_logits is not None:
+            self._sinks = (1 - self._shares.sum(-1)).clamp_(min=0)
         self._values = None if v is None else v.float().transpose(0, 1)  # [kv_heads, seq_len, dim]
         if self._values is not None:
             self._out = torch.einsum("qhgs,hsd->qhgd", self._shares, self._values)
@@ -109,7 +114,8 @@ class DenseAttention:
         shares = shares * (order >= 0)[:, :, None]
 
         recalls, masses, errors = [], [], []
-        mass, out = shares.new_zeros(shares.shape[:3]), shares.new_zeros(())
+        # A sink is in the denominator of sparse attention too.
+        mass, out = self._sinks, shares.new_zeros(())
         start = 0
         for budget in budgets:
             stop = min(budget // page_size * page_size, order.shape[-1])

@@ -9,6 +9,7 @@ from torch.nn.functional import pad
 
 from hata.checks import check_int
 from hata.selectors.selector import CACHE_ITEMSIZE, Score, Selector
+from hata.selectors.softmax import Softmax
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class QuestSelector(Selector):
         """The page size."""
         return {"recipe": self.variant}
 
-    def index(self, layer_idx: int, k: Tensor, softmax_scale: float) -> Score:
+    def index(self, layer_idx: int, k: Tensor, softmax: Softmax) -> Score:
         """Takes minimum and maximum of every page.
 
         A page that a query sees only in part has bounds of all its keys; its score does not count,

@@ -6,7 +6,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from hata.selectors.selector import Score, Selector, logits, visible_softmax
+from hata.selectors.selector import Score, Selector, products
+from hata.selectors.softmax import Softmax
 
 _QUERY_LEVEL = 7  # a 4-bit query: integers in -7..7
 
@@ -43,7 +44,7 @@ class RabitqSelector(Selector):
         """The query's bits, by name."""
         return {"query_bits": 4}
 
-    def index(self, layer_idx: int, k: Tensor, softmax_scale: float) -> Score:
+    def index(self, layer_idx: int, k: Tensor, softmax: Softmax) -> Score:
         """Centres and rotates the keys, and keeps their signs and factors."""
         _, num_kv_heads, head_dim = k.shape
         generator = torch.Generator().manual_seed(self.seed)
@@ -57,7 +58,7 @@ class RabitqSelector(Selector):
             queries = torch.einsum("qhgd,hde->qhge", q, rotation)
             step = queries.abs().amax(-1, keepdim=True).clamp(min=1e-30) / _QUERY_LEVEL
             rounded = (queries / step).round() * step
-            return visible_softmax(logits(rounded, signs) * softmax_scale, positions).mean(2)
+            return softmax.shares(products(rounded, signs), positions).mean(2)
 
         return score
 

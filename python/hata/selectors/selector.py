@@ -7,6 +7,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from hata.selectors.softmax import Softmax
+
 # q [num_queries, num_kv_heads, group, head_dim], float32, and positions [num_queries], int64, to
 # scores [num_queries, num_kv_heads, num_pages], float32: larger is better, and what a query does
 # not see holds anything.
@@ -41,13 +43,13 @@ class Selector(ABC):
         return {}
 
     @abstractmethod
-    def index(self, layer_idx: int, k: Tensor, softmax_scale: float) -> Score:
+    def index(self, layer_idx: int, k: Tensor, softmax: Softmax) -> Score:
         """Computes what is kept beside one sequence's keys of one layer.
 
         Args:
             layer_idx: The layer.
             k: ``[seq_len, num_kv_heads, head_dim]``, after the rotary embedding.
-            softmax_scale: Factor of the model's logits.
+            softmax: The layer's, which tells a selector that estimates shares of attention.
 
         Returns:
             The function that scores the keys for given queries.
@@ -64,7 +66,7 @@ class Selector(ABC):
         """
 
 
-def logits(q: Tensor, k: Tensor) -> Tensor:
+def products(q: Tensor, k: Tensor) -> Tensor:
     """Products of queries and keys in float32.
 
     Args:
@@ -75,17 +77,3 @@ def logits(q: Tensor, k: Tensor) -> Tensor:
         ``[num_queries, num_kv_heads, group, seq_len]``.
     """
     return torch.einsum("qhgd,shd->qhgs", q.float(), k.float())
-
-
-def visible_softmax(x: Tensor, positions: Tensor) -> Tensor:
-    """Softmax over the positions that each query sees, 0 on the others.
-
-    Args:
-        x: ``[num_queries, num_kv_heads, group, seq_len]``.
-        positions: ``[num_queries]``: query i sees ``0..positions[i]``.
-
-    Returns:
-        The same shape.
-    """
-    hidden = torch.arange(x.shape[-1], device=x.device) > positions[:, None]
-    return x.masked_fill(hidden[:, None, None], -torch.inf).softmax(-1)

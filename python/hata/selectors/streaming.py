@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from hata.selectors.selector import Score, Selector
+from hata.selectors.softmax import Softmax
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class StreamingSelector(Selector):
         """What is selected."""
         return "sinks and recent"
 
-    def index(self, layer_idx: int, k: Tensor, softmax_scale: float) -> Score:
+    def index(self, layer_idx: int, k: Tensor, softmax: Softmax) -> Score:
         """Keeps the number of keys."""
         seq_len, num_kv_heads = k.shape[:2]
 

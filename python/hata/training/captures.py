@@ -18,6 +18,7 @@ from torch import Tensor
 
 from hata.checks import check, check_int
 from hata.outputs import CONTINUE, make_output_folder, whole_file
+from hata.selectors import Softmax
 
 _FORMAT = "hata.captures"
 _INFO_FILE = "captures.json"
@@ -42,6 +43,7 @@ class CaptureInfo:
         texts: Where the tokens of each sequence come from, one line a sequence.
         layer_types: transformers' name of the kind of each of the model's layers. Those of
             "full_attention", which hata can decode, are captured.
+        softcap: Cap of the model's logits, or None; sink logits lie in the layers' files.
     """
 
     model: str
@@ -56,6 +58,7 @@ class CaptureInfo:
     has_values: bool
     texts: tuple[str, ...]
     layer_types: tuple[str, ...]
+    softcap: float | None = None
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -77,6 +80,10 @@ class CaptureInfo:
         """Query heads that share a KV head."""
         return self.num_heads // self.num_kv_heads
 
+    def softmax(self, sink_logits: Tensor | None) -> Softmax:
+        """Returns the softmax of layers with these sink logits, ``[num_kv_heads, group]``."""
+        return Softmax(self.softmax_scale, self.softcap, sink_logits)
+
 
 @dataclass(frozen=True)
 class LayerCapture:
@@ -89,12 +96,14 @@ class LayerCapture:
         k: ``[num_sequences, seq_len, num_kv_heads, head_dim]``.
         v: The same, or None.
         positions: ``[num_sequences, num_queries]``, int64, ascending.
+        softmax: The layer's.
     """
 
     q: Tensor
     k: Tensor
     v: Tensor | None
     positions: Tensor
+    softmax: Softmax
 
 
 def shard_path(folder: Path, sequence_idx: int, model_layer: int) -> Path:
@@ -150,6 +159,7 @@ class CaptureWriter:
         k: Tensor,
         v: Tensor | None,
         positions: Tensor,
+        sink_logits: Tensor | None = None,
     ) -> None:
         """Writes one layer of one sequence.
 
@@ -160,6 +170,7 @@ class CaptureWriter:
             k: ``[seq_len, num_kv_heads, head_dim]``.
             v: The same as k where ``info.has_values``, else None.
             positions: ``[num_queries]``, int64.
+            sink_logits: ``[num_kv_heads, group]``, where the layer has them.
 
         Raises:
             ValueError: A tensor has NaN or infinities, or the disk is full; the files of other
@@ -167,7 +178,8 @@ class CaptureWriter:
         """
         where = "capture"
         model_layer = self.info.layers[layer_idx]
-        tensors = {"q": q, "k": k, **({} if v is None else {"v": v})}
+        optional = {"v": v, "sink_logits": sink_logits}
+        tensors = {"q": q, "k": k, **{name: x for name, x in optional.items() if x is not None}}
         for name, tensor in tensors.items():
             finite = bool(tensor.isfinite().all())
             got = f"NaN or infinity in layer {model_layer} of sequence {sequence_idx}"
@@ -231,8 +243,11 @@ class Captures:
             self.shard(i, layer_idx, cpu, with_values=with_values)
             for i in range(self.info.num_sequences)
         ]
+        softmax = self.info.softmax(shards[0].pop("sink_logits", None))  # the same in all sequences
         stacked = {name: torch.stack([shard[name] for shard in shards]) for name in shards[0]}
-        return LayerCapture(stacked["q"], stacked["k"], stacked.get("v"), stacked["positions"])
+        return LayerCapture(
+            stacked["q"], stacked["k"], stacked.get("v"), stacked["positions"], softmax
+        )
 
     def shard(
         self,
@@ -251,7 +266,8 @@ class Captures:
             with_values: Whether to read the values too, where they were captured.
 
         Returns:
-            "q", "k", "v" where it was read, and "positions": `LayerCapture`'s, of this sequence.
+            "q", "k", "v" where it was read, and "positions": `LayerCapture`'s, of this sequence;
+            "sink_logits", ``[num_kv_heads, group]``, where the layer has them.
 
         Raises:
             ValueError: The file is damaged.
@@ -267,6 +283,8 @@ class Captures:
         }
         try:
             with safe_open(path, framework="pt") as file:
+                if "sink_logits" in set(file.keys()):
+                    shapes["sink_logits"] = (info.num_kv_heads, info.group)
                 tensors = {name: file.get_tensor(name).to(device) for name in shapes}
         except (OSError, SafetensorError) as error:
             raise ValueError(

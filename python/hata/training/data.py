@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hata.selectors import Softmax
+
 
 @dataclass(frozen=True)
 class TrainingData:
@@ -17,7 +19,7 @@ class TrainingData:
         q: ``[num_sequences, heads, num_queries, group, head_dim]``.
         k: ``[num_sequences, heads, seq_len, head_dim]``.
         positions: ``[num_sequences, num_queries]``, int64, ascending: of the query tokens.
-        softmax_scale: Factor of the logits.
+        softmax: Of all these heads.
         num_sink: First positions that are always selected.
         num_recent: Last positions that a query sees that are always selected.
     """
@@ -26,7 +28,7 @@ class TrainingData:
     q: Tensor
     k: Tensor
     positions: Tensor
-    softmax_scale: float
+    softmax: Softmax
     num_sink: int
     num_recent: int
 

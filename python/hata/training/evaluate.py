@@ -61,12 +61,12 @@ def evaluate(
     at_once = max(1, _LOGITS_AT_ONCE // (data.heads * group * data.seq_len))
     for sequence_idx in range(data.num_sequences):
         k = data.k[sequence_idx].transpose(0, 1)
-        score = selector.index(0, k, data.softmax_scale)
+        score = selector.index(0, k, data.softmax)
         for start in range(0, num_queries, at_once):
             rows = slice(start, start + at_once)
             q = data.q[sequence_idx, :, rows].transpose(0, 1)
             positions = data.positions[sequence_idx, rows]
-            dense = DenseAttention(q, k, None, positions, data.softmax_scale)
+            dense = DenseAttention(q, k, None, positions, data.softmax)
             exact = rank(dense.mass, positions, budgets[-1], **always)
             chosen = rank(score(q, positions), positions, budgets[-1], **always)
             ranks = dense.ranks(exact)

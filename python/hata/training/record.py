@@ -6,13 +6,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from hata.checks import check, check_int
-from hata.integrations.model_shape import full_attention_layers, model_shape, softmax_scale
+from hata.integrations.model_shape import (
+    full_attention_layers,
+    model_shape,
+    softcap,
+    softmax_scale,
+)
 from hata.integrations.transformers_cache import CACHE_ARGUMENT
+from hata.selectors import Softmax
+from hata.torch_attention import MAX_LOGITS, torch_attention
 from hata.training.captures import FULL_ATTENTION, CaptureInfo, Captures, CaptureWriter
 from hata.training.options import CaptureOptions
 from hata.training.texts import text_files, token_sequences
@@ -36,12 +42,12 @@ def capture(
 
     Layers with a window, with chunks or without attention are left out: hata does not decode them.
     A sequence runs through the model once, with torch's attention: no matrix of scores ever
-    exists. Each layer is written as soon as it is known. The same call continues an interrupted
-    capture; finished layers are kept.
+    exists, or, where logits are capped, that of some tokens at a time. Each layer is written as
+    soon as it is known. The same call continues an interrupted capture; finished layers are kept.
 
     Args:
-        model: A transformers decoder that takes attention functions and has no logit cap: the
-            Llama, Qwen, Mistral and Gemma families, and others.
+        model: A transformers decoder that takes attention functions: the Llama, Qwen, Mistral and
+            Gemma families, gpt-oss, and others. A softcap and sink logits are captured too.
         tokenizer: Its tokenizer.
         texts: Files and folders of text.
         folder: Where to write.
@@ -78,6 +84,7 @@ def capture(
         model=name,
         num_heads=config.num_attention_heads,
         softmax_scale=softmax_scale(model),
+        softcap=softcap(model),
         seq_len=options.seq_len,
         num_queries=options.num_queries,
         dtype=str(model.dtype).removeprefix("torch."),
@@ -101,16 +108,20 @@ def capture(
             q: Tensor,
             k: Tensor,
             v: Tensor,
-            scale: float,
+            softmax: Softmax,
             sequence_idx: int = sequence_idx,
             positions: Tensor = positions,
         ) -> None:
-            same = abs(scale - info.softmax_scale) < 1e-6 * scale
+            same = abs(softmax.scale - info.softmax_scale) < 1e-6 * softmax.scale
             rule = f"be {info.softmax_scale} in every layer"
-            check(same, _WHERE, "the model's softmax scale", rule, scale)
+            check(same, _WHERE, "the model's softmax scale", rule, softmax.scale)
+            same, rule = softmax.softcap == info.softcap, f"be {info.softcap} in every layer"
+            check(same, _WHERE, "the model's softcap", rule, softmax.softcap)
             if not writer.has(sequence_idx, layer_idx):
                 values = v if info.has_values else None
-                writer.write(sequence_idx, layer_idx, q=q, k=k, v=values, positions=positions)
+                tensors = {"q": q, "k": k, "positions": positions}
+                sinks = softmax.sink_logits
+                writer.write(sequence_idx, layer_idx, **tensors, v=values, sink_logits=sinks)
             on_layer()
 
         recorder.run(sequence.token_ids, positions, write)
@@ -141,14 +152,18 @@ def _memory(model: Any, seq_len: int, chunk: int) -> int:
     wide = max(getattr(config, "intermediate_size", 0), 4 * config.hidden_size)
     activations = chunk * ((6 * config.hidden_size + 4 * wide) * itemsize + 3 * heads + 4 * row)
     repeated = 2 * seq_len * heads  # keys and values are repeated for the group
+    if softcap(model) is not None:  # four stages of some tokens' logits, and float32 keys, values
+        repeated += 4 * (2 * seq_len * row // itemsize)
+        repeated += 16 * min(MAX_LOGITS, config.num_attention_heads * chunk * seq_len)
     if chunk == seq_len:
         return weights + activations + repeated
     cache = 2 * seq_len * row * (shape["num_layers"] + 1)  # one layer's are copied while they grow
     return weights + activations + repeated + cache + 5 * chunk * seq_len  # and the mask
 
 
-# layer_idx, q [num_queries, num_heads, head_dim], k and v [seq_len, num_kv_heads, head_dim], scale
-OnLayer = Callable[[int, Tensor, Tensor, Tensor, float], None]
+# layer_idx, q [num_queries, num_heads, head_dim], k and v [seq_len, num_kv_heads, head_dim],
+# and the layer's softmax
+OnLayer = Callable[[int, Tensor, Tensor, Tensor, Softmax], None]
 
 
 class Recorder:
@@ -216,26 +231,25 @@ class Recorder:
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
         """The attention function: q, k, v are ``[1, heads, length, head_dim]``."""
-        for name in ("softcap", "s_aux", "position_bias"):
-            check(kwargs.get(name) is None, _WHERE, name, "be None in attention", "a value")
+        no_bias = kwargs.get("position_bias") is None
+        check(no_bias, _WHERE, "position_bias", "be None in attention", "a value")
+        sink_logits = kwargs.get("s_aux")
+        softmax = Softmax.of_attention(query, key, scaling, kwargs.get("softcap"), sink_logits)
         layer_idx: Any = module.layer_idx
         if layer_idx in self.layers:
-            self._record(layer_idx, query, key, value, scaling)
-        # Groups are spelled out: CUDA's kernel for float32 knows none, and what torch takes in its
-        # place forms the whole matrix of scores.
-        group = query.shape[1] // key.shape[1]
-        out = scaled_dot_product_attention(
-            query,
-            key.repeat_interleave(group, 1),
-            value.repeat_interleave(group, 1),
-            attn_mask=attention_mask,
-            is_causal=attention_mask is None and query.shape[2] > 1,
-            scale=scaling,
+            self._record(layer_idx, query, key, value, softmax)
+        out = torch_attention(
+            *(query, key, value),
+            softmax_scale=softmax.scale,
+            mask=attention_mask,
+            is_causal=attention_mask is None,
+            softcap=softmax.softcap,
+            sink_logits=sink_logits,
         )
         return out.transpose(1, 2).contiguous(), None
 
     def _record(
-        self, model_layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float | None
+        self, model_layer: int, query: Tensor, key: Tensor, value: Tensor, softmax: Softmax
     ) -> None:
         layer_idx = self.layers.index(model_layer)
         end = self._start + query.shape[2]
@@ -247,6 +261,5 @@ class Recorder:
         if end == self._seq_len:
             q = torch.cat(self._queries.pop(layer_idx))
             k, v = (x[0].transpose(0, 1) for x in (key, value))
-            scale = query.shape[-1] ** -0.5 if scaling is None else scaling
             assert self._on_layer is not None  # run has set it
-            self._on_layer(layer_idx, q, k, v, scale)
+            self._on_layer(layer_idx, q, k, v, softmax)

@@ -56,6 +56,7 @@ class Source:
         q = torch.empty(num_sequences, heads, num_queries, group, head_dim, device=device)
         k = torch.empty(num_sequences, heads, seq_len, head_dim, device=device)
         positions = torch.empty(num_sequences, num_queries, dtype=torch.int64, device=device)
+        sinks = torch.full((heads, group), -torch.inf, device=device)  # a sink that takes nothing
         for row, sequence_idx in enumerate(self.sequences):
             for i, layer_idx in enumerate(layers):
                 found = self.captures.shard(sequence_idx, layer_idx, device)
@@ -64,8 +65,10 @@ class Source:
                 q[row, of_layer].copy_(groups.permute(1, 0, 2, 3))
                 k[row, of_layer].copy_(found["k"].transpose(0, 1))
                 positions[row].copy_(found["positions"])
-        scale = self.captures.info.softmax_scale
-        return TrainingData(tuple(layers), q, k, positions, scale, self.num_sink, self.num_recent)
+                if "sink_logits" in found:
+                    sinks[of_layer].copy_(found["sink_logits"])
+        softmax = self.captures.info.softmax(None if bool(sinks.isinf().all()) else sinks)
+        return TrainingData(tuple(layers), q, k, positions, softmax, self.num_sink, self.num_recent)
 
 
 def captured_sources(

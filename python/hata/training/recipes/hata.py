@@ -176,11 +176,11 @@ class HataFit(Fit):
         last = data.positions[sequence_idx, rows, None] - data.num_recent
         contested = (keys <= last) & (keys >= data.num_sink)
         k = data.k[sequence_idx, :, keys].transpose(1, 2)
-        q = data.q[sequence_idx, :, rows] * data.softmax_scale
+        q = data.q[sequence_idx, :, rows] * data.softmax.scale
         log_sums = self.log_sums[sequence_idx, :, rows]
         p = torch.zeros(data.heads, len(rows), len(keys), device=k.device)
         for group_idx in range(q.shape[2]):  # one head of the group at a time, to save memory
-            logits = torch.bmm(q[:, :, group_idx], k)
+            logits = data.softmax.cap_(torch.bmm(q[:, :, group_idx], k))
             p += logits.sub_(log_sums[:, :, group_idx, None]).exp_()
         # Not multiplied: exp is infinite where a key after the query far outweighs all it sees.
         return p.div_(q.shape[2]).masked_fill_(~contested, 0), contested
@@ -226,11 +226,12 @@ class HataFit(Fit):
         return gradient.addcmul_(centred, along, value=-1)
 
     def _first_temperature(self, data: TrainingData) -> Tensor:
-        """Returns the log temperature that fits scores to the mean logits of the group best."""
+        """Returns the log temperature that fits scores to logits of the group's mean query."""
         sequence_idx, rows, keys = self._draw(data, generator_of(self.recipe.seed, -1))
         score = self._logits(data, sequence_idx, rows, keys, 1.0)
-        mean_q = data.q[sequence_idx, :, rows].mean(2) * data.softmax_scale
-        wanted = torch.bmm(mean_q, data.k[sequence_idx, :, keys].transpose(1, 2))
+        mean_q = data.q[sequence_idx, :, rows].mean(2) * data.softmax.scale
+        k = data.k[sequence_idx, :, keys].transpose(1, 2)
+        wanted = data.softmax.cap_(torch.bmm(mean_q, k))
         score = score - score.mean(-1, keepdim=True)
         wanted = wanted - wanted.mean(-1, keepdim=True)
         ratio = (score * wanted).sum((1, 2)) / score.square().sum((1, 2)).clamp(min=1e-30)
@@ -260,9 +261,9 @@ def _projected_size(x: Tensor, weights: Tensor) -> Tensor:
 
 
 def _log_sums(data: TrainingData) -> Tensor:
-    """Returns each query's logsumexp of its logits, ``[num_sequences, heads, num_queries, group]``.
+    """Returns the logarithms of the softmax's denominators.
 
-    Over every key it sees.
+    ``[num_sequences, heads, num_queries, group]``: over every key that a query sees, and its sink.
     """
     sums = torch.empty(data.q.shape[:-1], device=data.q.device)
     for sequence_idx in range(data.num_sequences):
@@ -271,7 +272,8 @@ def _log_sums(data: TrainingData) -> Tensor:
             rows = slice(start, start + _LOGSUMEXP_ROWS)
             hidden = ~data.visible(sequence_idx, rows)
             for group_idx in range(data.q.shape[3]):
-                q = data.q[sequence_idx, :, rows, group_idx] * data.softmax_scale
-                logits = torch.bmm(q, k).masked_fill_(hidden, -torch.inf)
+                q = data.q[sequence_idx, :, rows, group_idx] * data.softmax.scale
+                logits = data.softmax.cap_(torch.bmm(q, k)).masked_fill_(hidden, -torch.inf)
                 sums[sequence_idx, :, rows, group_idx] = logits.logsumexp(-1)
-    return sums
+    sinks = data.softmax.sink_logits  # [heads, group]
+    return sums if sinks is None else torch.logaddexp(sums, sinks[:, None])
