@@ -203,7 +203,7 @@ def test_rows_say_which_inputs_they_had(captured_file, tmp_path):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["decode", "--grid", "all"], "--grid must be one of table, figure5, budget, crossover, few"),
+        (["decode", "--grid", "all"], "--grid must be one of table, figure5, budget, crossover"),
         (["ops", "--op", "attention"], "--op must be one of prompt, encode_query"),
         (["decode", "--codes", "D"], "--codes must be one of A, B, C, got D"),
         (["decode", "--shape", "8 x 8"], "--shape must be one of 1 x 8/2 x 2K, got 8 x 8"),
