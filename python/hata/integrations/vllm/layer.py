@@ -18,6 +18,7 @@ from hata.checks import check
 from hata.integrations.vllm.metrics import measure_mass
 from hata.integrations.vllm.settings import HERE, Settings, check_windows
 from hata.integrations.vllm.side_cache import SideCache
+from hata.torch_attention import add_sink_logits
 
 
 class Decodes(NamedTuple):
@@ -302,8 +303,6 @@ class HataLayer:
             softcap=self.softcap,
             out=out,
         )
-        if self.sinks is not None:  # one more term in the denominator of the softmax
-            out.mul_(torch.sigmoid(step.lse - self.sinks)[..., None])
         if self.observer is not None:
             self.observer(self.layer_idx, step.indices, step.num_selected, run.cache_seqlens)
         every = self.settings.measure_every
@@ -319,6 +318,8 @@ class HataLayer:
                 softcap=self.softcap,
             )
             measure_mass(self.layer_idx, step.lse, dense_lse, slot_mapping[run.tokens])
+        if self.sinks is not None:
+            add_sink_logits(out, step.lse, self.sinks)
 
     def _check_codes(self, common: CommonAttentionMetadata, k_cache: Tensor) -> None:
         """Raises at the first cached key whose code is not that of the key."""
