@@ -21,6 +21,7 @@ import pytest
 import torch
 
 from devices import DEVICES, DTYPES, algorithms
+from hata import window_cache
 from hata.demo.model import WHEEL, WHEEL_VERSION
 
 # Tests of `make test-vllm`, in an environment of their own, and of `make test-lm-eval`.
@@ -75,6 +76,12 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def few_spare_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Caches of layers with a window are soon full, and go on in their first rows."""
+    monkeypatch.setattr(window_cache, "SPARE_ROWS", 12)
 
 
 @pytest.fixture

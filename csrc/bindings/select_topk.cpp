@@ -13,8 +13,9 @@ Budget checked_budget(const ArgumentChecks& check, int64_t top_k, int64_t num_si
   check.in_range(top_k, "top_k", 1, kMaxInt32);
   check.in_range(num_sink, "num_sink", 0, kMaxInt32);
   check.in_range(num_recent, "num_recent", 0, kMaxInt32);
-  check.rule(num_sink + num_recent <= top_k, "num_sink + num_recent",
-             "be at most top_k=" + std::to_string(top_k), num_sink + num_recent);
+  check.rule(
+      num_sink + num_recent <= top_k, "num_sink + num_recent",
+      [&] { return "be at most top_k=" + std::to_string(top_k); }, num_sink + num_recent);
   // Where this cuts anything, all positions are selected, so that no other choice is left.
   const int64_t selected = std::min(top_k, capacity), sink = std::min(num_sink, selected);
   return {.top_k = static_cast<int>(selected),
@@ -51,9 +52,10 @@ std::tuple<Tensor, Tensor> select_topk(const Tensor& scores, const Tensor& cache
   const Budget budget = checked_budget(check, top_k, num_sink, num_recent, max_seq_len);
   const int32_t* seqlens = data<int32_t>(cache_seqlens);
   for (int64_t b = 0; !check.on_cuda() && b < batch; ++b) {
-    check.rule(seqlens[b] >= 0 && seqlens[b] <= max_seq_len, "cache_seqlens",
-               "be in 0.." + std::to_string(max_seq_len) + " (the width of scores)",
-               std::to_string(seqlens[b]) + " for sequence " + std::to_string(b));
+    check.rule(
+        seqlens[b] >= 0 && seqlens[b] <= max_seq_len, "cache_seqlens",
+        [&] { return "be in 0.." + std::to_string(max_seq_len) + " (the width of scores)"; },
+        [&] { return std::to_string(seqlens[b]) + " for sequence " + std::to_string(b); });
   }
   Tensor indices =
       torch::stable::new_empty(scores, {batch, q_len, num_kv_heads, budget.top_k}, ScalarType::Int);
