@@ -22,11 +22,8 @@ from torch import Tensor
 from hata.checks import check
 from hata.config import HataConfig
 from hata.integrations.transformers import enabled
-from hata.integrations.transformers_cache import (
-    CACHE_ARGUMENT,
-    MAX_DRAFT_LEN,
-    HataTransformersCache,
-)
+from hata.integrations.transformers_cache import CACHE_ARGUMENT, HataTransformersCache
+from hata.integrations.transformers_layers import MAX_DRAFT_LEN
 from hata.progress import progress_bar
 from hata.weights import HashWeights
 
