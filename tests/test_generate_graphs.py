@@ -26,7 +26,7 @@ WINDOWED = [f for f in FAMILIES if f.layers and "window" in f.notes and "sinks" 
 _EXPERTS = ("Mixtral", "Qwen3Moe", "Glm4Moe", "Phimoe", "Olmoe", "GraniteMoe", "GptOss")
 _STATES = ("Qwen3Next", "Qwen3_5", "Bamba", "Jamba", "Lfm2")
 TRIED = [family for family in FAMILIES if family.model in (*_EXPERTS, *_STATES)]
-SIZES = {"hidden_size": 256, "head_dim": 64}  # heads that the kernels have
+SIZES = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 64}  # what kernels have
 
 
 def switch_on(model: PreTrainedModel, config: Any = FEW, **settings: Any) -> Any:
