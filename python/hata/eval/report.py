@@ -10,7 +10,7 @@ from rich.table import Table
 
 from hata.eval.prose import WHERE
 from hata.eval.rows import Row
-from hata.eval.tasks import LIKELIHOOD, TASKS
+from hata.eval.tasks import LIKELIHOOD, chance
 from hata.outputs import whole_file
 
 # A task counts where dense attention scores this much above chance, and two standard errors.
@@ -53,7 +53,7 @@ def mean_score(rows: Sequence[Row]) -> tuple[float, float | None]:
 def counts(task: str, dense: Sequence[Row]) -> bool:
     """Whether dense attention's rows of a task are well above chance, and beyond their error."""
     mean, error = mean_score(dense)
-    above = mean - TASKS[task].chance
+    above = mean - chance(task)
     return above >= LEAST_ABOVE_CHANCE and above > 2 * (error or 0.0)
 
 
@@ -128,10 +128,9 @@ def left_out(rows: Sequence[Row]) -> list[str]:
             continue
         dense = select(rows, task=task, context=context, method="dense")
         if not counts(task, dense):
-            chance = TASKS[task].chance
             said.append(
                 f"{task} at {context} tokens, where dense attention scores {score(dense)} and a "
-                f"guess {chance:.2f}"
+                f"guess {chance(task):.2f}"
             )
     return said
 
