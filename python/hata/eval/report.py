@@ -106,8 +106,8 @@ def write_report(folder: Path, rows: Sequence[Row]) -> None:
             text += [f"## {title}", "", _line(headings)]
             text += [_line("---" for _ in headings), *map(_line, lines), ""]
         text += [f"Left out: {said}" for said in left_out(of_run)]
-        pictures = plots.plot_all(folder, number, of_run)
-        text += ["", *(f"![{picture.stem}]({picture.name})" for picture in pictures), ""]
+        text += ["", *map(_picture, plots.plot_run(folder, number, of_run)), ""]
+    text += [*map(_picture, plots.plot_needles(folder, rows)), ""]
     with whole_file(folder / "report.md", WHERE) as partial:
         partial.write_text("\n".join(text), encoding="utf-8")
 
@@ -178,6 +178,10 @@ def _with_error(row: Row, name: str) -> str:
     value = float(row["nll_excess" if name == "nll" else name])
     error = row[f"{name}_stderr"]
     return f"{value:.4f} ± {float(error):.4f}" if error else f"{value:.4f}"
+
+
+def _picture(path: Path) -> str:
+    return f"![{path.stem}]({path.name})"
 
 
 def _line(cells: Iterable[str]) -> str:
