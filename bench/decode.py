@@ -18,7 +18,7 @@ TITLE = "Decoding step of one layer"
 COLUMNS = (
     "dtype", *CASE_COLUMNS, "hata_us", *(f"{part}_us" for part in PARTS), *DENSE,
     "floor_us", "read_tbps", *DENSE_MORE, "spread_us", "bytes", "gbps", "percent_of_read",
-    "speedup", "portable_us", "max_seq_len", "inputs",
+    "speedup", "portable_us", "host_us", "max_seq_len", "inputs",
 )  # fmt: skip
 
 SHOWN = {
@@ -34,6 +34,7 @@ SHOWN = {
     "score_select_us": "score, select",
     "gather_attention_us": "gather",
     "portable_us": "portable",
+    "host_us": "host",
     "fa2_us": "FA2",
     "cudnn_us": "cuDNN",
     "flashinfer_us": "FI",
@@ -85,7 +86,8 @@ def step_row(run: Run, kv: KvPool, case: Case) -> Row:
     """Times one step and its parts.
 
     The floor counts what no step can avoid reading, every code and norm and the selected rows.
-    ``portable_us`` is the step as GPUs other than Hopper run it.
+    ``portable_us`` is the step as GPUs other than Hopper run it, ``host_us`` what an eager call
+    takes the host.
     """
     pool = run.code_pool(kv, case)
     check_step(pool)
@@ -93,6 +95,7 @@ def step_row(run: Run, kv: KvPool, case: Case) -> Row:
     row = run.row(case.shape, case.config, pool.page_size, case.shape.q_len)
     row |= run.measured(step, case.num_bytes) | {"hata_us": step.us}
     if run.timer.device.type == "cuda":
+        row["host_us"] = run.timer.host_us(pool.calls("decode_step")[0])
         with patch.dict(os.environ, HATA_SCORE_SELECT="two_kernels"):
             row["portable_us"] = run.timer(pool.calls("decode_step")).us
     return row | {f"{part}_us": run.timer(pool.calls(part)).us for part in PARTS}

@@ -415,8 +415,10 @@ def test_a_compiled_model_has_its_own_logits(family: Family) -> None:
     model, prompt = family.make(), random_prompt(2, 21)
     settings = {"output_logits": True, "return_dict_in_generate": True}
     switch_on(model, FEW)
-    eager = generate(model, prompt, 4, **settings)
+    eager = generate(model, prompt, 20, **settings)
     torch._dynamo.reset()
-    model.forward = torch.compile(model.forward, backend="eager")
-    compiled = generate(model, prompt, 4, **settings)
+    counter = CompileCounterWithBackend("eager")
+    model.forward = torch.compile(model.forward, backend=counter)
+    compiled = generate(model, prompt, 20, **settings)
     torch.testing.assert_close(compiled.logits, eager.logits, rtol=1e-4, atol=1e-5)
+    assert counter.frame_count <= 3  # prompts and tokens, with windows that fill meanwhile

@@ -142,6 +142,7 @@ def test_without_calibration_there_is_no_loki(
         ("HELDOUT --query-bits 5", r"--query-bits must be in 1\.\.4, got 5"),
         ("HELDOUT --num-dense-layers 3", "--num-dense-layers must leave one of .* got 3"),
         ("HELDOUT --top-k 10", r"top_k must be at least num_sink \+ num_recent=20, got 10"),
+        ("HELDOUT --top-k 2.5", r"--top-k must be an int, or a share .*, got 2\.5"),
         ("HELDOUT --top-k 40 --channels 33", r"channels must be in 1\.\.32, got 33"),
         ("HELDOUT --top-k 40 --random-bits 48", "num_bits must be a multiple of 32"),
         (

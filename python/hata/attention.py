@@ -152,7 +152,7 @@ def decode_attention(
                 cache.norm_cache[layer_idx],
                 *tables,
                 query_bits=cache.weights.query_bits,
-                top_k=cache.layer_top_k[layer_idx],
+                **cache.layer_budgets[layer_idx]._asdict(),
                 num_sink=config.num_sink,
                 num_recent=config.num_recent,
                 softmax_scale=scale,

@@ -70,7 +70,7 @@ def enable(
     model: PreTrainedModel,
     config: HataConfig | None = None,
     *,
-    top_k: int | None = None,
+    top_k: int | float | None = None,
     weights: HashWeights | str | PathLike[str] | None = None,
     max_seq_len: int | None = None,
     page_size: int | None = None,
@@ -102,7 +102,8 @@ def enable(
         model: A text-only decoder (docs/models.md). Two forward passes of one token show that its
             layers can be hata's.
         config: The budget; None is `HataConfig`'s defaults. It counts all layers of the model.
-        top_k: Positions that each KV head attends to, in place of ``config.top_k``.
+        top_k: Positions that each KV head attends to, or a share of the context, in place of
+            ``config.top_k``.
         weights: Hash weights for this model's layers, or for those that become hata's, or a file
             of `hata.save_weights`. None takes the package's own for a model of this name and
             shape; where there are none it draws random orthogonal ones (64 bits, seed 0), which
