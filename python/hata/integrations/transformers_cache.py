@@ -84,18 +84,10 @@ class _LayerGroup:
 
     def cache_for(self, rows: tuple[int, ...], k: Tensor, seen: int) -> HataCache:
         """Returns one device's cache, made anew where it is empty and k is of another kind."""
-        batch, _, num_kv_heads, _ = k.shape
-        cache, wanted = self.caches.get(rows), (batch, k.dtype, k.device)
+        cache, wanted = self.caches.get(rows), (k.shape[0], k.dtype, k.device)
         if cache is None or (seen == 0 and wanted != (cache.batch, cache.dtype, cache.device)):
-            cache = self.caches[rows] = HataCache(
-                self.settings.weights_for(rows, num_kv_heads),
-                self.settings.config_for(rows),
-                batch=batch,
-                max_seq_len=self.max_seq_len,
-                page_size=self.settings.page_size,
-                dtype=k.dtype,
-                device=k.device,
-            )
+            cache = self.settings.new_cache(rows, k, self.max_seq_len)
+            self.caches[rows] = cache
         return cache
 
     def decodes(self, seen: int, q_len: int) -> bool:
