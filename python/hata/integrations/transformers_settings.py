@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from accelerate.utils import convert_file_size_to_int
+from accelerate.utils import convert_file_size_to_int  # type: ignore[import-untyped]
 from torch import Tensor
 
 from hata.cache import HataCache
