@@ -25,6 +25,7 @@ from .cases import PAPER_BUDGET
 from .options import Output, check_output
 from .report import RESULTS, Report, Row
 
+CONTEXTS = [2048, 4096, 7936]
 WARM_UP = 8  # steps
 SIZES = (1, 2, 4, 8)  # slots for each position that a step selects
 DUMMY_HEAD_DIM = 8  # which rows are copied says nothing about what is in them
@@ -39,7 +40,7 @@ class Options(Output):
     model: ModelFolder = None
     context: Annotated[
         list[int],
-        Option(help="Tokens of the prompt; may be repeated. By default 2048, 4096, 7936."),
+        Option(help="Tokens of the prompt; may be repeated; by default three lengths."),
     ] = field(default_factory=list)
     steps: Annotated[int, Option(help="Tokens that are decoded.")] = 128
 
@@ -50,7 +51,7 @@ def measure_hit_rate(options: Options) -> None:
     from hata.demo.model import bundled_model, check_model_folder, load_model
 
     check_int("bench", "--steps", options.steps, WARM_UP + 1)
-    contexts = options.context or [2048, 4096, 7936]
+    contexts = options.context or CONTEXTS
     folder = options.model or bundled_model()
     for context in contexts:
         check_model_folder(folder, context + options.steps)

@@ -3,6 +3,7 @@
 import copy
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -24,8 +25,14 @@ from closeness import assert_equal
 from devices import gpu_only
 from hata import HataCache, HataConfig, ops
 from hata.host_memory import HostMemory
+from hata.integrations.model_shape import model_shape
+from hata.integrations.transformers import enable
+from hata.offload import OffloadedCache
+from tiny_models import FEW as FEW_OF_MODEL
+from tiny_models import generate, make_model, random_prompt
 
 SPARSE = HataConfig(top_k=9, num_sink=2, num_recent=3, num_dense_layers=0, min_sparse_len=0)
+
 ROOM = 1 << 20  # bytes of host memory
 
 
@@ -282,3 +289,34 @@ def test_a_captured_step_reads_what_later_steps_fetch() -> None:
             assert_equal(selected[0][0], selected[1][0])
             expected = twins.gathered(static[0], layer_idx, selected[0][0])
             assert_equal(outs[0][layer_idx], expected)
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"num_beams": 3}, {"prompt_lookup_num_tokens": 3}], ids=str
+)
+def test_a_model_writes_the_same_text(settings: dict[str, Any]) -> None:
+    model, prompt = make_model("llama-group4"), random_prompt(1, 30)
+    weights = hata.HashWeights.random(**model_shape(model))
+    config = replace(FEW_OF_MODEL, num_dense_layers=1)
+    enable(model, config, weights=weights)
+    expected = generate(model, prompt, 20, **settings)
+    for offload in ("1MB", 1 << 20):
+        cache = enable(model, config, weights=weights, offload=offload)
+        assert_equal(generate(model, prompt, 20, cache=cache, **settings), expected)
+        assert isinstance(cache.hata_cache, OffloadedCache)
+        assert cache.hata_cache.host_memory in (10**6, 1 << 20)
+
+
+@pytest.mark.parametrize(
+    ("error", "offload"),
+    [(TypeError, 1.5), (TypeError, True), (ValueError, "much"), (ValueError, 0)],
+)
+def test_enable_takes_bytes_or_a_size(error: type[Exception], offload: Any) -> None:
+    model = make_model("llama-group4")
+    weights = hata.HashWeights.random(**model_shape(model))
+    message = 'transformers.enable: offload must be bytes or a size such as "64GB", got'
+    with pytest.raises(error, match=message):
+        enable(model, weights=weights, offload=offload)
+    rule = "config.num_dense_layers must leave a sparse layer for offload, got 3 of 3"
+    with pytest.raises(ValueError, match=rule):
+        enable(model, HataConfig(num_dense_layers=9), weights=weights, offload="1GB")

@@ -130,8 +130,9 @@ def checked_host_memory(
     except ValueError:
         host_memory = 0
     check(host_memory > 0, function, "offload", rule, repr(offload))
-    dense, rule = config.num_dense_layers, f"be below {num_layers} with offload"
-    check(dense < num_layers, function, "config.num_dense_layers", rule, dense)
+    dense, rule = config.num_dense_layers, "leave a sparse layer for offload"
+    got = f"{dense} of {num_layers}"
+    check(dense < num_layers, function, "config.num_dense_layers", rule, got)
     return host_memory
 
 
