@@ -23,7 +23,9 @@ struct ScoreSelectParams {
   CodeCache code_cache;
   int q_len, num_kv_heads;
   int weight_sum;
-  int top_k, num_sink, num_recent;
+  int top_k, min_top_k;
+  uint32_t top_k_share;
+  int num_sink, num_recent;
 
   const uint32_t* planes;  // [batch, q_len, num_kv_heads, num_planes, num_words], contiguous
   int32_t* indices;        // [batch, q_len, num_kv_heads, top_k], contiguous
@@ -73,6 +75,8 @@ constexpr SelectTopkParams rank_select_params(const ScoreSelectParams& p) {
           .num_kv_heads = p.num_kv_heads,
           .max_seq_len = static_cast<int>(rank_pitch(p.table.capacity)),
           .top_k = p.top_k,
+          .min_top_k = p.min_top_k,
+          .top_k_share = p.top_k_share,
           .num_sink = p.num_sink,
           .num_recent = p.num_recent,
           .scores = p.ranks,

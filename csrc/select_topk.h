@@ -6,15 +6,18 @@ namespace hata {
 
 enum class SelectDType { kInt32, kFloat16, kFloat32, kRank16 };
 
-// indices[b, j, h] = the top_k visible positions with the highest scores, ascending, then -1;
-// num_selected[b, j, h] = min(top_k, visible). The first num_sink and last num_recent visible
-// positions are always among them (num_sink + num_recent <= top_k); equal scores at the cut go to
-// the most recent positions.
+// indices[b, j, h] = the `budget` visible positions with the highest scores, ascending, then -1;
+// num_selected[b, j, h] = min(budget, visible), where budget = budget_of(visible, ...)
+// (selection.h). The first num_sink and last num_recent visible positions are always among them
+// (num_sink + num_recent <= min_top_k <= top_k); equal scores at the cut go to the most recent
+// positions.
 struct SelectTopkParams {
   SelectDType dtype;  // of scores; kRank16 are the internal ranks of hamming_score.h
   int batch, q_len, num_kv_heads;
   int max_seq_len;
-  int top_k, num_sink, num_recent;
+  int top_k, min_top_k;
+  uint32_t top_k_share;  // 0 without one, and min_top_k = top_k
+  int num_sink, num_recent;
 
   const void* scores;            // [batch, q_len, num_kv_heads, max_seq_len], last one contiguous
   const int32_t* cache_seqlens;  // [batch]

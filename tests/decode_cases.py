@@ -55,6 +55,8 @@ def make_decode_case(
     top_k: int = 16,
     num_sink: int = 2,
     num_recent: int = 4,
+    top_k_share: float | None = None,
+    min_top_k: int | None = None,
     draw: Callable[..., Tensor] = random_vectors,
 ) -> DecodeCase:
     """``draw`` makes the new tokens and the weights."""
@@ -91,5 +93,7 @@ def make_decode_case(
             "top_k": top_k,
             "num_sink": num_sink,
             "num_recent": num_recent,
+            "top_k_share": top_k_share,
+            "min_top_k": min_top_k,
         },
     )

@@ -10,6 +10,7 @@ from cases import LAYOUTS, Caches, make_caches
 from devices import DTYPES, HEAD_DIMS
 
 PAGE_SIZES = [None, 1, 2, 4, 8, 16, 32, 64]  # None: contiguous, of any size
+SHARES = st.none() | st.sampled_from([1 / 64, 0.1, 0.5]) | st.floats(1e-12, 1, exclude_max=True)
 GROUPS = st.one_of(st.integers(1, 16), st.sampled_from([17, 20, 33, 48]))
 
 
@@ -32,6 +33,8 @@ class Shape:
     top_k: int
     num_sink: int
     num_recent: int
+    top_k_share: float | None
+    min_top_k: int | None
     seed: int
 
     @property
@@ -39,8 +42,9 @@ class Shape:
         return len(self.seq_lens)
 
     @property
-    def budget(self) -> dict[str, int]:
-        return {name: getattr(self, name) for name in ("top_k", "num_sink", "num_recent")}
+    def budget(self) -> dict[str, Any]:
+        names = ("top_k", "num_sink", "num_recent", "top_k_share", "min_top_k")
+        return {name: getattr(self, name) for name in names}
 
     @property
     def cache_shape(self) -> dict[str, Any]:
@@ -61,6 +65,10 @@ def shapes(draw: st.DrawFn, device: str) -> Shape:
     around = st.integers(max(longest - 2, 1), longest + 3)
     top_k = draw(st.one_of(st.integers(1, 20), around, st.integers(1, 2 * longest + 70)))
     num_sink = draw(st.integers(0, min(top_k, 8)))
+    num_recent = draw(st.integers(0, min(top_k - num_sink, 20)))
+    share, least = draw(SHARES), None
+    if share is not None:
+        least = draw(st.none() | st.integers(max(1, num_sink + num_recent), top_k))
     return Shape(
         device=device,
         dtype=draw(st.sampled_from(DTYPES[device])),
@@ -76,6 +84,8 @@ def shapes(draw: st.DrawFn, device: str) -> Shape:
         query_bits=draw(st.integers(1, 4)),
         top_k=top_k,
         num_sink=num_sink,
-        num_recent=draw(st.integers(0, min(top_k - num_sink, 20))),
+        num_recent=num_recent,
+        top_k_share=share,
+        min_top_k=least,
         seed=draw(st.integers(0, 2**16)),
     )

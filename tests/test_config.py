@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from hata import HataConfig
+from hata.config import positions_of
 
 
 def test_defaults_are_valid() -> None:
@@ -32,8 +33,16 @@ def test_every_layer_can_have_its_own() -> None:
     config = HataConfig(top_k=(512, 256, 64))
     assert config.layer_top_k(3) == (512, 256, 64)
     assert HataConfig(top_k=[512, 256, 64]) == config  # type: ignore
-    with pytest.raises(ValueError, match="top_k must be one int or have num_layers=2 entries"):
+    with pytest.raises(ValueError, match="top_k must be one number or have num_layers=2 entries"):
         config.layer_top_k(2)
+
+
+def test_a_share_is_of_the_longest_sequence_and_of_a_token_s_own() -> None:
+    config = HataConfig(top_k=(1 / 64, 300, 0.1), min_top_k=50)
+    budgets = config.layer_budgets(3, 6400)
+    assert budgets == ((100, 1 / 64, 50), (300, None, None), (640, 0.1, 50))
+    assert config.layer_budgets(3, 64)[0] == (50, 1 / 64, 50)
+    assert [positions_of(0.29, n) for n in (100, 101, 0)] == [29, 30, 0]
 
 
 @pytest.mark.parametrize(
@@ -69,6 +78,12 @@ def test_short_sequences_are_those_below_the_measured_crossover(
         ({"top_k": ()}, "top_k must have an entry for each layer, got ()"),
         ({"top_k": (64, 0)}, "top_k must be in 1..2147483647, got 0"),
         ({"top_k": (512, 19)}, "num_sink + num_recent must be at most top_k=19, got 20"),
+        ({"top_k": 1.0}, "top_k must be an int, or a share above 0 and below 1, got 1.0"),
+        ({"min_top_k": 0}, "min_top_k must be in 1..2147483647, got 0"),
+        (
+            {"top_k": (512, 0.5), "min_top_k": 19},
+            "num_sink + num_recent must be at most min_top_k=19, got 20",
+        ),
     ],
 )
 def test_rejects_a_broken_rule(settings: dict[str, Any], message: str) -> None:
@@ -80,12 +95,12 @@ def test_rejects_a_broken_rule(settings: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"top_k": "512"}, "top_k must be an int, got str"),
+        ({"top_k": "512"}, "top_k must be an int or a share, got str"),
         ({"num_sink": None}, "num_sink must be an int, got NoneType"),
         ({"num_recent": 1.5}, "num_recent must be an int, got float"),
         ({"num_dense_layers": 2.0}, "num_dense_layers must be an int, got float"),
         ({"min_sparse_len": "0"}, "min_sparse_len must be an int, got str"),
-        ({"top_k": (64, None)}, "top_k must be an int, got NoneType"),
+        ({"top_k": (64, None)}, "top_k must be an int or a share, got NoneType"),
     ],
 )
 def test_rejects_another_type(settings: dict[str, Any], message: str) -> None:

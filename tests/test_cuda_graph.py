@@ -82,9 +82,10 @@ def assert_replays(
 
 
 @pytest.mark.parametrize("key_norms", [False, True])
+@pytest.mark.parametrize("share", [None, 1 / 64])
 @pytest.mark.parametrize("captured", [[1, 2, 3], [LONG] * 3])
-def test_lengths_far_from_those_of_the_capture(algorithm, captured, key_norms):
-    shape = {"page_size": 64, "top_k": 300, "key_norms": key_norms}
+def test_lengths_far_from_those_of_the_capture(algorithm, captured, share, key_norms):
+    shape = {"page_size": 64, "top_k": 300, "top_k_share": share, "key_norms": key_norms}
     case = make_decode_case([LONG] * 3, device="cuda", **shape)
     buffers = buffers_of(case, 300)
     change(case, captured)

@@ -231,7 +231,7 @@ def test_opcheck(device, key_norms):
         (
             *(case.q, case.k, case.v, case.key_weights, case.query_weights),
             *caches.all,
-            *(4, 8, 2, 4, 0.125),
+            *(4, 8, 2, 4, 0.5, 7, 0.125),
         ),
         {
             "workspace": torch.zeros(size, dtype=torch.uint8, device=device),

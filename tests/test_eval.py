@@ -142,7 +142,8 @@ def test_a_task_counts_where_dense_is_well_above_chance():
 def test_rows_and_a_report_are_written_and_a_run_continues(folder, tmp_path, capsys, monkeypatch):
     written = tmp_path / "not" / "there" / "yet"
     args = ["--model", folder, "--csv", written / "rows.csv", "--report", written / "report"]
-    args += ["--context", 900, "--top-k", 32, "--top-k", 912, "--num-samples", 2, "--depth", 0.5]
+    args += ["--context", 900, "--top-k", 0.0355, "--top-k", 912]
+    args += ["--num-samples", 2, "--depth", 0.5]
     args += ["--num-decoded", 8, "--device", "cpu", "--method", "exact", "--method", "quest"]
     args += ["--task", "likelihood", "--task", AT_DEPTHS]
     code, out, err = run(capsys, *args)

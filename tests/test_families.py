@@ -15,6 +15,8 @@ from hata.integrations.model_shape import model_shape
 from hata.integrations.transformers import CACHE_ARGUMENT, disable, enable
 from tiny_models import generate, random_prompt
 
+pytestmark = pytest.mark.usefixtures("few_spare_rows")
+
 EVERYTHING = HataConfig(top_k=POSITIONS, num_dense_layers=0, min_sparse_len=0)
 SUPPORTED = [family for family in FAMILIES if family.layers]
 REFUSED = [family for family in FAMILIES if not family.layers]
@@ -94,7 +96,8 @@ def test_weights_and_budgets_belong_to_the_layers_of_the_model(family: Family) -
         texts.append(generate(model, prompt, 12, **{CACHE_ARGUMENT: cache}))
     assert_equal(*texts)
     assert cache.hata_cache is not None
-    assert cache.hata_cache.layer_top_k == tuple(30 + i for i in layers)
+    budgets = cache.hata_cache.layer_budgets
+    assert [budget.top_k for budget in budgets] == [30 + i for i in layers]
     assert cache.hata_cache.config.num_dense_layers == (1 if 0 in layers else 0)
     others = HashWeights(weights.key_weights[layers], layers=tuple(i + 1 for i in layers))
     with pytest.raises(ValueError, match=rf"weights must be for .*{num_layers} layers"):

@@ -1,5 +1,7 @@
 """Layers with their own number of bits and their own budget."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -9,8 +11,15 @@ from hata import HashWeights, HataCache, HataConfig, reference
 from hata.integrations.transformers import CACHE_ARGUMENT, enable
 from tiny_models import HEAD_DIM, generate, make_model, random_prompt
 
-BITS, TOP_K = (128, 32, 96), (24, 20, 32)
-CONFIG = HataConfig(top_k=TOP_K, num_sink=2, num_recent=4, num_dense_layers=0, min_sparse_len=0)
+BITS, ALWAYS = (128, 32, 96), {"num_sink": 2, "num_recent": 4}
+CONFIG = HataConfig(
+    top_k=(24, 20, 0.4), min_top_k=10, num_dense_layers=0, min_sparse_len=0, **ALWAYS
+)
+BUDGETS: list[dict[str, Any]] = [
+    {"top_k": 24},
+    {"top_k": 20},
+    {"top_k": 32, "top_k_share": 0.4, "min_top_k": 10},  # 32 of 80, the longest sequence
+]
 WEIGHTS = HashWeights.random(num_layers=3, num_kv_heads=2, head_dim=HEAD_DIM, num_bits=BITS)
 
 
@@ -47,16 +56,15 @@ def test_each_layer_decodes_with_its_own(device: str, page_size: int | None) -> 
             cache.block_table,
             cache.cache_seqlens,
             weight_sum=15,
-            top_k=TOP_K[layer_idx],
-            num_sink=2,
-            num_recent=4,
+            **BUDGETS[layer_idx],
+            **ALWAYS,
         )
         assert_equal(cache.last_selection(layer_idx)[0], indices)
         assert_equal(cache.last_selection(layer_idx)[1], num_selected)
 
 
 def test_a_cache_has_as_many_layers_as_the_config_names(device: str) -> None:
-    with pytest.raises(ValueError, match="top_k must be one int or have num_layers=3 entries"):
+    with pytest.raises(ValueError, match="top_k must be one number or have num_layers=3 entries"):
         make_cache(HataConfig(top_k=(64, 64)), device)
 
 
@@ -88,5 +96,5 @@ def test_a_model_decodes_densely_below_min_sparse_len() -> None:
 
 def test_the_model_names_its_layers_to_the_config() -> None:
     model = make_model("llama-group4")
-    with pytest.raises(ValueError, match="top_k must be one int or have num_layers=3 entries"):
+    with pytest.raises(ValueError, match="top_k must be one number or have num_layers=3 entries"):
         enable(model, HataConfig(top_k=(64, 64)), weights=WEIGHTS, max_seq_len=64)

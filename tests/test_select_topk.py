@@ -75,6 +75,19 @@ def test_equal_scores_over_many_tiles(device):
     assert_selects(scores, lengths([8999], device), 2000, 4, 16)
 
 
+def test_a_share_grows_with_what_a_token_sees(device):
+    scores = random_scores(6, 2, 1, 310, dtype=torch.int32, device=device)
+    budget = {"top_k": 20, "num_sink": 1, "num_recent": 2, "top_k_share": 0.1, "min_top_k": 5}
+    indices, num_selected = select_topk(
+        scores, lengths([301, 101, 100, 51, 50, 3], device), **budget
+    )
+    assert indices.shape[-1] == 20
+    assert num_selected[..., 0].tolist() == [[20, 20], [10, 11], [10, 10], [5, 6], [5, 5], [2, 3]]
+    budget |= {"top_k_share": None, "min_top_k": None}
+    alone = select_topk(scores[1:2, 1:], lengths([101], device), **{**budget, "top_k": 11})
+    assert_equal(indices[1, 1, :, :11], alone[0][0, 0])
+
+
 def test_sink_and_recent_count_inside_the_budget(device):
     scores = torch.arange(100, dtype=torch.int32, device=device).neg().view(1, 1, 1, 100)
     indices, _ = select_topk(scores, lengths([90], device), top_k=8, num_sink=2, num_recent=3)

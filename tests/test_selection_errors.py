@@ -56,6 +56,18 @@ def test_sink_and_recent(device, op):
     r("num_sink + num_recent must be at most top_k=8, got 9", num_sink=5, num_recent=4)
 
 
+@pytest.mark.parametrize("op", ["select_topk", "score_select", "decode_step"])
+def test_share(device, op):
+    r = Rejects(op, device)
+    for share in (0, 1, -0.5, 1.5, float("nan")):
+        number = f"{share:g}"
+        r(f"top_k_share must be above 0 and below 1, got {number}", top_k_share=share)
+    r("min_top_k must come with top_k_share, got 4", min_top_k=4)
+    for least in (0, 9):
+        r(f"min_top_k must be in 1..8, got {least}", top_k_share=0.5, min_top_k=least)
+    r("num_sink + num_recent must be at most min_top_k=2, got 3", top_k_share=0.5, min_top_k=2)
+
+
 def test_select_topk(device):
     r = Rejects("select_topk", device)
     r("scores must be Int, Half or Float, got Long", scores=torch.int64)

@@ -91,9 +91,10 @@ def test_equals_stock_vllm_where_everything_is_selected(llama, stock):
 
 
 def test_a_small_budget_equals_the_transformers_integration(llama):
-    config = HataConfig(top_k=24, num_dense_layers=1)
+    budget = {"top_k": [24, 24, 0.2], "min_top_k": 20}
+    config = HataConfig(num_dense_layers=1, **budget)
     prompts = random_prompts(60, 200, seed=3)
-    with engine(llama, **hata(llama, top_k=24)) as llm:
+    with engine(llama, **hata(llama, **budget)) as llm:
         found = tokens(generate(llm, prompts))
         everything = tokens(generate(llm, [prompts[0] + found[0]], num_tokens=1))
     model = LlamaForCausalLM.from_pretrained(llama, dtype=torch.float32).eval()

@@ -62,7 +62,7 @@ def engine(model: Path, **changes: Any) -> Iterator[LLM]:
         yield llm
 
 
-def hata(model: Path, top_k: int = MAX_LEN, **changes: Any) -> dict[str, Any]:
+def hata(model: Path, top_k: int | list[float] = MAX_LEN, **changes: Any) -> dict[str, Any]:
     settings = {"num_dense_layers": 1, "check": True, **changes}
     return engine_args(hash_weights(model), top_k=top_k, **settings)
 

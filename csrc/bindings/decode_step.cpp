@@ -16,8 +16,9 @@ namespace {
 std::byte* check_workspace(const ArgumentChecks& check, const Tensor& workspace, int64_t size) {
   check.tensor(workspace, "workspace", ScalarType::Byte, {{"size"}});
   check.contiguous(workspace, "workspace");
-  check.rule(workspace.numel() >= size, "workspace",
-             "have at least " + std::to_string(size) + " bytes", workspace.numel());
+  check.rule(
+      workspace.numel() >= size, "workspace",
+      [&] { return "have at least " + std::to_string(size) + " bytes"; }, workspace.numel());
   check.rule(reinterpret_cast<uintptr_t>(workspace.data_ptr()) % 16 == 0, "workspace",
              "start at a multiple of 16 bytes", "another offset");
   return data<std::byte>(workspace);
@@ -27,7 +28,8 @@ void decode_step(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor
                  const Tensor& query_weights, Tensor k_cache, Tensor v_cache, Tensor code_cache,
                  std::optional<Tensor> norm_cache, const Tensor& block_table,
                  const Tensor& cache_seqlens, int64_t query_bits, int64_t top_k, int64_t num_sink,
-                 int64_t num_recent, std::optional<double> softmax_scale,
+                 int64_t num_recent, std::optional<double> top_k_share,
+                 std::optional<int64_t> min_top_k, std::optional<double> softmax_scale,
                  std::optional<double> softcap, std::optional<Tensor> workspace, Tensor indices,
                  Tensor num_selected, Tensor out, Tensor lse) {
   const ArgumentChecks check("decode_step", q, "q");
@@ -36,7 +38,8 @@ void decode_step(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor
   append = cache_append_params(check, k, v, key_weights, k_cache, v_cache, code_cache, norm_cache,
                                block_table, cache_seqlens, std::nullopt);
   const int capacity = append.table.capacity;
-  const Budget budget = checked_budget(check, top_k, num_sink, num_recent, capacity);
+  const Budget budget =
+      checked_budget(check, top_k, num_sink, num_recent, top_k_share, min_top_k, capacity);
   attend = gather_attention_params(check, q, append.cache, append.table, budget.top_k,
                                    softmax_scale, softcap);
   encode = encode_query_params(check, q, query_weights, query_bits);

@@ -38,12 +38,16 @@ Planes check_planes(const ArgumentChecks& check, const Tensor& planes, int64_t b
 
 // What a selection from `capacity` positions comes to: indices are no wider than it.
 struct Budget {
-  int top_k, num_sink, num_recent;  // num_sink + num_recent <= top_k <= capacity
+  int top_k, min_top_k;  // num_sink + num_recent <= min_top_k <= top_k <= capacity
+  uint32_t top_k_share;  // budget_of() in selection.h
+  int num_sink, num_recent;
 };
 
-// top_k >= 1, num_sink and num_recent >= 0, num_sink + num_recent <= top_k.
+// top_k >= 1, num_sink and num_recent >= 0, 0 < top_k_share < 1; num_sink + num_recent <= min_top_k
+// <= top_k, where min_top_k comes with a share alone.
 Budget checked_budget(const ArgumentChecks& check, int64_t top_k, int64_t num_sink,
-                      int64_t num_recent, int64_t capacity);
+                      int64_t num_recent, std::optional<double> top_k_share,
+                      std::optional<int64_t> min_top_k, int64_t capacity);
 
 // What the environment variable HATA_SCORE_SELECT asks for.
 ScoreSelectAlgorithm forced_algorithm(const ArgumentChecks& check);

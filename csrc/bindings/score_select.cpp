@@ -32,6 +32,8 @@ ScoreSelectParams score_select_params(const ArgumentChecks& check, const CodeCac
       .num_kv_heads = num_kv_heads,
       .weight_sum = weight_sum,
       .top_k = budget.top_k,
+      .min_top_k = budget.min_top_k,
+      .top_k_share = budget.top_k_share,
       .num_sink = budget.num_sink,
       .num_recent = budget.num_recent,
       .planes = nullptr,
@@ -47,13 +49,16 @@ namespace {
 std::tuple<Tensor, Tensor> score_select(const Tensor& planes, const Tensor& code_cache_,
                                         std::optional<Tensor> norm_cache, const Tensor& block_table,
                                         const Tensor& cache_seqlens, int64_t weight_sum,
-                                        int64_t top_k, int64_t num_sink, int64_t num_recent) {
+                                        int64_t top_k, int64_t num_sink, int64_t num_recent,
+                                        std::optional<double> top_k_share,
+                                        std::optional<int64_t> min_top_k) {
   const ArgumentChecks check("score_select", planes, "planes");
   const CodeCache cache = code_cache(check, code_cache_, norm_cache);
   const PageTable table =
       page_table(check, block_table, cache_seqlens, code_cache_.size(0), code_cache_.size(2));
   const Planes p = check_planes(check, planes, table.batch, cache, code_cache_.size(1), weight_sum);
-  const Budget budget = checked_budget(check, top_k, num_sink, num_recent, table.capacity);
+  const Budget budget =
+      checked_budget(check, top_k, num_sink, num_recent, top_k_share, min_top_k, table.capacity);
   ScoreSelectParams params = score_select_params(check, cache, table, p.q_len, p.num_kv_heads,
                                                  static_cast<int>(weight_sum), budget);
   const int64_t batch = table.batch, q_len = p.q_len, heads = p.num_kv_heads;

@@ -9,15 +9,33 @@
 namespace hata {
 
 Budget checked_budget(const ArgumentChecks& check, int64_t top_k, int64_t num_sink,
-                      int64_t num_recent, int64_t capacity) {
+                      int64_t num_recent, std::optional<double> top_k_share,
+                      std::optional<int64_t> min_top_k, int64_t capacity) {
   check.in_range(top_k, "top_k", 1, kMaxInt32);
   check.in_range(num_sink, "num_sink", 0, kMaxInt32);
   check.in_range(num_recent, "num_recent", 0, kMaxInt32);
-  check.rule(num_sink + num_recent <= top_k, "num_sink + num_recent",
-             "be at most top_k=" + std::to_string(top_k), num_sink + num_recent);
+  int64_t least = top_k;
+  uint32_t share = 0;
+  if (top_k_share) {
+    check.rule(*top_k_share > 0 && *top_k_share < 1, "top_k_share", "be above 0 and below 1",
+               *top_k_share);
+    share = static_cast<uint32_t>(*top_k_share * 0x1p32);
+    least = min_top_k.value_or(std::max(int64_t{1}, num_sink + num_recent));
+    check.in_range(least, "min_top_k", 1, top_k);
+  }
+  check.rule(top_k_share || !min_top_k, "min_top_k", "come with top_k_share",
+             min_top_k.value_or(0));
+  const auto at_most = [&] {
+    return std::string("be at most ") + (top_k_share ? "min_top_k=" : "top_k=") +
+           std::to_string(least);
+  };
+  check.rule(num_sink + num_recent <= least, "num_sink + num_recent", at_most,
+             num_sink + num_recent);
   // Where this cuts anything, all positions are selected, so that no other choice is left.
   const int64_t selected = std::min(top_k, capacity), sink = std::min(num_sink, selected);
   return {.top_k = static_cast<int>(selected),
+          .min_top_k = static_cast<int>(std::min(least, selected)),
+          .top_k_share = share,
           .num_sink = static_cast<int>(sink),
           .num_recent = static_cast<int>(std::min(num_recent, selected - sink))};
 }
@@ -38,7 +56,9 @@ SelectDType select_dtype(const ArgumentChecks& check, const Tensor& scores) {
 }
 
 std::tuple<Tensor, Tensor> select_topk(const Tensor& scores, const Tensor& cache_seqlens,
-                                       int64_t top_k, int64_t num_sink, int64_t num_recent) {
+                                       int64_t top_k, int64_t num_sink, int64_t num_recent,
+                                       std::optional<double> top_k_share,
+                                       std::optional<int64_t> min_top_k) {
   const ArgumentChecks check("select_topk", scores, "scores");
   const SelectDType dtype = select_dtype(check, scores);
   check.tensor(scores, "scores", scores.scalar_type(),
@@ -48,12 +68,14 @@ std::tuple<Tensor, Tensor> select_topk(const Tensor& scores, const Tensor& cache
   const int64_t max_seq_len = scores.size(3);
   check.tensor(cache_seqlens, "cache_seqlens", ScalarType::Int, {{"batch", batch}});
   check.contiguous(cache_seqlens, "cache_seqlens");
-  const Budget budget = checked_budget(check, top_k, num_sink, num_recent, max_seq_len);
+  const Budget budget =
+      checked_budget(check, top_k, num_sink, num_recent, top_k_share, min_top_k, max_seq_len);
   const int32_t* seqlens = data<int32_t>(cache_seqlens);
   for (int64_t b = 0; !check.on_cuda() && b < batch; ++b) {
-    check.rule(seqlens[b] >= 0 && seqlens[b] <= max_seq_len, "cache_seqlens",
-               "be in 0.." + std::to_string(max_seq_len) + " (the width of scores)",
-               std::to_string(seqlens[b]) + " for sequence " + std::to_string(b));
+    check.rule(
+        seqlens[b] >= 0 && seqlens[b] <= max_seq_len, "cache_seqlens",
+        [&] { return "be in 0.." + std::to_string(max_seq_len) + " (the width of scores)"; },
+        [&] { return std::to_string(seqlens[b]) + " for sequence " + std::to_string(b); });
   }
   Tensor indices =
       torch::stable::new_empty(scores, {batch, q_len, num_kv_heads, budget.top_k}, ScalarType::Int);
@@ -66,6 +88,8 @@ std::tuple<Tensor, Tensor> select_topk(const Tensor& scores, const Tensor& cache
       .num_kv_heads = static_cast<int>(num_kv_heads),
       .max_seq_len = static_cast<int>(max_seq_len),
       .top_k = budget.top_k,
+      .min_top_k = budget.min_top_k,
+      .top_k_share = budget.top_k_share,
       .num_sink = budget.num_sink,
       .num_recent = budget.num_recent,
       .scores = scores.data_ptr(),

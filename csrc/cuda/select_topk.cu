@@ -73,17 +73,18 @@ __global__ void __launch_bounds__(kThreads)
                        batch_idx * p.score_batch_stride + j * p.score_token_stride +
                        kv_head_idx * p.score_head_stride;
   int32_t* indices = p.indices + list_idx * p.top_k;
-  const int num_selected = min(p.top_k, visible);
+  const int budget = budget_of(visible, p.top_k, p.min_top_k, p.top_k_share);
+  const int num_selected = min(budget, visible);
   if (threadIdx.x == 0) p.num_selected[list_idx] = num_selected;
   for (int i = num_selected + threadIdx.x; i < p.top_k; i += kThreads) indices[i] = -1;
-  if (visible <= p.top_k) {
+  if (visible <= budget) {
     for (int i = threadIdx.x; i < visible; i += kThreads) indices[i] = i;
     return;
   }
 
-  // More positions than top_k: the sinks and the recent ones do not overlap. The rest compete.
+  // More positions than the budget: the sinks and the recent ones do not overlap. The rest compete.
   const int first = p.num_sink, last = visible - p.num_recent;
-  uint32_t wanted = p.top_k - p.num_sink - p.num_recent;
+  uint32_t wanted = budget - p.num_sink - p.num_recent;
   uint32_t prefix = 0;  // the digits of the last selected rank found so far
   if (wanted > 0) {
     for (int shift = Rank::kBits - kDigitBits; shift >= 0; shift -= kDigitBits) {
@@ -111,7 +112,7 @@ __global__ void __launch_bounds__(kThreads)
   for (int tile = 0; tile < visible; tile += kThreads) {
     const int t = tile + threadIdx.x;
     const bool forced = t < visible && always_selected(t, visible, p.num_sink, p.num_recent);
-    const bool competes = t < visible && !forced && p.top_k > p.num_sink + p.num_recent;
+    const bool competes = t < visible && !forced && budget > p.num_sink + p.num_recent;
     const uint32_t rank = competes ? Rank::of(scores[t]) : 0;
     const bool above = forced || (competes && rank > prefix);
     const bool tied = competes && rank == prefix;

@@ -28,7 +28,7 @@ class HataCache:
         norm_cache: Per layer ``[num_pages, num_kv_heads, page_size]``, float16; or None.
         block_table: ``[batch, max_pages]``, int32; -1 where a sequence has no page yet.
         cache_seqlens: ``[batch]``, int32: positions in use, those of the last step included.
-        layer_top_k: Budget of each layer, ``[num_layers]``.
+        layer_budgets: The `hata.config.LayerBudget` of each layer, ``[num_layers]``.
         min_sparse_len: The config's, resolved: shorter sequences are decoded densely.
 
     Args:
@@ -69,7 +69,7 @@ class HataCache:
         check_int(where, "max_seq_len", max_seq_len, 1, 2**30)
         check_dtype(where, dtype, device)
         num_layers, num_kv_heads, head_dim, _ = weights.shape
-        self.layer_top_k = config.layer_top_k(num_layers)
+        self.layer_budgets = config.layer_budgets(num_layers, max_seq_len)
 
         self.weights, self.config = weights, config
         self.num_layers, self.num_kv_heads, self.head_dim = num_layers, num_kv_heads, head_dim
@@ -96,7 +96,7 @@ class HataCache:
             num_kv_heads=num_kv_heads,
             head_dim=head_dim,
             capacity=self.block_table.shape[1] * self.page_size,
-            top_k=self.layer_top_k,
+            top_k=[budget.top_k for budget in self.layer_budgets],
             dtype=dtype,
             device=self.device,
         )
@@ -311,7 +311,7 @@ class HataCache:
             self.block_table,
             self.cache_seqlens,
             query_bits=self.weights.query_bits,
-            top_k=self.layer_top_k[layer_idx],
+            **self.layer_budgets[layer_idx]._asdict(),
             num_sink=self.config.num_sink,
             num_recent=self.config.num_recent,
             softmax_scale=softmax_scale,

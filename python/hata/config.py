@@ -1,11 +1,13 @@
 """The budget of hash-aware top-k attention."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
-from hata.checks import check, check_int
+from hata.checks import check, check_int, check_type
 
 # Cached positions of all sequences and KV heads from which one sparse step is the faster one on a
 # GPU. On an H100, with top_k 1.56 % of the length and at least 32, the step with the default codes
@@ -14,6 +16,20 @@ from hata.checks import check, check_int
 # (512). 32 bits cross here too, 128 with norms at twice as many.
 # Source: bench/results/decode_h100.csv, `python -m bench decode --grid crossover`.
 MEASURED_SPARSE_ROWS = 65536
+
+
+class LayerBudget(NamedTuple):
+    """A layer's budget as the operators take it, for sequences up to some length.
+
+    Attributes:
+        top_k: The most positions that a token selects.
+        top_k_share: The share of the positions that it sees, or None.
+        min_top_k: The fewest with a share, or None without one.
+    """
+
+    top_k: int
+    top_k_share: float | None
+    min_top_k: int | None
 
 
 @dataclass(frozen=True)
@@ -25,11 +41,14 @@ class HataConfig:
     Source: HATA, arXiv 2506.02572, sections 3 and 4.
 
     Attributes:
-        top_k: Positions that each KV head attends to, at least 1; or one number for each layer, the
-            dense ones included, as ``hata recall --frontier`` writes them.
+        top_k: Positions that each KV head attends to: a count of at least 1, or a share of the
+            positions that a token sees, above 0 and below 1 and rounded up; or one of them for each
+            layer, the dense ones included, as ``hata recall --frontier`` writes them.
+        min_top_k: The fewest positions where ``top_k`` is a share, at least 1.
         num_sink: First positions that are always among them, at least 0.
         num_recent: Last positions that are always among them, at least 0;
-            ``num_sink + num_recent`` is at most ``top_k``.
+            ``num_sink + num_recent`` is at most a count's ``top_k``, and ``min_top_k`` where there
+            is a share.
         num_dense_layers: Leading layers whose decoding stays dense, at least 0.
         min_sparse_len: Sequences with fewer positions than this, the new ones included, are decoded
             densely, at least 0; 0 is none. None is the length from which a sparse step was measured
@@ -41,7 +60,8 @@ class HataConfig:
         ValueError: A value breaks its rule.
     """
 
-    top_k: int | tuple[int, ...] = 512
+    top_k: int | float | tuple[int | float, ...] = 512
+    min_top_k: int = 128
     num_sink: int = 4
     num_recent: int = 16
     num_dense_layers: int = 2
@@ -53,19 +73,21 @@ class HataConfig:
         if isinstance(self.top_k, Sequence) and not isinstance(self.top_k, str):
             object.__setattr__(self, "top_k", tuple(self.top_k))  # JSON has lists
             check(self.top_k != (), where, "top_k", "have an entry for each layer", self.top_k)
-        budgets = self.top_k if isinstance(self.top_k, tuple) else (self.top_k,)
-        for top_k in budgets:
-            check_int(where, "top_k", top_k, 1, 2**31 - 1)
+        check_int(where, "min_top_k", self.min_top_k, 1, 2**31 - 1)
         check_int(where, "num_sink", self.num_sink, 0)
         check_int(where, "num_recent", self.num_recent, 0)
-        always, rule = self.num_sink + self.num_recent, f"be at most top_k={min(budgets)}"
-        check(always <= min(budgets), where, "num_sink + num_recent", rule, always)
+        always = self.num_sink + self.num_recent
+        for top_k in self.top_k if isinstance(self.top_k, tuple) else (self.top_k,):
+            check_budget(where, "top_k", top_k)
+            name, least = ("top_k", top_k) if top_k >= 1 else ("min_top_k", self.min_top_k)
+            rule = f"be at most {name}={least}"
+            check(always <= least, where, "num_sink + num_recent", rule, always)
         check_int(where, "num_dense_layers", self.num_dense_layers, 0)
         if self.min_sparse_len is not None:
             check_int(where, "min_sparse_len", self.min_sparse_len, 0)
 
-    def layer_top_k(self, num_layers: int) -> tuple[int, ...]:
-        """Returns the budget of each layer, ``[num_layers]``.
+    def layer_top_k(self, num_layers: int) -> tuple[int | float, ...]:
+        """Returns ``top_k`` of each layer, ``[num_layers]``.
 
         Args:
             num_layers: Layers of the model.
@@ -75,9 +97,28 @@ class HataConfig:
         """
         if not isinstance(self.top_k, tuple):
             return (self.top_k,) * num_layers
-        rule, entries = f"be one int or have num_layers={num_layers} entries", len(self.top_k)
+        rule, entries = f"be one number or have num_layers={num_layers} entries", len(self.top_k)
         check(entries == num_layers, "HataConfig", "top_k", rule, f"{entries} entries")
         return self.top_k
+
+    def layer_budgets(self, num_layers: int, max_seq_len: int) -> tuple[LayerBudget, ...]:
+        """Returns the budget of each layer, ``[num_layers]``.
+
+        Args:
+            num_layers: Layers of the model.
+            max_seq_len: Positions that a sequence can have.
+
+        Raises:
+            ValueError: ``top_k`` names another number of layers.
+        """
+        return tuple(
+            LayerBudget(top_k, None, None)
+            if isinstance(top_k, int)
+            else LayerBudget(
+                max(positions_of(top_k, max_seq_len), self.min_top_k), top_k, self.min_top_k
+            )
+            for top_k in self.layer_top_k(num_layers)
+        )
 
     def resolve_min_sparse_len(self, batch: int, num_kv_heads: int, device: torch.device) -> int:
         """Returns ``min_sparse_len``, or where it is None the measured one.
@@ -94,3 +135,30 @@ class HataConfig:
         if self.min_sparse_len is not None:
             return self.min_sparse_len
         return -(-MEASURED_SPARSE_ROWS // (batch * num_kv_heads)) if device.type == "cuda" else 0
+
+
+def check_budget(function: str, argument: str, top_k: object) -> None:
+    """Raises unless ``top_k`` is a count of positions or a share of them.
+
+    Raises:
+        TypeError: It is no number.
+        ValueError: It is a count below 1, or a share that is not above 0 and below 1.
+    """
+    if isinstance(top_k, float):
+        check(0 < top_k < 1, function, argument, "be an int, or a share above 0 and below 1", top_k)
+    else:
+        is_int = isinstance(top_k, int) and not isinstance(top_k, bool)
+        check_type(is_int, function, argument, "be an int or a share", top_k)
+        check_int(function, argument, top_k, 1, 2**31 - 1)
+
+
+def positions_of(top_k: int | float, seq_len: int) -> int:
+    """Returns a budget in positions, as `hata.select_topk` rounds a share.
+
+    Args:
+        top_k: A count, or a share of ``seq_len``.
+        seq_len: Positions that a token sees.
+    """
+    if isinstance(top_k, int):
+        return top_k
+    return -(-seq_len * math.floor(top_k * 2**32) // 2**32)

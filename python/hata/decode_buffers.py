@@ -61,7 +61,7 @@ class DecodeBufferPool:
         num_kv_heads: KV heads.
         head_dim: Channels of a head.
         capacity: Positions that a sequence can have.
-        top_k: Positions that each KV head of a layer attends to, ``[num_layers]``.
+        top_k: The most positions that each KV head of a layer attends to, ``[num_layers]``.
         dtype: The dtype of ``out``.
         device: Where they lie.
     """

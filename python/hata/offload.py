@@ -95,7 +95,8 @@ class OffloadedCache(HataCache):
         if self.config.min_sparse_len is None:
             self.min_sparse_len = 0
         capacity = self.block_table.shape[1] * self.page_size
-        budget = min(max(self.layer_top_k[self.num_resident_layers :]), capacity)
+        sparse = self.layer_budgets[self.num_resident_layers :]
+        budget = min(max(layer.top_k for layer in sparse), capacity)
         num_slots = min(SLOTS_PER_SELECTED * budget, capacity) if num_slots is None else num_slots
         check_int("OffloadedCache", "num_slots", num_slots, 0, 1 << 20)
         rule = f"be 0 or at least {budget}, the positions that a step selects"
@@ -195,7 +196,7 @@ class OffloadedCache(HataCache):
             self.norm_cache[layer_idx],
             *tables,
             weight_sum=ops.plane_weight_sum(query_bits, q.shape[2] // self.num_kv_heads),
-            top_k=self.layer_top_k[layer_idx],
+            **self.layer_budgets[layer_idx]._asdict(),
             num_sink=self.config.num_sink,
             num_recent=self.config.num_recent,
         )

@@ -5,6 +5,7 @@ are described there.
 """
 
 import itertools
+import math
 
 import torch
 from torch import Tensor
@@ -139,7 +140,14 @@ def scale_by_norm(score: Tensor, num_bits: int, norms: Tensor) -> Tensor:
 
 
 def select_topk(
-    scores: Tensor, cache_seqlens: Tensor, *, top_k: int, num_sink: int = 0, num_recent: int = 0
+    scores: Tensor,
+    cache_seqlens: Tensor,
+    *,
+    top_k: int,
+    num_sink: int = 0,
+    num_recent: int = 0,
+    top_k_share: float | None = None,
+    min_top_k: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The visible positions with the highest scores, by a stable sort."""
     batch, q_len, num_kv_heads, max_seq_len = scores.shape
@@ -152,6 +160,11 @@ def select_topk(
             visible = max(int(cache_seqlens[b]) - q_len + j + 1, 0)
             t = torch.arange(visible)
             always = (t < num_sink) | (t >= visible - num_recent)
+            budget = top_k
+            if top_k_share is not None:
+                units = math.floor(top_k_share * 2**32)
+                least = max(num_sink + num_recent, 1) if min_top_k is None else min_top_k
+                budget = min(max(-(-visible * units // 2**32), least), top_k)
             for h in range(num_kv_heads):
                 row = values[b, j, h, :visible]
                 order = t.flip(0)  # the most recent first, then by score, NaN last, always first
@@ -161,7 +174,7 @@ def select_topk(
                     ~always,
                 ):
                     order = order[key[order].argsort(stable=True)]
-                chosen = order[:top_k].sort().values
+                chosen = order[:budget].sort().values
                 indices[b, j, h, : len(chosen)] = chosen
                 num_selected[b, j, h] = len(chosen)
     return indices.to(scores.device), num_selected.to(scores.device)
@@ -178,6 +191,8 @@ def score_select(
     top_k: int,
     num_sink: int = 0,
     num_recent: int = 0,
+    top_k_share: float | None = None,
+    min_top_k: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """select_topk of hamming_score."""
     scores = hamming_score(
@@ -189,7 +204,10 @@ def score_select(
         weight_sum=weight_sum,
         max_seq_len=block_table.shape[1] * code_cache.shape[2],
     )
-    return select_topk(scores, cache_seqlens, top_k=top_k, num_sink=num_sink, num_recent=num_recent)
+    budget = {"top_k": top_k, "num_sink": num_sink, "num_recent": num_recent}
+    return select_topk(
+        scores, cache_seqlens, **budget, top_k_share=top_k_share, min_top_k=min_top_k
+    )
 
 
 def fetch_rows(
@@ -209,8 +227,7 @@ def fetch_rows(
     slots, missing = torch.full_like(indices, -1), torch.full_like(indices, -1)
     num_missing = torch.zeros_like(hand)
     page_size, num_slots = k_cache.shape[1], k_rows.shape[1]
-    batch, _, num_kv_heads, top_k = indices.shape
-    for b, h in itertools.product(range(batch), range(num_kv_heads)):
+    for b, h in itertools.product(range(len(indices)), range(indices.shape[2])):
         pages, rows = locate(block_table[b], page_size, int(cache_seqlens[b]))
         held, marks = position_of_slot[b, h], referenced[b, h]  # views
         where = {int(t): slot for slot, t in enumerate(held.tolist()) if t >= 0}
@@ -319,6 +336,8 @@ def decode_step(
     top_k: int,
     num_sink: int = 0,
     num_recent: int = 0,
+    top_k_share: float | None = None,
+    min_top_k: int | None = None,
     softmax_scale: float | None = None,
     softcap: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -333,6 +352,8 @@ def decode_step(
         top_k=top_k,
         num_sink=num_sink,
         num_recent=num_recent,
+        top_k_share=top_k_share,
+        min_top_k=min_top_k,
     )
     settings = {"softmax_scale": softmax_scale, "softcap": softcap}
     out, lse = gather_attention(

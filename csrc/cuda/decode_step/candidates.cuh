@@ -304,7 +304,7 @@ __device__ __forceinline__ void guess_bounds(const Params& params, SharedPlan& s
   // A quarter more ranks of the sample than can be expected reach the bound, and twice their
   // standard deviation.
   const auto guess = [&](int num_positions) {
-    const float expected = static_cast<float>(num_competing(p)) /
+    const float expected = static_cast<float>(num_competing(p, slice.seq_len)) /
                            static_cast<float>(max(num_positions, 1)) *
                            static_cast<float>(num_sampled);
     const float wanted = 1.25f * expected + 2.0f * sqrtf(expected) + 1.0f;

@@ -164,9 +164,10 @@ __device__ __forceinline__ void find_cuts(const Params& params, SharedPlan& shar
     send_group_sums(slice.place, shared.histogram, p.q_len * num_bins, shared.cut_inbox.groups,
                     kMaxGroups, shared.sums_arrived);
   }
-  if (j >= p.q_len || !must_choose(p, visible_len(slice.seq_len, p.q_len, j))) return;
+  const int visible = visible_len(slice.seq_len, p.q_len, j);
+  if (j >= p.q_len || !must_choose(p, visible)) return;
   const Cut coarse = phase == 0 ? Cut{} : shared.cuts[j];
-  const uint32_t wanted = num_competing(p) - coarse.above;
+  const uint32_t wanted = num_competing(p, visible) - coarse.above;
   FoundGroup found{};
   uint32_t bound = 0;
   if (has_sums) {

@@ -7,6 +7,7 @@
 #include "cuda/codes/token_sums.cuh"
 #include "cuda/primitives/cluster.cuh"
 #include "decode_step.h"
+#include "selection.h"
 
 // The plan of the fused step: what it is told, how it is cut, and what a block has in shared
 // memory.
@@ -236,14 +237,19 @@ static_assert(kRowOffset +
                   attend_row_bytes(many_threads(KernelKind::kRanksFit), kMaxAttendHeadDim) <=
               kPlanBytes + kMostRankBytes);
 
-// Positions beside those that always are selected.
-__device__ __forceinline__ int num_competing(const ScoreSelectParams& p) {
-  return p.top_k - p.num_sink - p.num_recent;
+// Positions that a token selects which sees more of them.
+__device__ __forceinline__ int budget(const ScoreSelectParams& p, int visible) {
+  return budget_of(visible, p.top_k, p.min_top_k, p.top_k_share);
+}
+
+// Those beside the ones that always are selected.
+__device__ __forceinline__ int num_competing(const ScoreSelectParams& p, int visible) {
+  return budget(p, visible) - p.num_sink - p.num_recent;
 }
 
 // A sequence whose tokens all are selected has nothing to compare.
 __device__ __forceinline__ bool must_choose(const ScoreSelectParams& p, int visible) {
-  return visible > p.top_k && num_competing(p) > 0;
+  return visible > budget(p, visible) && num_competing(p, visible) > 0;
 }
 
 }  // namespace hata::step

@@ -275,20 +275,21 @@ __device__ __forceinline__ IndexRange select_from(const Params& params, SharedPl
 #pragma unroll 1
   for (int j = 0; j < p.q_len; ++j) {
     const int64_t list_idx = slice.first_list + j * p.num_kv_heads;
-    const int num_selected = min(p.top_k, visible(j));
+    const int most = budget(p, visible(j)), num_selected = min(most, visible(j));
     IndexList list{p.indices + list_idx * p.top_k, kept, num_kept, 0};
     if (slice.place.block == 0) {
       if (threadIdx.x == 0) p.num_selected[list_idx] = num_selected;
       for (int i = num_selected + threadIdx.x; i < p.top_k; i += blockDim.x) list.all[i] = -1;
     }
-    const bool all_selected = visible(j) <= p.top_k;
+    const bool all_selected = visible(j) <= most;
     // If not all are selected, the sinks and the recent ones do not overlap.
     const int first_recent = all_selected ? 0 : visible(j) - p.num_recent;
     const int num_sink = all_selected ? 0 : p.num_sink;
-    const bool competes = !all_selected && num_competing(p) > 0;
+    const int competing = num_competing(p, visible(j));
+    const bool competes = !all_selected && competing > 0;
     const Cut cut = competes ? shared.cuts[j] : Cut{};
     OutputCut output{cut.bin, cut.above_before, cut.ties_before,
-                     competes ? cut.ties - (num_competing(p) - cut.above) : 0};
+                     competes ? cut.ties - (competing - cut.above) : 0};
     const auto selected_before = [&](int position) {
       return min(position, num_sink) + output.selected_before() +
              min(max(position - first_recent, 0), visible(j) - first_recent);

@@ -36,11 +36,11 @@ class Bytes:
         num_layers, num_kv_heads, head_dim, _ = weights.shape
         row = num_kv_heads * 2 * head_dim * itemsize
         num_dense = sum(layer < config.num_dense_layers for layer in weights.layers)
-        layers = zip(weights.layer_bits, config.layer_top_k(num_layers), strict=True)
+        layers = zip(weights.layer_bits, config.layer_budgets(num_layers, seq_len), strict=True)
         sparse = sum(
             seq_len * num_kv_heads * (num_bits // 8 + 2 * weights.key_norms)
-            + min(top_k, seq_len) * row
-            for num_bits, top_k in list(layers)[num_dense:]
+            + min(budget.top_k, seq_len) * row
+            for num_bits, budget in list(layers)[num_dense:]
         )
         return cls(num_layers * seq_len * row, num_dense * seq_len * row + sparse)
 

@@ -13,7 +13,7 @@ from hata.device import ModelOptions, torch_device, torch_dtype
 from hata.eval.prose import WHERE
 from hata.eval.tasks import LIKELIHOOD, TASKS
 from hata.outputs import make_output_folder, make_room_for
-from hata.recall.options import LineupOptions
+from hata.recall.options import TOP_K_METAVAR, LineupOptions, chosen_budgets
 
 _DEFAULT = HataConfig()
 _SHARES = (64, 32, 16)  # default budgets are these parts of the context: 1.56 to 6.25 %
@@ -48,8 +48,11 @@ class EvalOptions(ModelOptions, LineupOptions):
         list[int], Option(help="Tokens of prompt and answer together; repeatable.")
     ] = field(default_factory=lambda: [2048])
     top_k: Annotated[
-        list[int],
-        Option(help="Budgets, by default 1.56, 3.1 and 6.2 % of the context."),
+        list[float],
+        Option(
+            metavar=TOP_K_METAVAR,
+            help="Budgets, or shares of the context, by default 1.56, 3.1 and 6.2 % of it.",
+        ),
     ] = field(default_factory=list)
     num_dense_layers: Annotated[
         list[int], Option(help="Leading layers that stay dense; repeatable.")
@@ -104,7 +107,8 @@ class EvalOptions(ModelOptions, LineupOptions):
     def budgets(self, context: int) -> list[int]:
         """Returns the positions that each KV head may attend to, ascending."""
         least = 2 * (self.num_sink + self.num_recent)  # of the defaults
-        return sorted(set(self.top_k or (max(context // share, least) for share in _SHARES)))
+        given = chosen_budgets(WHERE, self.top_k, context)
+        return sorted(given or {max(context // share, least) for share in _SHARES})
 
     def torch_device(self) -> torch.device:
         """Returns the device to run on."""

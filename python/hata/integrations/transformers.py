@@ -26,16 +26,12 @@ from hata.integrations.model_shape import (
     ModelShape,
     full_attention_layers,
     model_shape,
+    sliding_window_layers,
     tensor_parallel_shard,
 )
-from hata.integrations.transformers_cache import (
-    ATTENTION,
-    CACHE_ARGUMENT,
-    MAX_DRAFT_LEN,
-    HataLayer,
-    HataTransformersCache,
-)
+from hata.integrations.transformers_cache import CACHE_ARGUMENT, HataTransformersCache
 from hata.integrations.transformers_graphs import DecodeGraphs, graphed_forward
+from hata.integrations.transformers_layers import ATTENTION, MAX_DRAFT_LEN, AttendingLayer
 from hata.integrations.transformers_mask import HERE
 from hata.integrations.transformers_settings import (
     CacheSettings,
@@ -75,7 +71,7 @@ def enable(
     model: PreTrainedModel,
     config: HataConfig | None = None,
     *,
-    top_k: int | None = None,
+    top_k: int | float | None = None,
     weights: HashWeights | str | PathLike[str] | None = None,
     max_seq_len: int | None = None,
     page_size: int | None = None,
@@ -94,8 +90,9 @@ def enable(
         model.generate(**inputs, max_new_tokens=100)  # with a cache of its own
         model.generate(**inputs, max_new_tokens=100, cache=cache)  # with one to go on from
 
-    Only layers that attend to the whole context become hata's; those with a window, with chunks or
-    with a recurrent state stay as they are. A forward pass without a cache is dense, with
+    Only layers that attend to the whole context decode sparsely. Those with a sliding window attend
+    to all of it, over a cache of hata's; those with chunks or with a recurrent state stay as they
+    are. A forward pass without a cache is dense, with
     gradients. Layers on several GPUs (``device_map``), or KV heads split among them (``tp_plan``),
     are attended to where they lie. `disable` makes the model what it was. docs/transformers.md says
     more: which models there are, padding, chunks and drafts. transformers before 5.24 calls the
@@ -107,7 +104,8 @@ def enable(
         model: A text-only decoder (docs/models.md). Two forward passes of one token show that its
             layers can be hata's.
         config: The budget; None is `HataConfig`'s defaults. It counts all layers of the model.
-        top_k: Positions that each KV head attends to, in place of ``config.top_k``.
+        top_k: Positions that each KV head attends to, or a share of the context, in place of
+            ``config.top_k``.
         weights: Hash weights for this model's layers, or for those that become hata's, or a file
             of `hata.save_weights`. None takes the package's own for a model of this name and
             shape; where there are none it draws random orthogonal ones (64 bits, seed 0), which
@@ -123,7 +121,8 @@ def enable(
             indices, num_selected)``: q ``[batch, q_len, num_heads, head_dim]``, cache the
             `hata.HataCache`, layer_idx its layer, the rest as `HataCache.last_selection` gives it.
         cuda_graphs: Whether passes that decode are captured in CUDA graphs and replayed. None does
-            it where it can be: on one GPU, where every layer is hata's, without an observer; and
+            it where it can be: on one GPU, where every layer attends to the whole context or to a
+            sliding window, without an observer; and
             warns if the model's own code then turns out to forbid it. True raises in place of that.
 
     Returns:
@@ -156,11 +155,14 @@ def enable(
         top_k=tuple(budgets[layer] for layer in layers),
         num_dense_layers=sum(layer < config.num_dense_layers for layer in layers),
     )
+    windows = sliding_window_layers(model)
     settings = CacheSettings(
         model_config=model.config,
         config=config,
         weights=chosen,
         layers=layers,
+        window_layers=tuple(windows),
+        windows=tuple(windows.values()),
         layer_config=layer_config,
         layer_weights=chosen.for_model(where, **shape, layers=layers),
         max_seq_len=max_seq_len,
@@ -168,6 +170,7 @@ def enable(
         host_memory=checked_host_memory(where, offload, len(layers), layer_config),
         observer=observer,
         devices=tuple((row,) for row in range(len(layers))),
+        window_devices=tuple((row,) for row in range(len(windows))),
         shard=tensor_parallel_shard(model),
     )
     check_type(cuda_graphs in (None, True, False), where, "cuda_graphs", "be a bool", cuda_graphs)
@@ -175,10 +178,12 @@ def enable(
     attention = model.config._attn_implementation if before is None else before.attention
     if cuda_graphs:
         _check_capturable(where, model, settings)
-    tried_on = _try(
-        where, model, replace(settings, page_size=None, host_memory=None, observer=None)
+    tried = _try(where, model, replace(settings, page_size=None, host_memory=None, observer=None))
+    settings = replace(
+        settings,
+        devices=layers_by_device([cache.device for cache in tried.hata_caches]),
+        window_devices=layers_by_device([cache.device for cache in tried.window_caches]),
     )
-    settings = replace(settings, devices=layers_by_device(tried_on))
     if before is not None:
         before.remove_from(model)
     hook = model.register_forward_pre_hook(_check_cache, with_kwargs=True)
@@ -344,8 +349,8 @@ def _check_capturable(function: str, model: PreTrainedModel, settings: CacheSett
         (model.device.type == "cuda", "be on a GPU"),
         (not replaced and settings.shard[1] == 1, "run its own forward pass, on one GPU"),
         (
-            len(settings.layers) == model_shape(model)["num_layers"],
-            "attend to everything in every layer",
+            len(settings.layers + settings.window_layers) == model_shape(model)["num_layers"],
+            "attend to everything or to a sliding window in every layer",
         ),
     ):
         check(holds, function, "model", f"{rule} for cuda_graphs=True", type(model).__name__)
@@ -354,7 +359,7 @@ def _check_capturable(function: str, model: PreTrainedModel, settings: CacheSett
 
 
 @torch.no_grad()
-def _try(function: str, model: PreTrainedModel, settings: CacheSettings) -> list[torch.device]:
+def _try(function: str, model: PreTrainedModel, settings: CacheSettings) -> HataTransformersCache:
     """Runs one token of prompt and one of answer, and leaves the model on hata's attention.
 
     What a model's attention does is written nowhere but in its code: extra inputs, heads of another
@@ -362,7 +367,7 @@ def _try(function: str, model: PreTrainedModel, settings: CacheSettings) -> list
     meanwhile.
 
     Returns:
-        The device of each layer's keys.
+        The cache: that of each layer lies where the layer's keys do.
     """
     before, name = model.config._attn_implementation, type(model).__name__
     training = [module for module in model.modules() if module.training]
@@ -374,9 +379,9 @@ def _try(function: str, model: PreTrainedModel, settings: CacheSettings) -> list
         model.set_attn_implementation(ATTENTION)
         for _ in range(cache.max_seq_len):
             model(token, use_cache=True, **{CACHE_ARGUMENT: cache})
-        attended = [layer.seen for layer in cache.layers if isinstance(layer, HataLayer)]
+        attended = [layer.seen for layer in cache.layers if isinstance(layer, AttendingLayer)]
         fits = attended == [cache.max_seq_len] * len(attended)
-        rule = "call its attention function in every full-attention layer"
+        rule = "call its attention function in every layer of full or sliding-window attention"
         check(fits, function, "model", rule, f"{name}, with {attended} calls")
     except torch.OutOfMemoryError:
         raise
@@ -390,4 +395,4 @@ def _try(function: str, model: PreTrainedModel, settings: CacheSettings) -> list
             module.training = True
         if not fits:
             model.set_attn_implementation(before)
-    return [layer.device for layer in cache.hata_caches]
+    return cache

@@ -26,7 +26,9 @@ class CacheSettings:
         model_config: The model's config.
         config: The budget, of the model's layers.
         weights: The hash weights as they were given.
-        layers: The model's layers that are hata's, ``[num_layers]`` of a `HataCache`.
+        layers: The model's layers that decode sparsely, ``[num_layers]`` of a `HataCache`.
+        window_layers: Those with a sliding window.
+        windows: How many positions a token of each of them sees.
         layer_config: The budget, of these layers.
         layer_weights: Their weights.
         max_seq_len: Positions that a sequence can have.
@@ -35,6 +37,7 @@ class CacheSettings:
             them on the devices.
         observer: Called after each sparse decoding step, or None.
         devices: The layers of each device, as indices of ``layers``; each device has a cache.
+        window_devices: The same for ``window_layers``.
         shard: Which shard of its KV heads a layer holds here, of how many, if it does not hold all.
     """
 
@@ -42,6 +45,8 @@ class CacheSettings:
     config: HataConfig
     weights: HashWeights
     layers: tuple[int, ...]
+    window_layers: tuple[int, ...]
+    windows: tuple[int, ...]
     layer_config: HataConfig
     layer_weights: HashWeights
     max_seq_len: int
@@ -49,6 +54,7 @@ class CacheSettings:
     host_memory: int | None
     observer: DecodeObserver | None
     devices: tuple[tuple[int, ...], ...]
+    window_devices: tuple[tuple[int, ...], ...]
     shard: tuple[int, int]
     _made: dict[tuple[tuple[int, ...], int], HashWeights] = field(
         default_factory=dict, init=False, repr=False

@@ -43,6 +43,8 @@ def decode_step(
     top_k: int,
     num_sink: int = 0,
     num_recent: int = 0,
+    top_k_share: float | None = None,
+    min_top_k: int | None = None,
     softmax_scale: float | None = None,
     softcap: float | None = None,
     workspace: Tensor | None = None,
@@ -80,8 +82,13 @@ def decode_step(
         query_bits: 1 to 4, see ``encode_query``.
         top_k: Positions to select, at least 1; may exceed the sequence's length.
         num_sink: Positions at the start that are always selected.
-        num_recent: Visible positions at the end that are always selected;
-            ``num_sink + num_recent <= top_k``.
+        num_recent: Visible positions at the end that are always selected; ``num_sink + num_recent``
+            is at most ``top_k``, or ``min_top_k`` where there is a share.
+        top_k_share: A token selects this share of the positions that it sees, rounded up, but at
+            least ``min_top_k`` and at most ``top_k``. Above 0 and below 1, and taken down to a
+            multiple of 2 ** -32. None: every token selects ``top_k``.
+        min_top_k: The least number with a share, ``1..top_k``; None is ``num_sink + num_recent``,
+            and at least 1. Without a share it must be None.
         softmax_scale: Default: ``head_dim ** -0.5``.
         softcap: Turns each logit into ``softcap * tanh(logit / softcap)``, as Gemma 2 has it; above
             0. None: logits stay.
@@ -127,6 +134,8 @@ def decode_step(
         top_k,
         num_sink,
         num_recent,
+        top_k_share,
+        min_top_k,
         softmax_scale,
         softcap,
         workspace=workspace,
@@ -155,6 +164,8 @@ def _(
     top_k: int,
     num_sink: int = 0,
     num_recent: int = 0,
+    top_k_share: float | None = None,
+    min_top_k: int | None = None,
     softmax_scale: float | None = None,
     softcap: float | None = None,
     *,

@@ -18,6 +18,8 @@ def score_select(
     top_k: int,
     num_sink: int = 0,
     num_recent: int = 0,
+    top_k_share: float | None = None,
+    min_top_k: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Scores the code cache and selects the best positions in one operator.
 
@@ -34,8 +36,13 @@ def score_select(
         weight_sum: ``plane_weight_sum(query_bits, group)`` of the planes, 1..255.
         top_k: Positions to select, at least 1; may exceed the sequence's length.
         num_sink: Positions at the start that are always selected.
-        num_recent: Visible positions at the end that are always selected;
-            ``num_sink + num_recent <= top_k``.
+        num_recent: Visible positions at the end that are always selected; ``num_sink + num_recent``
+            is at most ``top_k``, or ``min_top_k`` where there is a share.
+        top_k_share: A token selects this share of the positions that it sees, rounded up, but at
+            least ``min_top_k`` and at most ``top_k``. Above 0 and below 1, and taken down to a
+            multiple of 2 ** -32. None: every token selects ``top_k``.
+        min_top_k: The least number with a share, ``1..top_k``; None is ``num_sink + num_recent``,
+            and at least 1. Without a share it must be None.
 
     Returns:
         ``indices`` ``[batch, q_len, num_kv_heads, min(top_k, max_pages * page_size)]``, int32:
@@ -56,6 +63,8 @@ def score_select(
         top_k,
         num_sink,
         num_recent,
+        top_k_share,
+        min_top_k,
     )
 
 
@@ -70,6 +79,8 @@ def _(
     top_k: int,
     num_sink: int = 0,
     num_recent: int = 0,
+    top_k_share: float | None = None,
+    min_top_k: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     rows = planes.shape[:3]
     capacity = block_table.shape[1] * code_cache.shape[2]

@@ -14,6 +14,8 @@ def select_topk(
     top_k: int,
     num_sink: int = 0,
     num_recent: int = 0,
+    top_k_share: float | None = None,
+    min_top_k: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Selects the ``top_k`` visible positions with the highest scores, exactly.
 
@@ -28,25 +30,38 @@ def select_topk(
         cache_seqlens: ``[batch]``, int32, the ``q_len`` query tokens included.
         top_k: Positions to select, at least 1; may exceed the sequence's length.
         num_sink: Positions at the start that are always selected.
-        num_recent: Visible positions at the end that are always selected;
-            ``num_sink + num_recent <= top_k``.
+        num_recent: Visible positions at the end that are always selected; ``num_sink + num_recent``
+            is at most ``top_k``, or ``min_top_k`` where there is a share.
+        top_k_share: A token selects this share of the positions that it sees, rounded up, but at
+            least ``min_top_k`` and at most ``top_k``. Above 0 and below 1, and taken down to a
+            multiple of 2 ** -32. None: every token selects ``top_k``.
+        min_top_k: The least number with a share, ``1..top_k``; None is ``num_sink + num_recent``,
+            and at least 1. Without a share it must be None.
 
     Returns:
         ``indices`` ``[batch, q_len, num_kv_heads, min(top_k, max_seq_len)]``, int32: ascending,
         then -1; and ``num_selected`` ``[batch, q_len, num_kv_heads]``, int32: the smaller of
-        ``top_k`` and the number of visible positions.
+        the budget and the number of visible positions.
 
     Raises:
         ValueError: A tensor requires a gradient while autograd is on.
         RuntimeError: A shape, dtype, stride, device or size is not as above; on CPU also a length
             that is negative or above ``max_seq_len``.
     """
-    return torch.ops.hata.select_topk.default(scores, cache_seqlens, top_k, num_sink, num_recent)
+    return torch.ops.hata.select_topk.default(
+        scores, cache_seqlens, top_k, num_sink, num_recent, top_k_share, min_top_k
+    )
 
 
 @torch.library.register_fake("hata::select_topk")
 def _(
-    scores: Tensor, cache_seqlens: Tensor, top_k: int, num_sink: int = 0, num_recent: int = 0
+    scores: Tensor,
+    cache_seqlens: Tensor,
+    top_k: int,
+    num_sink: int = 0,
+    num_recent: int = 0,
+    top_k_share: float | None = None,
+    min_top_k: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     *rows, max_seq_len = scores.shape
     return (

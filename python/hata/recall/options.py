@@ -9,15 +9,33 @@ import torch
 from typer import Argument, Option
 
 from hata.checks import check, check_int
-from hata.config import HataConfig
+from hata.config import HataConfig, check_budget, positions_of
 from hata.device import DeviceName, torch_device
 from hata.outputs import make_output_folder, make_room_for
 
 WHERE = "recall"
+TOP_K_METAVAR = "COUNT|SHARE"
 _DEFAULT = HataConfig()
 _SHARES = (256, 128, 64, 32, 16, 8)  # default budgets are these parts of the context: 0.4 to 12.5 %
 # Between them the frontier also looks at multiples of 2 ** 0.5.
 _FRONTIER_SHARES = (256, 181, 128, 90.5, 64, 45.25, 32, 22.6, 16, 11.3, 8)
+
+
+def chosen_budgets(function: str, top_k: Sequence[float], seq_len: int) -> set[int]:
+    """Returns the budgets of ``--top-k`` in positions.
+
+    Args:
+        function: What the option is of.
+        top_k: Counts, and shares of the context.
+        seq_len: Tokens of the context.
+
+    Raises:
+        ValueError: One is neither.
+    """
+    budgets = [int(x) if float(x).is_integer() else x for x in top_k]
+    for budget in budgets:
+        check_budget(function, "--top-k", budget)
+    return {positions_of(budget, seq_len) for budget in budgets}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +88,11 @@ class MeasureOptions:
     """
 
     top_k: Annotated[
-        list[int], Option(help="Budgets, by default 0.4 to 12.5 % of the context.")
+        list[float],
+        Option(
+            metavar=TOP_K_METAVAR,
+            help="Budgets, or shares of the context, by default 0.4 to 12.5 % of it.",
+        ),
     ] = field(default_factory=list)
     num_sink: Annotated[int, Option(help="First positions that all take, inside the budget.")] = (
         _DEFAULT.num_sink
@@ -111,7 +133,8 @@ class MeasureOptions:
         Raises:
             ValueError: One leaves no room for the sink and recent positions.
         """
-        budgets = sorted(set(self.top_k or (round(seq_len / share) for share in shares)))
+        given = chosen_budgets(WHERE, self.top_k, seq_len)
+        budgets = sorted(given or {round(seq_len / share) for share in shares})
         low = max(1, self.num_sink + self.num_recent)
         rule = f"be at least num_sink + num_recent={low}"
         check(budgets[0] >= low, WHERE, "top_k", rule, budgets[0])

@@ -20,7 +20,7 @@ def register() -> None:
 
 def engine_args(
     weights: str | os.PathLike[str],
-    top_k: int | Sequence[int],
+    top_k: int | float | Sequence[int | float],
     **settings: Any,
 ) -> dict[str, Any]:
     """Returns the arguments that switch a vLLM engine to hata attention.
@@ -29,7 +29,8 @@ def engine_args(
 
     Args:
         weights: The file of the model's hash weights, or "random" for untrained ones.
-        top_k: Positions that each KV head attends to, of all layers or of each.
+        top_k: Positions that each KV head attends to, or a share of the context, of all layers or
+            of each.
         settings: The other fields of `Settings`: ``num_sink``, ``num_recent``,
             ``num_dense_layers``, ``check``, ``observer``, ``measure_every``, ``any_version``.
 

@@ -192,7 +192,8 @@ class HataLayer:
         key_weights, query_weights = weights.layer(row, act_dtype, device)
         self.key_weights, self.query_weights = key_weights[heads], query_weights[heads]
         num_layers = self.engine.model_config.get_total_num_hidden_layers()
-        self.top_k = config.layer_top_k(num_layers)[self.layer_idx]
+        longest = self.engine.model_config.max_model_len
+        self.budget = config.layer_budgets(num_layers, longest)[self.layer_idx]
         num_words = key_weights.shape[2] // 32
         self.codes = SideCache(self.num_kv_heads, num_words, weights.key_norms)
         layers[f"{name}.codes"] = self.codes
@@ -295,7 +296,7 @@ class HataLayer:
             block_table=run.block_table,
             cache_seqlens=run.cache_seqlens,
             query_bits=self.hash_weights.query_bits,
-            top_k=self.top_k,
+            **self.budget._asdict(),
             num_sink=self.settings.config.num_sink,
             num_recent=self.settings.config.num_recent,
             norm_cache=self.codes.norm_cache,

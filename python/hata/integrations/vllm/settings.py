@@ -30,7 +30,8 @@ class Settings:
 
     Attributes:
         weights: The file of the model's hash weights, or "random" for untrained ones.
-        config: The budget: ``top_k``, ``num_sink``, ``num_recent``, ``num_dense_layers``.
+        config: The budget: ``top_k``, ``min_top_k``, ``num_sink``, ``num_recent``,
+            ``num_dense_layers``.
         check: Whether to encode the cached keys again after every step and to stop at the first
             code that differs; slow, and on a GPU only with ``enforce_eager``.
         observer: "module:function", called in every worker after each sparse step of a layer as
