@@ -37,6 +37,7 @@ from hata.integrations.transformers_mask import HERE
 from hata.integrations.transformers_settings import (
     CacheSettings,
     DecodeObserver,
+    checked_host_memory,
     layers_by_device,
 )
 from hata.pretrained import find_pretrained
@@ -75,6 +76,7 @@ def enable(
     weights: HashWeights | str | PathLike[str] | None = None,
     max_seq_len: int | None = None,
     page_size: int | None = None,
+    offload: int | str | None = None,
     observer: DecodeObserver | None = None,
     cuda_graphs: bool | None = None,
 ) -> HataTransformersCache:
@@ -113,6 +115,9 @@ def enable(
             model's ``max_position_embeddings``; None is that number. The memory for all of them is
             taken at the first forward pass; the caches of `generate` are as short as they can be.
         page_size: Positions of a page, a power of two; None for a contiguous cache.
+        offload: Keeps keys and values in pinned host memory, of which each cache takes at most as
+            many bytes as this, or as "64GB" says (`hata.offload.OffloadedCache`). None keeps them
+            on the GPU.
         observer: Called after each sparse layer's decoding step as ``observer(layer_idx, q, cache,
             indices, num_selected)``: q ``[batch, q_len, num_heads, head_dim]``, cache the
             `hata.HataCache`, layer_idx its layer, the rest as `HataCache.last_selection` gives it.
@@ -146,6 +151,11 @@ def enable(
     check_type(callable_observer, where, "observer", "be callable", observer)
     budgets = config.layer_top_k(shape["num_layers"])  # raises if it names another number of layers
     chosen = _choose_weights(where, model, shape, layers, weights)
+    layer_config = replace(
+        config,
+        top_k=tuple(budgets[layer] for layer in layers),
+        num_dense_layers=sum(layer < config.num_dense_layers for layer in layers),
+    )
     windows = sliding_window_layers(model)
     settings = CacheSettings(
         model_config=model.config,
@@ -154,14 +164,11 @@ def enable(
         layers=layers,
         window_layers=tuple(windows),
         windows=tuple(windows.values()),
-        layer_config=replace(
-            config,
-            top_k=tuple(budgets[layer] for layer in layers),
-            num_dense_layers=sum(layer < config.num_dense_layers for layer in layers),
-        ),
+        layer_config=layer_config,
         layer_weights=chosen.for_model(where, **shape, layers=layers),
         max_seq_len=max_seq_len,
         page_size=page_size,
+        host_memory=checked_host_memory(where, offload, len(layers), layer_config),
         observer=observer,
         devices=tuple((row,) for row in range(len(layers))),
         window_devices=tuple((row,) for row in range(len(windows))),
@@ -172,7 +179,7 @@ def enable(
     attention = model.config._attn_implementation if before is None else before.attention
     if cuda_graphs:
         _check_capturable(where, model, settings)
-    tried = _try(where, model, replace(settings, page_size=None, observer=None))
+    tried = _try(where, model, replace(settings, page_size=None, host_memory=None, observer=None))
     settings = replace(
         settings,
         devices=layers_by_device([cache.device for cache in tried.hata_caches]),
