@@ -6,6 +6,7 @@ them on as `NewKeys`, which only hata's attention function takes
 (`hata.integrations.transformers_attention`).
 """
 
+import copy
 import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -68,6 +69,7 @@ class _LayerGroup:
             and device.
         prompt_len: Tokens of the prompt, padding included, as `generate` has announced it, or None.
         croppable: Last tokens that are real in every sequence.
+        drafting: Whether tokens are drafted, which are decoded sparsely where others are not.
         decoding: Whether the step decodes; else its tokens are prompt.
         padding: Of the step's tokens; None if all are real.
         seq_len_range: Lengths that a CUDA graph being captured is good for, or None.
@@ -78,6 +80,7 @@ class _LayerGroup:
     caches: dict[tuple[int, ...], HataCache] = field(default_factory=dict)
     prompt_len: int | None = None
     croppable: int = 0
+    drafting: bool = False
     decoding: bool = False
     padding: Padding | None = None
     seq_len_range: tuple[int, int] | None = None
@@ -97,6 +100,11 @@ class _LayerGroup:
                 device=k.device,
             )
         return cache
+
+    @property
+    def verifying(self) -> bool:
+        """Whether passes that decode are dense."""
+        return self.settings.num_draft_tokens is not None and not self.drafting
 
     def decodes(self, seen: int, q_len: int) -> bool:
         """Returns whether ``q_len`` new tokens after ``seen`` are decoded, not prompt."""
@@ -204,7 +212,9 @@ class HataLayer(CacheLayerMixin):
             new_seqlens = padding.new_seqlens
         function = partial(prefill, new_seqlens=new_seqlens)
         if group.decoding:
-            function = partial(decode_attention, seq_len_range=group.seq_len_range)
+            function = partial(
+                decode_attention, dense=group.verifying, seq_len_range=group.seq_len_range
+            )
         out = function(
             *(q, k, v, cache, layer_idx),
             softmax_scale=softmax_scale,
@@ -216,8 +226,8 @@ class HataLayer(CacheLayerMixin):
         self.seen += q_len
         if self.row == 0:
             group.close_step(q_len)
-        observer = group.settings.observer
-        if observer is not None and group.decoding and layer_idx >= cache.config.num_dense_layers:
+        observer, sparse = group.settings.observer, group.decoding and not group.verifying
+        if observer is not None and sparse and layer_idx >= cache.config.num_dense_layers:
             observer(layer_idx, q, cache, *cache.last_selection(layer_idx))
         return out
 
@@ -247,6 +257,8 @@ class HataTransformersCache(Cache):
         weights: The hash weights; ``weights.metadata["origin"]`` says if they are random.
         hata_layers: The model's index of each layer that is hata's, those of ``hata_cache``.
         max_seq_len: Positions that a sequence can have.
+        num_drafted: Tokens that were drafted and verified since the cache was made.
+        num_accepted: Those among them that the dense model would have chosen too.
     """
 
     layers: list[Any]  # HataLayer, or transformers' own
@@ -255,6 +267,7 @@ class HataTransformersCache(Cache):
         self._group = _LayerGroup(settings, max_seq_len)
         self.config, self.weights = settings.config, settings.weights
         self.hata_layers, self.max_seq_len = settings.layers, max_seq_len
+        self.num_drafted = self.num_accepted = 0
         super().__init__(layers=self._new_layers())
 
     def _new_layers(self) -> list[Any]:
@@ -313,6 +326,37 @@ class HataTransformersCache(Cache):
         self._group.close_step(q_len)
         for layer in self.layers:
             layer.seen += q_len
+
+    @property
+    def verifying(self) -> bool:
+        """Whether passes that decode are dense, since what they are given was drafted."""
+        return self._group.verifying
+
+    @property
+    def is_long_enough_to_draft(self) -> bool:
+        """Whether a sequence is long enough for its next token to be decoded sparsely."""
+        return any(max(x.seq_lens) + 1 >= x.min_sparse_len for x in self.hata_caches)
+
+    @contextmanager
+    def drafting(self) -> Iterator[None]:
+        """Decodes sparsely inside the block, whose tokens are removed from the cache at its end.
+
+        transformers' own layers put new tensors in place of the old ones, so that a copy of a layer
+        keeps what was in it. Not all versions can take back several passes otherwise.
+        """
+        group, layers = self._group, self.layers
+        own = {i: copy.copy(x) for i, x in enumerate(layers) if not isinstance(x, HataLayer)}
+        for layer in own.values():
+            layer.record_past = False
+        self.layers = [own.get(i, x) for i, x in enumerate(layers)]
+        seen, group.drafting = self.get_seq_length(), True
+        try:
+            yield
+            drafted = self.get_seq_length() - seen
+            self.layers = [x for x in layers if isinstance(x, HataLayer)]
+            self.crop(-drafted)
+        finally:
+            self.layers, group.drafting = layers, False
 
     def announce_prompt(self, prompt_len: int | None) -> None:
         """Says how many tokens of every sequence, padding included, are prompt.

@@ -29,6 +29,7 @@ class CacheSettings:
         max_seq_len: Positions that a sequence can have.
         page_size: Positions of a page; None for a contiguous cache.
         observer: Called after each sparse decoding step, or None.
+        num_draft_tokens: Tokens of a draft that a dense pass verifies; None: decoding is sparse.
         devices: The layers of each device, as indices of ``layers``; each device has a cache.
         shard: Which shard of its KV heads a layer holds here, of how many, if it does not hold all.
     """
@@ -44,6 +45,7 @@ class CacheSettings:
     observer: DecodeObserver | None
     devices: tuple[tuple[int, ...], ...]
     shard: tuple[int, int]
+    num_draft_tokens: int | None = None
     _made: dict[tuple[tuple[int, ...], int], HashWeights] = field(
         default_factory=dict, init=False, repr=False
     )
