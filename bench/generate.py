@@ -31,6 +31,7 @@ from hata.commands.options import with_options
 from hata.integrations.model_shape import model_shape
 from hata.integrations.transformers import disable, enable
 from hata.integrations.transformers_cache import CACHE_ARGUMENT, HataTransformersCache
+from hata.integrations.transformers_layers import HataLayer, WindowLayer
 from hata.provenance import origin
 
 from .cases import tokens
@@ -302,9 +303,14 @@ def fill(model: Any, cache: Any, batch: int, context: int) -> None:
     for layer_idx in range(shape["num_layers"]):
         size = (batch, context, shape["num_kv_heads"], shape["head_dim"])
         k, v = (torch.randn(size, dtype=dtype, device=model.device) for _ in range(2))
-        if isinstance(cache, HataTransformersCache) and layer_idx in cache.hata_layers:
-            cache.hata_cache.append(cache.hata_layers.index(layer_idx), k[:, 1:], v[:, 1:])
-            cache.layers[layer_idx].seen = context
+        layer = cache.layers[layer_idx]
+        if isinstance(layer, HataLayer):
+            cache.hata_cache.append(layer.layer_idx, k[:, 1:], v[:, 1:])
+            layer.seen = context
+        elif isinstance(layer, WindowLayer):
+            (windows,) = cache.window_caches
+            windows.prefill(layer.layer_idx, *(t[:, 1:] for t in (k, k, v)), softmax_scale=1.0)
+            layer.seen = context
         else:
             cache.update(k.transpose(1, 2), v.transpose(1, 2), layer_idx)
 

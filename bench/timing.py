@@ -31,6 +31,8 @@ MIN_GRAPH_CALLS = 8  # the gap between two replays is shared by at least so many
 MIN_REPEATS = 5
 MAX_REPEATS = 15
 MAX_CPU_SAMPLES = 1000
+HOST_BATCHES = 10
+HOST_CALLS = 100
 MAX_SETS = 2048  # a graph of more calls takes longer to capture than to time
 
 
@@ -65,6 +67,21 @@ class Timer:
         samples = self._time_graph(calls) if self.device.type == "cuda" else self._time_each(calls)
         quartiles = statistics.quantiles(samples, n=4)
         return Timing(statistics.median(samples), quartiles[2] - quartiles[0])
+
+    def host_us(self, call: Call) -> float:
+        """Returns the microseconds after which an eager call on a GPU is back: the host's own.
+
+        The median of batches of calls that the launch queue holds, so that none waits for the GPU.
+        """
+        samples = []
+        for _ in range(HOST_BATCHES):
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            for _ in range(HOST_CALLS):
+                call()
+            samples.append((time.perf_counter() - start) * 1e6 / HOST_CALLS)
+        torch.cuda.synchronize()
+        return statistics.median(samples)
 
     def _time_graph(self, calls: Sequence[Call]) -> list[float]:
         calls = list(calls) * math.ceil(MIN_GRAPH_CALLS / len(calls))

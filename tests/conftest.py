@@ -21,10 +21,12 @@ import pytest
 import torch
 
 from devices import DEVICES, DTYPES, algorithms
+from hata import window_cache
 from hata.demo.model import WHEEL, WHEEL_VERSION
 
-if importlib.util.find_spec("vllm") is None:
-    collect_ignore_glob = ["test_vllm*.py"]  # `make test-vllm` has them in their own environment
+# Tests of `make test-vllm`, in an environment of their own, and of `make test-lm-eval`.
+_NEEDED = {"test_vllm*.py": "vllm", "test_lm_eval.py": "lm_eval"}
+collect_ignore_glob = [x for x, name in _NEEDED.items() if importlib.util.find_spec(name) is None]
 
 # The same examples in every run; `--hypothesis-profile thorough` searches for new ones.
 hypothesis.settings.register_profile(
@@ -74,6 +76,12 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def few_spare_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Caches of layers with a window are soon full, and go on in their first rows."""
+    monkeypatch.setattr(window_cache, "SPARE_ROWS", 12)
 
 
 @pytest.fixture

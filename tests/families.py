@@ -107,7 +107,7 @@ def _refused(name: str, model: str, notes: str, refusal: str, **settings: Any) -
     return Family(name, model, settings, layers=(), notes=notes, refusal=refusal)
 
 
-_OWN = "layers with a window stay the model's own"
+_WINDOWED = "layers with a window attend to all of it"
 _STATE = "layers with a state stay the model's own"
 
 FAMILIES = [
@@ -129,7 +129,9 @@ FAMILIES = [
     _refused(
         "Mistral 0.1", "Mistral", "every layer has a window", "got sliding_window=16", **_WINDOW
     ),
-    Family("Ministral", "Ministral", {**_WINDOW, "layer_types": _MIXED}, layers=(1,), notes=_OWN),
+    Family(
+        "Ministral", "Ministral", {**_WINDOW, "layer_types": _MIXED}, layers=(1,), notes=_WINDOWED
+    ),
     Family("Ministral 3", "Ministral3"),
     Family("Mixtral", "Mixtral", {**_EXPERTS, "sliding_window": None}),
     Family("Qwen 2, 2.5", "Qwen2"),
@@ -142,7 +144,7 @@ FAMILIES = [
             "max_window_layers": 2,
         },
         layers=(0, 1),
-        notes=_OWN,
+        notes=_WINDOWED,
     ),
     Family("Qwen 3", "Qwen3"),
     Family("Qwen 3 MoE", "Qwen3Moe", {**_EXPERTS, "moe_intermediate_size": 32}),
@@ -173,14 +175,14 @@ FAMILIES = [
         "Gemma2",
         {**_WINDOW, **_CAPPED},
         layers=(1,),
-        notes=f"logits are capped; {_OWN}",
+        notes=f"logits are capped; {_WINDOWED}",
     ),
     Family(
         "VaultGemma",
         "VaultGemma",
         {**_WINDOW, **_CAPPED, "layer_types": _MIXED},
         layers=(1,),
-        notes=f"logits are capped; {_OWN}",
+        notes=f"logits are capped; {_WINDOWED}",
     ),
     Family(
         "Gemma 3 (text)",
@@ -192,7 +194,7 @@ FAMILIES = [
         },
         "Gemma3TextConfig",
         (1,),
-        _OWN,
+        _WINDOWED,
     ),
     Family("Phi 3, 3.5; Phi 4", "Phi3"),
     Family(
@@ -210,7 +212,7 @@ FAMILIES = [
             "layer_types": [_SLIDING, _SLIDING, _FULL],
         },
         layers=(2,),
-        notes=_OWN,
+        notes=_WINDOWED,
     ),
     Family("Granite 3", "Granite", {"attention_multiplier": 0.1}),
     Family("Cohere Command R", "Cohere"),
@@ -222,13 +224,13 @@ FAMILIES = [
             "layer_types": [_SLIDING, _SLIDING, _FULL],
         },
         layers=(2,),
-        notes=_OWN,
+        notes=_WINDOWED,
     ),
     Family("GLM 4", "Glm"),
     Family("GLM 4 0414", "Glm4"),
     Family("Starcoder 2", "Starcoder2", {"sliding_window": None}),
     Family("StableLM 2", "StableLm"),
-    Family("EXAONE 4", "Exaone4", {**_WINDOW, "layer_types": _MIXED}, layers=(1,), notes=_OWN),
+    Family("EXAONE 4", "Exaone4", {**_WINDOW, "layer_types": _MIXED}, layers=(1,), notes=_WINDOWED),
     Family("GLM 4.5, 4.6", "Glm4Moe", _ROUTED),
     Family("Phi 1, 2", "Phi"),
     Family("Phi 3.5 MoE", "Phimoe", _EXPERTS),
@@ -273,7 +275,7 @@ FAMILIES = [
         "GptOss",
         {**_EXPERTS, **_WINDOW, "initializer_range": 0.2},
         layers=(1,),
-        notes=f"logits have sinks; {_OWN}",
+        notes=f"logits have sinks; {_WINDOWED}",
     ),
     *(
         _refused(name, model, "latent attention (MLA)", "not latent ones", **_LATENT)

@@ -8,7 +8,9 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 import hata
+from families import FAMILIES
 from hata.config import HataConfig
+from hata.demo import mass
 from hata.demo import model as demo_model
 from hata.demo.options import DemoOptions
 from hata.demo.prompt import NEEDLE, build_prompt
@@ -87,6 +89,26 @@ def test_a_random_model_generates_as_dense_when_everything_is_selected(tiny_llam
     assert len(result.generations["dense"].token_ids) == 24
     assert len(set(result.generations["dense"].token_ids)) > 4  # the text is no constant
     assert result.generations["hata"].token_ids == result.generations["dense"].token_ids
+
+
+@pytest.mark.parametrize("name", ["Gemma2", "GptOss"])
+def test_models_with_logits_of_their_own(name, tokenizer, tmp_path, monkeypatch):
+    family = next(family for family in FAMILIES if family.model == name)
+    sizes = {"vocab_size": len(tokenizer), "max_position_embeddings": 1024, "num_hidden_layers": 4}
+    family.make(**sizes).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    given, weigh = [], mass.attention_mass
+    monkeypatch.setattr(
+        mass,
+        "attention_mass",
+        lambda *args, **logits: given.append(logits) or weigh(*args, **logits),
+    )
+    result = run_demo(
+        DemoOptions(model=tmp_path, context=640, top_k=640, max_new_tokens=8, device="cpu")
+    )
+    assert result.generations["hata"].token_ids == result.generations["dense"].token_ids
+    assert {layer: round(share, 4) for layer, share in result.mass.items()} == {3: 1.0}
+    assert given[0]["softcap"] == family.settings.get("attn_logit_softcapping")
 
 
 def test_few_positions_hold_less_than_all_of_the_mass(tiny_llama, device):

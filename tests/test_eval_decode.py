@@ -2,13 +2,23 @@
 
 import pytest
 import torch
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from families import FAMILIES, Family
 from hata import HashWeights
 from hata.eval.decode import DENSE, Setting, SparseDecoder
 from hata.integrations.model_shape import full_attention_layers, model_shape
 from hata.integrations.transformers import CACHE_ARGUMENT, enabled
-from hata.selectors import ExactSelector, HataSelector, QuestSelector, StreamingSelector
+from hata.selectors import (
+    ExactSelector,
+    H2oSelector,
+    HataSelector,
+    InfinigenSelector,
+    QuestSelector,
+    SnapkvSelector,
+    StreamingSelector,
+    VattentionSelector,
+)
 from tiny_models import FEW, MODELS, make_model, random_prompt
 
 PROMPT, DECODED = 70, 9
@@ -16,9 +26,9 @@ asked: list[int] = []  # the layers that an `Asked` was asked for
 
 
 class Asked(StreamingSelector):
-    def index(self, layer_idx, k, softmax):
+    def index(self, layer_idx, *args):
         asked.append(layer_idx)
-        return super().index(layer_idx, k, softmax)
+        return super().index(layer_idx, *args)
 
 
 def family_of(model: str) -> Family:
@@ -49,9 +59,12 @@ def test_one_pass_is_decoding_step_by_step(name):
     assert (dense - found).abs().max() > 1e-2  # the budget is felt
 
 
-@pytest.mark.parametrize("selector", [ExactSelector(), QuestSelector(8)])
-def test_a_budget_of_everything_is_dense(device, selector):
-    model = make_model("qwen2-group3", device)
+@pytest.mark.parametrize("name", ["qwen2-group3", "Gemma2", "GptOss"])
+@pytest.mark.parametrize(
+    "selector", [ExactSelector(), QuestSelector(8), VattentionSelector(ExactSelector())]
+)
+def test_a_budget_of_everything_is_dense(device, selector, name):
+    model = (make_model(name) if name in MODELS else family_of(name).make()).to(device)
     tokens = random_prompt(1, PROMPT + DECODED, device)
     with torch.no_grad():
         expected = model(tokens).logits[0, PROMPT:]
@@ -60,6 +73,59 @@ def test_a_budget_of_everything_is_dense(device, selector):
     answer = tokens[0, PROMPT:].tolist()
     for setting in (DENSE, Setting(selector, top_k=80)):
         torch.testing.assert_close(decoder.decode(answer, setting), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "selector",
+    [
+        SnapkvSelector(window=5, num_neighbors=3),
+        H2oSelector(),
+        InfinigenSelector(20),
+        VattentionSelector(ExactSelector()),
+    ],
+    ids=lambda x: x.name,
+)
+def test_a_token_is_decoded_by_what_is_before_it(device, selector):
+    """The first tokens of a pass are what a shorter pass gives: no later query is heard."""
+    model = make_model("qwen3", device)
+    tokens = random_prompt(1, PROMPT + DECODED, device)[0].tolist()
+    decoder = SparseDecoder(model, observe=selector.observes)
+    decoder.read(tokens[:PROMPT])
+    setting = Setting(selector, 12, 1, 2, 4)
+    found = decoder.decode(tokens[PROMPT:], setting)
+    shorter = decoder.decode(tokens[PROMPT : PROMPT + 4], setting)
+    torch.testing.assert_close(shorter, found[:4], rtol=1e-4, atol=1e-4)
+    assert (decoder.decode(tokens[PROMPT:]) - found).abs().max() > 1e-2  # the budget is felt
+
+
+@torch.inference_mode()
+def test_queries_are_foreseen_from_the_input_of_the_layer_before(device):
+    """Layer 2 scores with what its weights make of layer 1's input; layer 0 with its own."""
+    model = make_model("llama-group4", device)
+    tokens = random_prompt(1, PROMPT + DECODED, device)
+    asked_with, entered, turned = [], {}, []
+
+    class Foreseen(InfinigenSelector):
+        def index(self, *args):
+            return lambda q, positions: asked_with.append(q) or super(Foreseen, self).index(*args)(
+                q, positions
+            )
+
+    decoder = SparseDecoder(model, observe=True)
+    decoder.read(tokens[0, :PROMPT].tolist())
+    layers = model.model.layers
+    for i, layer in enumerate(layers):
+        layer.input_layernorm.register_forward_hook(
+            lambda _, args, out, i=i: entered.__setitem__(i, out)
+        )
+    model.model.rotary_emb.register_forward_hook(lambda _, args, out: turned.append(out))
+    decoder.decode(tokens[0, PROMPT:].tolist(), Setting(Foreseen(20), 12, 0, 2, 4))
+    for i in range(len(layers)):
+        q = layers[i].self_attn.q_proj(entered[max(i - 1, 0)]).unflatten(2, (-1, 64))
+        expected, _ = apply_rotary_pos_emb(q.transpose(1, 2), q.transpose(1, 2), *turned[0])
+        found = asked_with[i].flatten(1, 2).transpose(0, 1)[None]
+        torch.testing.assert_close(found, expected)
+    assert not any(layer.self_attn._forward_pre_hooks for layer in layers)
 
 
 def test_layers_that_share_attend_to_the_selection_of_the_first(device):

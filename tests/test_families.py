@@ -15,6 +15,8 @@ from hata.integrations.model_shape import model_shape
 from hata.integrations.transformers import CACHE_ARGUMENT, disable, enable
 from tiny_models import generate, random_prompt
 
+pytestmark = pytest.mark.usefixtures("few_spare_rows")
+
 EVERYTHING = HataConfig(top_k=POSITIONS, num_dense_layers=0, min_sparse_len=0)
 SUPPORTED = [family for family in FAMILIES if family.layers]
 REFUSED = [family for family in FAMILIES if not family.layers]

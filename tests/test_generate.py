@@ -20,6 +20,8 @@ from hata.integrations.transformers import CACHE_ARGUMENT, disable, enable, enab
 from tiny_folder import bytewise_tokenizer, save_tiny_llama
 from tiny_models import EVERYTHING, FEW, POSITIONS, generate, make_model, random_prompt
 
+pytestmark = pytest.mark.usefixtures("few_spare_rows")
+
 HYBRIDS = [family for family in FAMILIES if family.layers not in ((), (0, 1, 2))]
 # Their logits are capped or have sinks, for which torch's attention has no arguments.
 OWN_LOGITS = [f for f in FAMILIES if f.notes.startswith("logits ")]
@@ -354,6 +356,31 @@ def test_tokens_can_be_cropped_up_to_the_padding() -> None:
         cache.crop(-4)
 
 
+@pytest.mark.parametrize("length", [12, 40])
+def test_tokens_can_be_cropped_in_windows(length: int) -> None:
+    family = next(family for family in WINDOWED if family.model == "Gemma3")
+    model, tokens = family.make(), random_prompt(2, length + 12)
+    cache, _ = switch_on(model, FEW)
+
+    @torch.no_grad()
+    def logits(start: int) -> Tensor:
+        parts = tokens[:, start:].split(1, 1)
+        return torch.cat([model(part, **{CACHE_ARGUMENT: cache}).logits for part in parts], 1)
+
+    with torch.no_grad():
+        model(tokens[:, :length], **{CACHE_ARGUMENT: cache})
+    expected = logits(length)
+    cache.crop(-12)
+    assert [each.seq_lens for each in cache.window_caches] == [[length, length]]
+    assert_equal(logits(length), expected)
+    # Of 32 rows the next token's window takes 15; a sequence that fits is there as a whole.
+    most = length + 12 if length + 12 <= 32 else 17
+    with pytest.raises(ValueError, match=rf"tokens_to_remove must be in -{most}\.\.0"):
+        cache.crop(-most - 1)
+    cache.crop(-9)
+    assert_equal(logits(length + 3), expected[:, 3:])
+
+
 def test_without_generate_one_token_is_decoded_and_more_are_prompt() -> None:
     model, tokens = make_model("llama-group4"), random_prompt(1, POSITIONS)
     cache, steps = switch_on(model, FEW)
@@ -388,8 +415,10 @@ def test_a_compiled_model_has_its_own_logits(family: Family) -> None:
     model, prompt = family.make(), random_prompt(2, 21)
     settings = {"output_logits": True, "return_dict_in_generate": True}
     switch_on(model, FEW)
-    eager = generate(model, prompt, 4, **settings)
+    eager = generate(model, prompt, 20, **settings)
     torch._dynamo.reset()
-    model.forward = torch.compile(model.forward, backend="eager")
-    compiled = generate(model, prompt, 4, **settings)
+    counter = CompileCounterWithBackend("eager")
+    model.forward = torch.compile(model.forward, backend=counter)
+    compiled = generate(model, prompt, 20, **settings)
     torch.testing.assert_close(compiled.logits, eager.logits, rtol=1e-4, atol=1e-5)
+    assert counter.frame_count <= 3  # prompts and tokens, with windows that fill meanwhile

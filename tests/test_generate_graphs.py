@@ -15,16 +15,22 @@ from transformers import PreTrainedModel
 
 from closeness import assert_equal
 from devices import gpu_only
+from families import FAMILIES, Family
 from hata import HashWeights
 from hata.integrations.model_shape import model_shape
 from hata.integrations.transformers import CACHE_ARGUMENT, disable, enable
-from tiny_models import FEW, POSITIONS, generate, make_model, make_weights, random_prompt
+from tiny_models import FEW, POSITIONS, generate, make_model, random_prompt
 
 DTYPE = torch.bfloat16
+WINDOWED = [f for f in FAMILIES if f.layers and "window" in f.notes and "sinks" not in f.notes]
+_EXPERTS = ("Mixtral", "Qwen3Moe", "Glm4Moe", "Phimoe", "Olmoe", "GraniteMoe", "GptOss")
+EXPERTS = [family for family in FAMILIES if family.model in _EXPERTS]
+SIZES = {"hidden_size": 256, "head_dim": 64}  # heads that the kernels have
 
 
 def switch_on(model: PreTrainedModel, config: Any = FEW, **settings: Any) -> Any:
-    return enable(model, config, weights=make_weights(model), max_seq_len=POSITIONS, **settings)
+    weights = HashWeights.random(**model_shape(model))
+    return enable(model, config, weights=weights, **{"max_seq_len": POSITIONS, **settings})
 
 
 @contextmanager
@@ -69,6 +75,62 @@ def test_the_text_is_the_eager_text(
     if settings == {}:
         # Of 29 passes one is eager, of the first cache two; the first replay is a check.
         assert replays[0] == (29 - 2) + (29 - 1)
+
+
+@gpu_only
+@pytest.mark.parametrize("family", WINDOWED, ids=lambda family: family.name)
+def test_layers_with_a_window_are_in_the_graph(
+    family: Family, few_spare_rows: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = family.make(**SIZES).to("cuda", DTYPE)
+    ids = random_prompt(2, 40, "cuda")
+    mask = torch.ones_like(ids)
+    mask[1, :33] = 0  # sequences longer and shorter than the window
+    draft = random_prompt(1, 7, "cuda").repeat(1, 4)
+    settings = {"pad_token_id": 0, "eos_token_id": None, "do_sample": False}
+    found = []
+    with replays_counted(monkeypatch) as replays:
+        for cuda_graphs in (False, True):
+            cache = switch_on(model, cuda_graphs=cuda_graphs, max_seq_len=128)
+            given = {CACHE_ARGUMENT: cache}
+            ragged = model.generate(
+                ids, attention_mask=mask, max_new_tokens=50, **settings, **given
+            )
+            held = copy.deepcopy(cache)
+            turn = torch.cat([ragged, ids[:, :3]], 1)
+            ones = torch.cat([mask, torch.ones_like(turn[:, 40:])], 1)
+            given = {CACHE_ARGUMENT: held}
+            found.append(
+                [
+                    ragged,
+                    model.generate(
+                        turn, attention_mask=ones, max_new_tokens=20, **settings, **given
+                    ),
+                    generate(model, ids, 20, num_beams=3),
+                    generate(model, draft, 30, prompt_lookup_num_tokens=3),
+                ]
+            )
+            assert (replays[0] > 0) == cuda_graphs
+    for replayed, eager in zip(found[1], found[0], strict=True):
+        assert_equal(replayed, eager)
+
+
+@gpu_only
+@pytest.mark.parametrize("family", EXPERTS, ids=lambda family: family.name)
+def test_experts_are_in_the_graph_or_a_warning_says_why_not(
+    family: Family, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = family.make(**SIZES).to("cuda", DTYPE)
+    prompt = random_prompt(2, 21, "cuda")
+    switch_on(model, cuda_graphs=False, max_seq_len=128)
+    eager = generate(model, prompt, 30)
+    switch_on(model, max_seq_len=128)
+    with replays_counted(monkeypatch) as replays, warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        assert_equal(generate(model, prompt, 30), eager)
+    refusals = [str(w.message) for w in warned if "cannot run in CUDA graphs" in str(w.message)]
+    print(f"{family.name}: {replays[0]} replays, {refusals}")
+    assert (replays[0] > 20) != bool(refusals)
 
 
 @gpu_only

@@ -60,8 +60,8 @@ def test_writes_every_file(folder: Path, device: str, capsys: pytest.CaptureFixt
 
     assert (written / "means.csv").read_text().splitlines()[0] == COLUMNS
     means = rows_of(written / "means.csv")
-    names = ["exact"] * 2 + ["hata"] * 2 + ["loki"] * 2 + ["streaming", "quest"] + ["sparq"] * 2
-    names += ["magicpig", "rabitq"] + ["hata"] * 2
+    names = ["exact"] * 2 + ["hata"] * 2 + ["loki"] * 2 + ["streaming", "h2o", "snapkv", "quest"]
+    names += ["sparq"] * 2 + ["magicpig", "rabitq"] + ["vattention"] * 3 + ["hata"] * 2
     assert [row["selector"] for row in means[::3]] == names
     ours = means[-3]
     assert (ours["recipe"], ours["num_bits"], ours["query_bits"]) == ("ours", "64", "4")
@@ -70,7 +70,8 @@ def test_writes_every_file(folder: Path, device: str, capsys: pytest.CaptureFixt
 
     heads = rows_of(written / "heads.csv")
     assert len(heads) == len(means) * NUM_LAYERS * NUM_KV_HEADS
-    same = [x for x in heads if x["num_bits"] == "64" and x["top_k"] == "20" and x["layer"] == "2"]
+    wanted = {"selector": "hata", "num_bits": "64", "top_k": "20", "layer": "2"}
+    same = [row for row in heads if wanted.items() <= row.items()]
     mean = sum(float(row["attention_mass"]) for row in same) / NUM_KV_HEADS
     assert mean == pytest.approx(float(ours["attention_mass"]), abs=1e-4)  # five digits are kept
 

@@ -11,7 +11,16 @@ from capture_cases import NUM_LAYERS, NUM_QUERIES, SEQ_LEN, SHAPE, make_captures
 from hata import HashWeights
 from hata.recall.measure import Results, measure
 from hata.recall.options import MeasureOptions
-from hata.selectors import ExactSelector, HataSelector, QuestSelector, Selector, rank
+from hata.selectors import (
+    ExactSelector,
+    H2oSelector,
+    HataSelector,
+    QuestSelector,
+    Selector,
+    SnapkvSelector,
+    VattentionSelector,
+    rank,
+)
 from hata.selectors.quality import Quality
 from hata.training.captures import Captures
 
@@ -104,9 +113,10 @@ def test_everything_selected_is_dense_attention(tmp_path: Path, device: str) -> 
 
 def test_the_memory_limit_changes_nothing(tmp_path: Path, device: str) -> None:
     captures = make_captures(tmp_path / "captures")
-    whole = measure(captures, selectors(), options(device))
-    parts = measure(captures, selectors(), options(device, memory_limit_gb=1e-6))
-    again = measure(captures, selectors(), options(device))
+    some = [*selectors(), SnapkvSelector(4, 3), H2oSelector(), VattentionSelector(ExactSelector())]
+    whole = measure(captures, some, options(device))
+    parts = measure(captures, some, options(device, memory_limit_gb=1e-6))
+    again = measure(captures, some, options(device))
     for a, b, c in zip(whole, parts, again, strict=True):
         for x, y, z in zip(a.layers, b.layers, c.layers, strict=True):
             torch.testing.assert_close(x.recall, y.recall, rtol=1e-12, atol=0)  # float64

@@ -11,15 +11,19 @@ from hata import HashWeights, hash_encode, reference
 from hata.ops import encode_query, plane_weight_sum
 from hata.selectors import (
     ExactSelector,
+    H2oSelector,
     HataSelector,
+    InfinigenSelector,
     LokiSelector,
     MagicpigSelector,
     QuestSelector,
     RabitqSelector,
     Selector,
+    SnapkvSelector,
     Softmax,
     SparqSelector,
     StreamingSelector,
+    VattentionSelector,
     key_components,
     rank,
 )
@@ -242,9 +246,14 @@ def test_bytes_of_a_token() -> None:
             StreamingSelector(),
             RabitqSelector(),
             MagicpigSelector(150, 10),
+            SnapkvSelector(),
+            H2oSelector(),
+            InfinigenSelector(19),
+            VattentionSelector(SparqSelector(4)),
         )
     }
     others = {"quest": 16, "sparq": 16, "streaming": 0, "rabitq": 10, "magicpig": 187.5}
+    others |= {"snapkv": 0, "h2o": 0, "infinigen": 38, "vattention": 8}
     assert found == {"exact": 128, "hata": 8, "loki": 32, **others}
     assert HataSelector(replace(weights, key_norms=True)).bytes_per_token(64) == 10
 

@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from closeness import assert_equal
+from families import FAMILIES
 from forced_decoding import PROMPT, TOP_K, decode
 from hata import HashWeights
 from hata.integrations import transformers
@@ -52,6 +53,23 @@ def test_a_device_has_a_cache_of_its_layers(scattered: None) -> None:
         _ = cache.hata_cache
     cache.reset()
     assert [each.seq_lens for each in cache.hata_caches] == [[0, 0]] * 2
+
+
+def test_windows_on_several_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each layer pretends to lie on a device of its own."""
+
+    def apart(devices: list[torch.device]) -> tuple[tuple[int, ...], ...]:
+        return tuple((row,) for row in range(len(devices)))
+
+    monkeypatch.setattr(transformers, "layers_by_device", apart)
+    model = next(family.make() for family in FAMILIES if family.model == "Gemma3")
+    prompt = random_prompt(2, 21)
+    texts = [generate(model, prompt, 12), generate(model, prompt, 12, num_beams=3)]
+    cache = enable(model, EVERYTHING, weights=HashWeights.random(**model_shape(model)))
+    assert_equal(generate(model, prompt, 12, **{CACHE_ARGUMENT: cache}), texts[0])
+    assert len(cache.hata_caches) == 1
+    assert [each.windows for each in cache.window_caches] == [(16,), (16,)]
+    assert_equal(generate(model, prompt, 12, num_beams=3), texts[1])
 
 
 @pytest.mark.parametrize("settings", [{}, {"num_beams": 3}, {"prefill_chunk_size": 8}], ids=str)

@@ -93,7 +93,10 @@ def model() -> PreTrainedModel:
     ("mask", "got"),
     [
         (torch.ones(2, 7), r"cover the tokens of the cache and the new ones, got \[2, 7\]"),
-        (torch.ones(1, 1, 9, 9, dtype=torch.bool).tril(), "be causal over the whole context"),
+        (
+            torch.ones(1, 1, 9, 9, dtype=torch.bool).tril(),
+            r"have two dimensions, got \[1, 1, 9, 9\]",
+        ),
     ],
 )
 def test_rejects_a_mask(model: PreTrainedModel, mask: torch.Tensor, got: str) -> None:

@@ -129,9 +129,10 @@ void cache_write(const Tensor& k, const Tensor& v, const Tensor& key_weights, Te
     const int64_t num_slots = k_cache.size(0) * k_cache.size(1);
     for (int j = 0; j < params.q_len; ++j) {
       const int64_t slot = params.slot_mapping[j];
-      if (slot < num_slots) continue;
-      check.rule(false, "slot_mapping", "be below " + std::to_string(num_slots) + " (the capacity)",
-                 std::to_string(slot) + " for token " + std::to_string(j));
+      check.rule(
+          slot < num_slots, "slot_mapping",
+          [&] { return "be below " + std::to_string(num_slots) + " (the capacity)"; },
+          [&] { return std::to_string(slot) + " for token " + std::to_string(j); });
     }
   }
   launch(k, params, cache_append_cpu, cache_append_cuda);

@@ -10,16 +10,19 @@ namespace {
 void check_values(const ArgumentChecks& check, const PageTable& table, int64_t page_size) {
   for (int b = 0; b < table.batch; ++b) {
     const int seq_len = table.cache_seqlens[b];
-    check.rule(seq_len >= 0 && seq_len <= table.capacity, "cache_seqlens",
-               "be in 0.." + std::to_string(table.capacity) + " (the capacity)",
-               std::to_string(seq_len) + " for sequence " + std::to_string(b));
+    check.rule(
+        seq_len >= 0 && seq_len <= table.capacity, "cache_seqlens",
+        [&] { return "be in 0.." + std::to_string(table.capacity) + " (the capacity)"; },
+        [&] { return std::to_string(seq_len) + " for sequence " + std::to_string(b); });
     for (int64_t p = 0; p * page_size < seq_len; ++p) {
       const int page = table.block_table[b * table.block_table_stride + p];
-      if (page >= 0 && page < table.num_pages) continue;  // messages take longer than the operators
-      check.rule(false, "block_table",
-                 "name one of the " + std::to_string(table.num_pages) + " pages",
-                 std::to_string(page) + " for page " + std::to_string(p) + " of sequence " +
-                     std::to_string(b));
+      check.rule(
+          page >= 0 && page < table.num_pages, "block_table",
+          [&] { return "name one of the " + std::to_string(table.num_pages) + " pages"; },
+          [&] {
+            return std::to_string(page) + " for page " + std::to_string(p) + " of sequence " +
+                   std::to_string(b);
+          });
     }
   }
 }
@@ -30,9 +33,12 @@ void codes_aligned(const ArgumentChecks& check, const Tensor& codes) {
   const int64_t piece = num_words % 4 == 0 ? 4 : (num_words % 2 == 0 ? 2 : 1);
   const bool aligned = reinterpret_cast<uintptr_t>(codes.data_ptr()) % (4 * piece) == 0 &&
                        codes.stride(0) % piece == 0 && codes.stride(1) % piece == 0;
-  check.rule(aligned, "code_cache",
-             "start each head of a page at a multiple of " + std::to_string(4 * piece) + " bytes",
-             "other strides or offset");
+  check.rule(
+      aligned, "code_cache",
+      [&] {
+        return "start each head of a page at a multiple of " + std::to_string(4 * piece) + " bytes";
+      },
+      "other strides or offset");
 }
 
 }  // namespace
@@ -50,7 +56,7 @@ PageTable page_table(const ArgumentChecks& check, const Tensor& block_table,
   const int64_t capacity = max_pages * page_size;
   check.rule(capacity <= kMaxInt32 - 7, "block_table",
              "give each sequence at most 2^31 - 8 positions",
-             std::to_string(max_pages) + " pages of " + std::to_string(page_size));
+             [&] { return std::to_string(max_pages) + " pages of " + std::to_string(page_size); });
   const PageTable table{
       .batch = static_cast<int>(batch),
       .max_pages = static_cast<int>(max_pages),

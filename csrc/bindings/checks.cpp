@@ -1,5 +1,7 @@
 #include "bindings/checks.h"
 
+#include <string>
+
 namespace hata {
 namespace {
 
@@ -11,6 +13,15 @@ std::string to_string(const Tensor& t) {
   return sizes.append("]");
 }
 
+std::string to_string(std::initializer_list<Dim> dims) {
+  std::string text;
+  for (const Dim& dim : dims) {
+    text.append(text.empty() ? "[" : ", ").append(dim.name);
+    if (dim.size != -1) text.append("=").append(std::to_string(dim.size));
+  }
+  return text.append("]");
+}
+
 std::string device_name(const Tensor& t) {
   return t.is_cuda() ? "cuda:" + std::to_string(t.get_device_index()) : "cpu";
 }
@@ -19,25 +30,30 @@ std::string device_name(const Tensor& t) {
 
 void ArgumentChecks::tensor(const Tensor& t, const char* name, ScalarType dtype,
                             std::initializer_list<Dim> dims) const {
-  rule(device_name(t) == device_name(first_), name,
-       std::string("be on the device of ") + first_name_ + " (" + device_name(first_) + ")",
-       device_name(t));
-  rule(t.scalar_type() == dtype, name, std::string("be ") + torch::headeronly::toString(dtype),
-       torch::headeronly::toString(t.scalar_type()));
+  const bool same_device =
+      t.is_cuda() == on_cuda_ && (!on_cuda_ || t.get_device_index() == first_.get_device_index());
+  rule(
+      same_device, name,
+      [&] {
+        return std::string("be on the device of ") + first_name_ + " (" + device_name(first_) + ")";
+      },
+      [&] { return device_name(t); });
+  rule(
+      t.scalar_type() == dtype, name,
+      [&] { return std::string("be ") + torch::headeronly::toString(dtype); },
+      [&] { return torch::headeronly::toString(t.scalar_type()); });
   bool matches = t.dim() == static_cast<int64_t>(dims.size());
-  std::string expected;
+  bool fits = true;
   int64_t d = 0;
   for (const Dim& dim : dims) {
-    matches = matches && (dim.size == -1 || t.size(d) == dim.size);
-    if (d > 0) expected += ", ";
-    expected += dim.name;
-    if (dim.size != -1) expected.append("=").append(std::to_string(dim.size));
-    ++d;
+    if (!matches) break;
+    const int64_t size = t.size(d++);
+    matches = dim.size == -1 || size == dim.size;
+    fits = fits && size <= kMaxInt32;
   }
-  rule(matches, name, "have shape [" + expected + "]", to_string(t));
-  for (d = 0; d < t.dim(); ++d) {
-    rule(t.size(d) <= kMaxInt32, name, "have sizes below 2^31", to_string(t));
-  }
+  const auto sizes = [&] { return to_string(t); };
+  rule(matches, name, [&] { return "have shape " + to_string(dims); }, sizes);
+  rule(fits, name, "have sizes below 2^31", sizes);
 }
 
 DType ArgumentChecks::float_dtype(const Tensor& t, const char* name) const {
@@ -53,10 +69,15 @@ DType ArgumentChecks::float_dtype(const Tensor& t, const char* name) const {
 void ArgumentChecks::last_dims_contiguous(const Tensor& t, const char* name, int num_dims) const {
   int64_t dense = 1;
   for (int64_t d = t.dim() - 1; d >= t.dim() - num_dims; --d) {
-    rule(t.size(d) <= 1 || t.stride(d) == dense, name,
-         num_dims == 1 ? std::string("be contiguous in its last dimension")
-                       : "be contiguous in its last " + std::to_string(num_dims) + " dimensions",
-         "stride " + std::to_string(t.stride(d)) + " in dimension " + std::to_string(d));
+    const auto asked = [&] {
+      return num_dims == 1
+                 ? std::string("be contiguous in its last dimension")
+                 : "be contiguous in its last " + std::to_string(num_dims) + " dimensions";
+    };
+    const auto got = [&] {
+      return "stride " + std::to_string(t.stride(d)) + " in dimension " + std::to_string(d);
+    };
+    rule(t.size(d) <= 1 || t.stride(d) == dense, name, asked, got);
     dense *= t.size(d);
   }
 }
@@ -88,8 +109,9 @@ void ArgumentChecks::contiguous(const Tensor& t, const char* name) const {
 }
 
 void ArgumentChecks::in_range(int64_t value, const char* name, int64_t low, int64_t high) const {
-  rule(value >= low && value <= high, name,
-       "be in " + std::to_string(low) + ".." + std::to_string(high), value);
+  rule(
+      value >= low && value <= high, name,
+      [&] { return "be in " + std::to_string(low) + ".." + std::to_string(high); }, value);
 }
 
 ScalarType scalar_type(DType dtype) {

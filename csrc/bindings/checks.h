@@ -7,7 +7,7 @@
 #include <cstdint>
 #include <initializer_list>
 #include <limits>
-#include <string>
+#include <type_traits>
 
 #include "hash_code.h"
 
@@ -22,14 +22,25 @@ struct Dim {
   int64_t size = -1;
 };
 
+// A part of a message: itself, or what a callable returns. A message takes longer to compose than a
+// check, so that what is composed comes as a callable.
+template <typename Part>
+decltype(auto) message_part(const Part& part) {
+  if constexpr (std::is_invocable_v<const Part&>) {
+    return part();
+  } else {
+    return part;
+  }
+}
+
 // Checks the arguments of one op; every message reads "hata::<op>: <arg> must <rule>, got <value>".
 // All tensors must lie on the device of the first one.
 class ArgumentChecks {
  public:
   ArgumentChecks(const char* op, const Tensor& first, const char* first_name)
-      : op_(op), first_(first), first_name_(first_name) {}
+      : op_(op), first_(first), first_name_(first_name), on_cuda_(first.is_cuda()) {}
 
-  bool on_cuda() const { return first_.is_cuda(); }
+  bool on_cuda() const { return on_cuda_; }
 
   // Device, dtype and shape. Every size fits an int32.
   void tensor(const Tensor& t, const char* name, ScalarType dtype,
@@ -52,15 +63,17 @@ class ArgumentChecks {
   void in_range(int64_t value, const char* name, int64_t low, int64_t high) const;
 
   // `holds`, or "hata::<op>: <name> must <rule>, got <got>".
-  template <typename Got>
-  void rule(bool holds, const char* name, const std::string& rule, const Got& got) const {
-    STD_TORCH_CHECK(holds, "hata::", op_, ": ", name, " must ", rule, ", got ", got);
+  template <typename Rule, typename Got>
+  void rule(bool holds, const char* name, const Rule& rule, const Got& got) const {
+    STD_TORCH_CHECK(holds, "hata::", op_, ": ", name, " must ", message_part(rule), ", got ",
+                    message_part(got));
   }
 
  private:
   const char* op_;
   Tensor first_;
   const char* first_name_;
+  bool on_cuda_;
 };
 
 inline constexpr int64_t kMaxInt32 = std::numeric_limits<int32_t>::max();

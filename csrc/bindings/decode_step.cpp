@@ -16,8 +16,9 @@ namespace {
 std::byte* check_workspace(const ArgumentChecks& check, const Tensor& workspace, int64_t size) {
   check.tensor(workspace, "workspace", ScalarType::Byte, {{"size"}});
   check.contiguous(workspace, "workspace");
-  check.rule(workspace.numel() >= size, "workspace",
-             "have at least " + std::to_string(size) + " bytes", workspace.numel());
+  check.rule(
+      workspace.numel() >= size, "workspace",
+      [&] { return "have at least " + std::to_string(size) + " bytes"; }, workspace.numel());
   check.rule(reinterpret_cast<uintptr_t>(workspace.data_ptr()) % 16 == 0, "workspace",
              "start at a multiple of 16 bytes", "another offset");
   return data<std::byte>(workspace);

@@ -18,8 +18,9 @@ EncodeQueryParams encode_query_params(const ArgumentChecks& check, const Tensor&
   const int64_t num_heads = q.size(2), num_kv_heads = query_weights.size(0);
   const int words =
       check_hash_weights(check, query_weights, "query_weights", dtype, num_kv_heads, q.size(3));
-  check.rule(num_kv_heads > 0 && num_heads % num_kv_heads == 0, "num_heads",
-             "be a multiple of num_kv_heads=" + std::to_string(num_kv_heads), num_heads);
+  check.rule(
+      num_kv_heads > 0 && num_heads % num_kv_heads == 0, "num_heads",
+      [&] { return "be a multiple of num_kv_heads=" + std::to_string(num_kv_heads); }, num_heads);
   const int64_t group_size = num_heads / num_kv_heads;
   check.in_range(group_size, "num_heads / num_kv_heads", 1, (1 << kMaxPlanes) - 1);
   return EncodeQueryParams{

@@ -18,9 +18,10 @@ AttentionParams attention_params(const ArgumentChecks& check, const Tensor& q, c
   check.last_dims_contiguous(q, "q", 1);
   check.rows_aligned(q, "q");
   const int64_t num_heads = q.size(2);
-  check.rule(cache.num_kv_heads > 0 && num_heads > 0 && num_heads % cache.num_kv_heads == 0,
-             "num_heads", "be a multiple of num_kv_heads=" + std::to_string(cache.num_kv_heads),
-             num_heads);
+  check.rule(
+      cache.num_kv_heads > 0 && num_heads > 0 && num_heads % cache.num_kv_heads == 0, "num_heads",
+      [&] { return "be a multiple of num_kv_heads=" + std::to_string(cache.num_kv_heads); },
+      num_heads);
   const double scale = softmax_scale.value_or(1 / std::sqrt(cache.head_dim));
   check.rule(std::isfinite(scale), "softmax_scale", "be finite", scale);
   if (softcap) {

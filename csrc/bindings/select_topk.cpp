@@ -25,10 +25,12 @@ Budget checked_budget(const ArgumentChecks& check, int64_t top_k, int64_t num_si
   }
   check.rule(top_k_share || !min_top_k, "min_top_k", "come with top_k_share",
              min_top_k.value_or(0));
-  check.rule(
-      num_sink + num_recent <= least, "num_sink + num_recent",
-      std::string("be at most ") + (top_k_share ? "min_top_k=" : "top_k=") + std::to_string(least),
-      num_sink + num_recent);
+  const auto at_most = [&] {
+    return std::string("be at most ") + (top_k_share ? "min_top_k=" : "top_k=") +
+           std::to_string(least);
+  };
+  check.rule(num_sink + num_recent <= least, "num_sink + num_recent", at_most,
+             num_sink + num_recent);
   // Where this cuts anything, all positions are selected, so that no other choice is left.
   const int64_t selected = std::min(top_k, capacity), sink = std::min(num_sink, selected);
   return {.top_k = static_cast<int>(selected),
@@ -70,9 +72,10 @@ std::tuple<Tensor, Tensor> select_topk(const Tensor& scores, const Tensor& cache
       checked_budget(check, top_k, num_sink, num_recent, top_k_share, min_top_k, max_seq_len);
   const int32_t* seqlens = data<int32_t>(cache_seqlens);
   for (int64_t b = 0; !check.on_cuda() && b < batch; ++b) {
-    check.rule(seqlens[b] >= 0 && seqlens[b] <= max_seq_len, "cache_seqlens",
-               "be in 0.." + std::to_string(max_seq_len) + " (the width of scores)",
-               std::to_string(seqlens[b]) + " for sequence " + std::to_string(b));
+    check.rule(
+        seqlens[b] >= 0 && seqlens[b] <= max_seq_len, "cache_seqlens",
+        [&] { return "be in 0.." + std::to_string(max_seq_len) + " (the width of scores)"; },
+        [&] { return std::to_string(seqlens[b]) + " for sequence " + std::to_string(b); });
   }
   Tensor indices =
       torch::stable::new_empty(scores, {batch, q_len, num_kv_heads, budget.top_k}, ScalarType::Int);

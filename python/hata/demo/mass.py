@@ -25,10 +25,11 @@ class MassRecorder:
 
     Args:
         softmax_scale: Factor of the model's logits.
+        softcap: Cap of the model's logits, or None.
     """
 
-    def __init__(self, softmax_scale: float) -> None:
-        self.softmax_scale = softmax_scale
+    def __init__(self, softmax_scale: float, softcap: float | None = None) -> None:
+        self._logits = {"softmax_scale": softmax_scale, "softcap": softcap}
         self._steps: list[_Step] = []
 
     def __call__(
@@ -50,8 +51,6 @@ class MassRecorder:
         for step in reversed(self._steps):
             if step.seq_len < cache.seq_lens[0]:
                 cache.truncate(step.seq_len)
-            mass = attention_mass(
-                step.q, cache, step.layer_idx, step.indices, softmax_scale=self.softmax_scale
-            )
+            mass = attention_mass(step.q, cache, step.layer_idx, step.indices, **self._logits)
             shares[step.layer_idx].append(mass.mean())
         return {layer: float(torch.stack(found).mean()) for layer, found in sorted(shares.items())}

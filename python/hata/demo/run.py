@@ -16,7 +16,12 @@ from hata.demo.options import WHERE, DemoOptions
 from hata.demo.prompt import NEEDLE, Prompt, build_prompt
 from hata.demo.report import Bytes, agreement, plot_mass, print_answers, print_mass
 from hata.demo.weights import choose_weights
-from hata.integrations.model_shape import full_attention_layers, model_shape, softmax_scale
+from hata.integrations.model_shape import (
+    full_attention_layers,
+    model_shape,
+    softcap,
+    softmax_scale,
+)
 from hata.integrations.transformers import enable
 from hata.outputs import make_room_for
 from hata.progress import progress_bar
@@ -96,7 +101,9 @@ def _generate_both(
     weights: HashWeights,
     config: HataConfig,
 ) -> tuple[Generation, Generation, dict[int, float]]:
-    recorder = MassRecorder(softmax_scale(model))
+    # As the model was loaded, but for logits that "sdpa" would not cap.
+    own = "eager" if softcap(model) is not None else model.config._attn_implementation
+    recorder = MassRecorder(softmax_scale(model), softcap(model))
     cache = enable(model, config, weights=weights, max_seq_len=options.context, observer=recorder)
 
     def run(attention: str, name: str, cache: Any) -> Generation:
@@ -105,9 +112,9 @@ def _generate_both(
         with progress_bar(f"{name}: prompt, then answer", most) as on_token:
             return generate(model, prompt.token_ids, most, on_token, cache)
 
-    model.set_attn_implementation("sdpa")
+    model.set_attn_implementation(own)
     generate(model, prompt.token_ids[:16], 2, lambda: None)  # pages the weights in, off the clock
-    dense = run("sdpa", "dense", None)
+    dense = run(own, "dense", None)
     hata = run("hata", "hata", cache)
     assert cache.hata_cache is not None  # made by the forward passes of generate
     mass = recorder.mass_per_layer(cache.hata_cache)

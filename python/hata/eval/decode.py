@@ -1,12 +1,14 @@
 """Sparse decoding of known tokens, all in one forward pass."""
 
 import copy
-from dataclasses import dataclass
+from collections.abc import Collection
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, DynamicCache
+from transformers import AttentionInterface, Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
@@ -15,9 +17,10 @@ from hata.eval.prose import WHERE
 from hata.integrations.model_shape import full_attention_layers
 from hata.integrations.transformers_attention import torch_attention_forward
 from hata.integrations.transformers_cache import CACHE_ARGUMENT
-from hata.selectors import Selector, Softmax, rank
+from hata.selectors import Queries, Selector, Softmax
 
 _ATTENTION = "hata_eval"
+_TOLD = "hata_selection"  # the attention function's argument that says what a pass is for
 _PIECE = 1024  # tokens of a prompt that a model with windows reads at once
 _SCORES_AT_ONCE = 2**24  # of all heads: about 0.3 GB with what selectors and `rank` make of them
 
@@ -50,17 +53,42 @@ DENSE = Setting()
 
 
 @dataclass
+class _Reading:
+    """What the attention function is told while a prompt is read: whose queries to keep.
+
+    Attributes:
+        observed: The model's layers whose queries are kept.
+        queries: What is kept, ``[length, num_kv_heads, group, head_dim]`` for each piece read.
+        modules: The attention of every layer.
+    """
+
+    observed: Collection[int]
+    queries: dict[int, list[Tensor]] = field(default_factory=dict)
+    modules: dict[int, Any] = field(default_factory=dict)
+
+    def keep(self, module: Any, query: Tensor, num_kv_heads: int) -> None:
+        """Keeps a layer's queries."""
+        self.modules[module.layer_idx] = module
+        if module.layer_idx in self.observed:
+            self.queries.setdefault(module.layer_idx, []).append(_by_token(query[0], num_kv_heads))
+
+
+@dataclass
 class _Selection:
     """What the attention function is told, and what it leaves for the layers that share it.
 
     Attributes:
         setting: How tokens are decoded.
         layers: The number among the selector's layers of each of the model's that it has.
+        prompt: What was kept of the prompt.
+        foresight: Foresees the queries of the next layer, for selectors that go by those.
         mask: What the last layer that selected has selected.
     """
 
     setting: Setting
     layers: dict[int, int]
+    prompt: _Reading
+    foresight: "_Foresight | None" = None
     mask: Tensor | None = None
 
     @property
@@ -69,6 +97,18 @@ class _Selection:
         if self.setting.selector is None:
             return []
         return [layer for layer in self.layers if layer >= self.setting.num_dense_layers]
+
+    def select(self, layer: int, query: Tensor, key: Tensor, softmax: Softmax) -> None:
+        """Selects for a layer; see `_selected`."""
+        num_kv_heads = key.shape[1]
+        asked = own = _by_token(query[0], num_kv_heads)
+        if self.foresight is not None and layer in self.foresight.queries:
+            asked = _by_token(self.foresight.queries[layer][0], num_kv_heads)
+        known = None
+        if layer in self.prompt.queries:
+            every = torch.cat([*self.prompt.queries[layer], own])
+            known = Queries(every, torch.arange(len(every), device=every.device))
+        self.mask = _selected(self.setting, self.layers[layer], asked, key[0], softmax, known)
 
 
 class SparseDecoder:
@@ -81,12 +121,16 @@ class SparseDecoder:
     Args:
         model: A model that `enable` supports; it is left on this class's attention function. Layers
             with a window stay as they are.
+        observe: Whether to keep the prompt's queries, for selectors that go by them: as many
+            numbers as the cache has keys, for each query head.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, observe: bool = False) -> None:
         self._model = model
         self._layers = {layer: i for i, layer in enumerate(full_attention_layers(model))}
+        self._observed = self._layers if observe else ()
         self._prompt: Any = None
+        self._reading = _Reading(())
         model.set_attn_implementation(_ATTENTION)
 
     @torch.inference_mode()
@@ -97,12 +141,13 @@ class SparseDecoder:
         window and piece hold, not what the prompt does.
         """
         self._prompt = DynamicCache(config=self._model.config)
+        self._reading = _Reading(self._observed)
         kinds = {type(layer) for layer in self._prompt.layers}
         windows = DynamicSlidingWindowLayer in kinds
         windows &= kinds <= {DynamicLayer, DynamicSlidingWindowLayer}  # no layer with a state
         tokens = torch.tensor(prompt_ids)
         for piece in tokens.split(_PIECE if windows else len(tokens)):
-            self._forward(piece, self._prompt, None, logits_to_keep=1)
+            self._forward(piece, self._prompt, self._reading, logits_to_keep=1)
 
     @torch.inference_mode()
     def decode(self, token_ids: list[int], setting: Setting = DENSE) -> Tensor:
@@ -120,21 +165,63 @@ class SparseDecoder:
         """
         where = "eval.SparseDecoder.decode"
         check(len(token_ids) >= 2, where, "token_ids", "be at least 2", len(token_ids))
-        selection = _Selection(setting, self._layers)
+        selection = _Selection(setting, self._layers, self._reading)
         tokens, cache = torch.tensor(token_ids), copy.deepcopy(self._prompt)
-        logits = self._forward(tokens, cache, selection).float()
+        with ExitStack() as stack:
+            if setting.selector is not None and setting.selector.foresees:
+                selection.foresight = stack.enter_context(_Foresight(self._reading.modules))
+            logits = self._forward(tokens, cache, selection).float()
         reached = selection.mask is not None or not selection.sparse_layers
         rule, name = "hand its arguments on to its attention function", type(self._model).__name__
         check(reached, where, "model", rule, name)
         return logits
 
     def _forward(
-        self, tokens: Tensor, cache: Any, selection: _Selection | None, **settings: Any
+        self, tokens: Tensor, cache: Any, told: _Reading | _Selection, **settings: Any
     ) -> Tensor:
-        settings |= {CACHE_ARGUMENT: cache, "hata_selection": selection}
+        settings |= {CACHE_ARGUMENT: cache, _TOLD: told}
         tokens = tokens[None].to(self._model.device)
         logits: Tensor = self._model(tokens, use_cache=True, **settings).logits
         return logits[0]
+
+
+class _Foresight:
+    """Makes a layer's queries of the attention input of the layer before, while it is open.
+
+    Before a layer attends, its attention runs once more, on that input, as far as its queries.
+    Source: InfiniGen, arXiv 2406.19707.
+
+    Args:
+        modules: The attention of every layer of the model.
+    """
+
+    def __init__(self, modules: dict[int, Any]) -> None:
+        self.queries: dict[int, Tensor] = {}
+        self._inputs: dict[int, Tensor] = {}
+        self._modules = modules
+        self._hooks: list[Any] = []
+
+    def __enter__(self) -> "_Foresight":
+        """Begins to listen to the model's attention."""
+        for module in self._modules.values():
+            hook = module.register_forward_pre_hook(self._before, with_kwargs=True)
+            self._hooks.append(hook)
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        """Lets the model alone again."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def _before(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if kwargs.get(_TOLD) is self:  # the run that this has begun
+            return
+        layer = module.layer_idx
+        self._inputs[layer] = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        if layer - 1 in self._inputs:
+            alone = {k: None if isinstance(v, Cache) else v for k, v in kwargs.items()}
+            alone |= {"hidden_states": self._inputs[layer - 1], _TOLD: self}
+            module(*args[1:], **alone)
 
 
 def _attend(
@@ -144,20 +231,27 @@ def _attend(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
-    hata_selection: _Selection | None = None,
+    hata_selection: _Reading | _Selection | _Foresight | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """The attention function: q, k, v are ``[1, heads, length, head_dim]``."""
     no_bias = kwargs.get("position_bias") is None
     check(no_bias, WHERE, "model", "attend without position_bias", "one with it")
-    sparse = [] if hata_selection is None else hata_selection.sparse_layers
-    if hata_selection is not None and module.layer_idx in sparse:
-        setting, number = hata_selection.setting, hata_selection.layers[module.layer_idx]
-        if sparse.index(module.layer_idx) % setting.share_layers == 0:
-            logits = (scaling, kwargs.get("softcap"), kwargs.get("s_aux"))
-            softmax = Softmax.of_attention(query, key, *logits)
-            hata_selection.mask = _selected(setting, number, query[0], key[0], softmax)
-        attention_mask = hata_selection.mask
+    if isinstance(hata_selection, _Foresight):
+        hata_selection.queries[module.layer_idx] = query
+        _, num_heads, q_len, _ = query.shape
+        return value.new_zeros(1, q_len, num_heads, value.shape[3]), None  # of no interest
+    if isinstance(hata_selection, _Reading):
+        hata_selection.keep(module, query, key.shape[1])
+    if isinstance(hata_selection, _Selection):
+        sparse = hata_selection.sparse_layers
+        if module.layer_idx in sparse:
+            share = hata_selection.setting.share_layers
+            if sparse.index(module.layer_idx) % share == 0:
+                logits = (scaling, kwargs.get("softcap"), kwargs.get("s_aux"))
+                softmax = Softmax.of_attention(query, key, *logits)
+                hata_selection.select(module.layer_idx, query, key, softmax)
+            attention_mask = hata_selection.mask
     return torch_attention_forward(
         module, query, key, value, attention_mask, scaling=scaling, **kwargs
     )
@@ -167,39 +261,52 @@ AttentionInterface.register(_ATTENTION, _attend)
 AttentionMaskInterface.register(_ATTENTION, sdpa_mask)
 
 
+def _by_token(query: Tensor, num_kv_heads: int) -> Tensor:
+    """``[num_heads, length, head_dim]`` as ``[length, num_kv_heads, group, head_dim]``."""
+    return query.unflatten(0, (num_kv_heads, -1)).permute(2, 0, 1, 3)
+
+
 def _selected(
-    setting: Setting, layer_idx: int, query: Tensor, key: Tensor, softmax: Softmax
+    setting: Setting,
+    layer_idx: int,
+    queries: Tensor,
+    key: Tensor,
+    softmax: Softmax,
+    known: Queries | None,
 ) -> Tensor:
-    """The positions that the last tokens attend to.
+    """The positions that the last tokens attend to, as a mask.
 
     Args:
         setting: How they are selected.
         layer_idx: The layer's number among the selector's.
-        query: ``[num_heads, q_len, head_dim]``, of the last tokens.
+        queries: ``[q_len, num_kv_heads, group, head_dim]``, of the last tokens.
         key: ``[num_kv_heads, seq_len, head_dim]``, theirs included.
         softmax: The layer's.
+        known: The queries of all tokens, where they are kept.
 
     Returns:
-        ``[1, num_heads, q_len, seq_len]``, bool.
+        ``[1, num_heads, q_len, seq_len]``: bool, or in the keys' dtype what is added to the logits
+        where the selected positions have weights.
     """
-    assert setting.selector is not None  # what `_attend` has made sure of
-    (num_heads, q_len, _), (num_kv_heads, seq_len, _) = query.shape, key.shape
+    selector = setting.selector
+    assert selector is not None  # what `_attend` has made sure of
+    (num_kv_heads, seq_len, _), (q_len, _, group, _) = key.shape, queries.shape
     positions = torch.arange(seq_len - q_len, seq_len, device=key.device)
-    queries = query.unflatten(0, (num_kv_heads, -1)).permute(2, 0, 1, 3).float()
-    score = setting.selector.index(layer_idx, key.transpose(0, 1), softmax)
+    score = selector.index(layer_idx, key.transpose(0, 1), softmax, known)
+    always = {"num_sink": setting.num_sink, "num_recent": setting.num_recent}
     masks = []
-    chunk = max(1, _SCORES_AT_ONCE // (num_heads * seq_len))
+    chunk = max(1, _SCORES_AT_ONCE // (num_kv_heads * group * seq_len))
     for q, seen in zip(queries.split(chunk), positions.split(chunk), strict=True):
-        order = rank(
-            score(q, seen),
-            seen,
-            setting.top_k,
-            num_sink=setting.num_sink,
-            num_recent=setting.num_recent,
-            page_size=setting.selector.page_size,
-        )
-        mask = torch.zeros(*order.shape[:2], seq_len + 1, dtype=torch.bool, device=key.device)
-        mask.scatter_(2, order.where(order >= 0, seq_len), True)  # the last column stands for -1
+        scores = score(q.float(), seen)
+        (selection,) = selector.select(layer_idx, scores, seen, [setting.top_k], **always)
+        indices = selection.indices.where(selection.indices >= 0, seq_len)  # a column for -1
+        shape = (*indices.shape[:2], seq_len + 1)
+        if selection.weights is None:
+            mask = torch.zeros(shape, dtype=torch.bool, device=key.device)
+            mask.scatter_(2, indices, True)
+        else:
+            mask = torch.full(shape, -torch.inf, dtype=key.dtype, device=key.device)
+            mask.scatter_(2, indices, selection.weights.log().to(key.dtype))
         masks.append(mask[..., :seq_len])
     by_kv_head = torch.cat(masks).transpose(0, 1)
-    return by_kv_head.repeat_interleave(num_heads // num_kv_heads, 0)[None]
+    return by_kv_head.repeat_interleave(group, 0)[None]

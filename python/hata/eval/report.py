@@ -32,7 +32,8 @@ def distinct(rows: Iterable[Row], *names: str) -> list[tuple[str, ...]]:
 def label(row: Row) -> str:
     """Names a row's method and its settings but for the budget."""
     words = [row["recipe"]]
-    words += [f"{row['num_bits']} bits"] if row["num_bits"] and row["method"] == "hata" else []
+    codes = row["num_bits"] and row["method"] in ("hata", "vattention")
+    words += [f"{row['num_bits']} bits"] if codes else []
     words += [f"query {row['query_bits']}"] if row["query_bits"] else []
     words += ["norms"] if row["key_norms"] == "1" else []
     words += [f"{row['channels']} channels"] if row["channels"] else []

@@ -87,7 +87,7 @@ def run_eval(options: EvalOptions) -> list[Row]:
         if missing:
             work.append((_samples(case, options, tokenizer, prose), missing))
 
-    decoder = SparseDecoder(model)
+    decoder = SparseDecoder(model, observe=any(x.observes for x in selectors))
     total = options.num_samples * sum(len(missing) for _, missing in work)
     with progress_bar("decoding samples", total) as on_decoded:
         for samples, missing in work:
@@ -108,12 +108,13 @@ def _selectors(
     """The selectors to compare; the package's weights for the model are among them if no others."""
     of = SelectedLayers(shape["num_layers"], layers, shape["num_kv_heads"], shape["head_dim"])
     calibration = None if options.calibration is None else Captures.open(options.calibration)
-    found: list[Selector] = [ExactSelector(), *trained_selectors(of, options)]
+    learned = trained_selectors(of, options)
     own = find_pretrained(folder.name, **shape, layers=layers)
     if not options.weights and own is not None:
-        found.append(HataSelector(own.for_model(WHERE, **shape, layers=layers)))
+        learned.append(HataSelector(own.for_model(WHERE, **shape, layers=layers)))
+    found: list[Selector] = [ExactSelector(), *learned]
     if options.baselines:
-        found += baseline_selectors(of, calibration, options, options.torch_device())
+        found += baseline_selectors(of, calibration, options, options.torch_device(), learned)
     names = {selector.name for selector in found}
     for method in options.method:
         check(method in names, WHERE, "--method", f"be one of {', '.join(sorted(names))}", method)

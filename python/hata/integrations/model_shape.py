@@ -2,7 +2,7 @@
 
 from typing import Any, TypedDict
 
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 
 class ModelShape(TypedDict):
@@ -37,6 +37,20 @@ def full_attention_layers(model: Any) -> tuple[int, ...]:
     """
     layers = own_cache_layers(model.config)
     return tuple(i for i, layer in enumerate(layers) if type(layer) is DynamicLayer)
+
+
+def sliding_window_layers(model: Any) -> dict[int, int]:
+    """Returns how many positions a token sees, by layer, in layers with a sliding window.
+
+    Layers with chunks have the same cache in transformers, and are told apart by the config.
+    """
+    kinds = getattr(model.config.get_text_config(decoder=True), "layer_types", None) or ()
+    layers = own_cache_layers(model.config)
+    return {
+        i: layer.sliding_window
+        for i, (layer, kind) in enumerate(zip(layers, kinds, strict=False))
+        if type(layer) is DynamicSlidingWindowLayer and kind == "sliding_attention"
+    }
 
 
 def softmax_scale(model: Any) -> float:

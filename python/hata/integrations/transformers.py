@@ -25,17 +25,13 @@ from hata.integrations.model_shape import (
     ModelShape,
     full_attention_layers,
     model_shape,
+    sliding_window_layers,
     tensor_parallel_shard,
 )
-from hata.integrations.transformers_cache import (
-    ATTENTION,
-    CACHE_ARGUMENT,
-    MAX_DRAFT_LEN,
-    HataLayer,
-    HataTransformersCache,
-)
+from hata.integrations.transformers_cache import CACHE_ARGUMENT, HataTransformersCache
 from hata.integrations.transformers_generate import stand_ins
 from hata.integrations.transformers_graphs import DecodeGraphs, graphed_forward
+from hata.integrations.transformers_layers import ATTENTION, MAX_DRAFT_LEN, AttendingLayer
 from hata.integrations.transformers_mask import HERE
 from hata.integrations.transformers_settings import (
     CacheSettings,
@@ -95,8 +91,9 @@ def enable(
         model.generate(**inputs, max_new_tokens=100)  # with a cache of its own
         model.generate(**inputs, max_new_tokens=100, cache=cache)  # with one to go on from
 
-    Only layers that attend to the whole context become hata's; those with a window, with chunks or
-    with a recurrent state stay as they are. A forward pass without a cache is dense, with
+    Only layers that attend to the whole context decode sparsely. Those with a sliding window attend
+    to all of it, over a cache of hata's; those with chunks or with a recurrent state stay as they
+    are. A forward pass without a cache is dense, with
     gradients. Layers on several GPUs (``device_map``), or KV heads split among them (``tp_plan``),
     are attended to where they lie. `disable` makes the model what it was. docs/transformers.md says
     more: which models there are, padding, chunks and drafts. transformers before 5.24 calls the
@@ -126,7 +123,8 @@ def enable(
             indices, num_selected)``: q ``[batch, q_len, num_heads, head_dim]``, cache the
             `hata.HataCache`, layer_idx its layer, the rest as `HataCache.last_selection` gives it.
         cuda_graphs: Whether passes that decode are captured in CUDA graphs and replayed. None does
-            it where it can be: on one GPU, where every layer is hata's, without an observer; and
+            it where it can be: on one GPU, where every layer attends to the whole context or to a
+            sliding window, without an observer; and
             warns if the model's own code then turns out to forbid it. True raises in place of that.
 
     Returns:
@@ -156,11 +154,14 @@ def enable(
     check_int(where, "num_draft_tokens", num_draft_tokens, 1, MAX_DRAFT_LEN - 1)
     budgets = config.layer_top_k(shape["num_layers"])  # raises if it names another number of layers
     chosen = _choose_weights(where, model, shape, layers, weights)
+    windows = sliding_window_layers(model)
     settings = CacheSettings(
         model_config=model.config,
         config=config,
         weights=chosen,
         layers=layers,
+        window_layers=tuple(windows),
+        windows=tuple(windows.values()),
         layer_config=replace(
             config,
             top_k=tuple(budgets[layer] for layer in layers),
@@ -171,6 +172,7 @@ def enable(
         page_size=page_size,
         observer=observer,
         devices=tuple((row,) for row in range(len(layers))),
+        window_devices=tuple((row,) for row in range(len(windows))),
         shard=tensor_parallel_shard(model),
         num_draft_tokens=None if verify is None else num_draft_tokens,
     )
@@ -180,8 +182,12 @@ def enable(
     if cuda_graphs:
         _check_capturable(where, model, settings)
     plain = replace(settings, page_size=None, observer=None, num_draft_tokens=None)
-    tried_on = _try(where, model, plain)
-    settings = replace(settings, devices=layers_by_device(tried_on))
+    tried = _try(where, model, plain)
+    settings = replace(
+        settings,
+        devices=layers_by_device([cache.device for cache in tried.hata_caches]),
+        window_devices=layers_by_device([cache.device for cache in tried.window_caches]),
+    )
     if before is not None:
         before.remove_from(model)
     hook = model.register_forward_pre_hook(_check_cache, with_kwargs=True)
@@ -291,8 +297,8 @@ def _check_capturable(function: str, model: PreTrainedModel, settings: CacheSett
         (model.device.type == "cuda", "be on a GPU"),
         (not replaced and settings.shard[1] == 1, "run its own forward pass, on one GPU"),
         (
-            len(settings.layers) == model_shape(model)["num_layers"],
-            "attend to everything in every layer",
+            len(settings.layers + settings.window_layers) == model_shape(model)["num_layers"],
+            "attend to everything or to a sliding window in every layer",
         ),
     ):
         check(holds, function, "model", f"{rule} for cuda_graphs=True", type(model).__name__)
@@ -301,7 +307,7 @@ def _check_capturable(function: str, model: PreTrainedModel, settings: CacheSett
 
 
 @torch.no_grad()
-def _try(function: str, model: PreTrainedModel, settings: CacheSettings) -> list[torch.device]:
+def _try(function: str, model: PreTrainedModel, settings: CacheSettings) -> HataTransformersCache:
     """Runs one token of prompt and one of answer, and leaves the model on hata's attention.
 
     What a model's attention does is written nowhere but in its code: extra inputs, heads of another
@@ -309,7 +315,7 @@ def _try(function: str, model: PreTrainedModel, settings: CacheSettings) -> list
     meanwhile.
 
     Returns:
-        The device of each layer's keys.
+        The cache: that of each layer lies where the layer's keys do.
     """
     before, name = model.config._attn_implementation, type(model).__name__
     training = [module for module in model.modules() if module.training]
@@ -321,9 +327,9 @@ def _try(function: str, model: PreTrainedModel, settings: CacheSettings) -> list
         model.set_attn_implementation(ATTENTION)
         for _ in range(cache.max_seq_len):
             model(token, use_cache=True, **{CACHE_ARGUMENT: cache})
-        attended = [layer.seen for layer in cache.layers if isinstance(layer, HataLayer)]
+        attended = [layer.seen for layer in cache.layers if isinstance(layer, AttendingLayer)]
         fits = attended == [cache.max_seq_len] * len(attended)
-        rule = "call its attention function in every full-attention layer"
+        rule = "call its attention function in every layer of full or sliding-window attention"
         check(fits, function, "model", rule, f"{name}, with {attended} calls")
     except torch.OutOfMemoryError:
         raise
@@ -337,4 +343,4 @@ def _try(function: str, model: PreTrainedModel, settings: CacheSettings) -> list
             module.training = True
         if not fits:
             model.set_attn_implementation(before)
-    return [layer.device for layer in cache.hata_caches]
+    return cache

@@ -14,8 +14,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface
 
 from hata.checks import check
-from hata.integrations.transformers_cache import ATTENTION, HataLayer, NewKeys
-from hata.integrations.transformers_mask import HERE, CausalMask, mask_function
+from hata.integrations.transformers_layers import ATTENTION, AttendingLayer, NewKeys
+from hata.integrations.transformers_mask import HERE, DeferredMask, mask_function
 from hata.torch_attention import torch_attention
 
 
@@ -68,7 +68,7 @@ def _attend(
     query: Tensor,
     key: Tensor | NewKeys,
     value: Tensor,
-    attention_mask: CausalMask | Tensor | None,
+    attention_mask: DeferredMask | Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
     **kwargs: Any,
@@ -78,21 +78,24 @@ def _attend(
     softcap, sink_logits = kwargs.get("softcap"), kwargs.get("s_aux")
     if not isinstance(key, NewKeys):
         mask = attention_mask
-        if isinstance(mask, CausalMask):
+        if isinstance(mask, DeferredMask):
             mask = mask.for_sdpa
             mask = None if mask is None else mask.to(query.device)
         settings = {"dropout": dropout, "scaling": scaling, **kwargs}
         return torch_attention_forward(module, query, key, value, mask, **settings)
-    rule, got = "be causal over the whole context", "another mask"
-    check(not isinstance(attention_mask, Tensor), HERE, "attention_mask", rule, got)
+    shape = list(attention_mask.shape) if isinstance(attention_mask, Tensor) else None
+    check(shape is None, HERE, "attention_mask", "have two dimensions", shape)
     assert not isinstance(attention_mask, Tensor)  # what check has made sure of
+    compiling = torch.compiler.is_compiling()
+    if attention_mask is not None and not compiling:  # `enable` has seen it
+        attention_mask.check_window(key.layer.window)
     check(dropout == 0.0, HERE, "dropout", "be 0 (call model.eval())", dropout)
     check(not key.taken, HERE, "the keys of a layer", "be attended to once", "another time")
     key.taken = True
     q, k, v = (x.transpose(1, 2) for x in (query, key.states, value))
     if torch.is_autocast_enabled(q.device.type):  # casts inputs of attention
         q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
-    if not torch.compiler.is_compiling():
+    if not compiling:
         return key.layer.attend(q, k, v, attention_mask, scaling, softcap, sink_logits), None
     padding, kv_len = (None, 0) if attention_mask is None else attention_mask.padded
     logits = (scaling, softcap, sink_logits)
@@ -115,8 +118,8 @@ def _attend_as_operator(
     sink_logits: Tensor | None,
     number: int,
 ) -> Tensor:
-    mask = CausalMask({"attention_mask": padding, "kv_length": kv_len})
-    layer = HataLayer.of_number(number)
+    mask = DeferredMask({"attention_mask": padding, "kv_length": kv_len})
+    layer = AttendingLayer.of_number(number)
     return layer.attend(q, k, v, mask, softmax_scale, softcap, sink_logits).contiguous()
 
 

@@ -7,13 +7,9 @@ from typing import Any
 from transformers.generation.configuration_utils import GenerationMode
 
 from hata.checks import check
-from hata.integrations.transformers_cache import (
-    ATTENTION,
-    CACHE_ARGUMENT,
-    MAX_DRAFT_LEN,
-    HataTransformersCache,
-)
+from hata.integrations.transformers_cache import CACHE_ARGUMENT, HataTransformersCache
 from hata.integrations.transformers_drafts import SparseDrafts
+from hata.integrations.transformers_layers import ATTENTION, MAX_DRAFT_LEN
 from hata.integrations.transformers_mask import HERE
 from hata.integrations.transformers_settings import CacheSettings
 

@@ -138,7 +138,7 @@ class DecodeGraphs:
                 self._refuse("a replay gives other logits than an eager pass")
             self._compared.add(kind)
             return output
-        step.hata_cache.extend(step.q_len)
+        step.cache.extend(step.q_len)
         with torch.cuda.device(step.hata_cache.device):
             graph = graph or self._capture(model, forward, step)
             if graph is None:

@@ -1,8 +1,7 @@
-"""Masks of a transformers model with hata attention: causal, and perhaps padded.
+"""Masks of a transformers model with hata attention.
 
-For layers that attend to the whole context the mask function makes no tensor: a `CausalMask` goes
-to the attention function, which reads the padding of a prompt from it, or makes the mask that
-"sdpa" takes. Other layers get transformers' own masks.
+The mask function makes no tensor: a `DeferredMask` goes to the attention function, which reads the
+padding of a prompt from it where the layer is hata's, or makes the mask that "sdpa" takes.
 """
 
 from dataclasses import dataclass
@@ -42,8 +41,8 @@ class Padding:
 
 
 @dataclass
-class CausalMask:
-    """The mask of a layer that attends to the whole context: causal, and perhaps padded.
+class DeferredMask:
+    """The mask of one kind of layer, not yet a tensor.
 
     Attributes:
         arguments: What transformers hands to a mask function; ``attention_mask`` among them is None
@@ -59,8 +58,23 @@ class CausalMask:
 
     @cached_property
     def for_sdpa(self) -> Tensor | None:
-        """The mask as "sdpa" takes it; None where it is causal and nothing else."""
+        """The mask as "sdpa" takes it; None where "sdpa" needs none."""
         return sdpa_mask(**self.arguments)
+
+    def check_window(self, window: int | None) -> None:
+        """Raises ValueError unless tokens see all positions before them, or the last ``window``.
+
+        Args:
+            window: How many positions a token sees, itself among them; None for all.
+        """
+        function = self.arguments["mask_function"]
+        if window is None:
+            fits, rule = function is causal_mask_function, "be causal over the whole context"
+        else:
+            token, positions = torch.tensor([window]), torch.tensor([0, 1, window, window + 1])
+            seen = function(0, 0, token, positions).tolist()
+            fits, rule = seen == [False, True, True, False], f"be a causal window of {window}"
+        check(fits, HERE, "attention_mask", rule, "another mask")
 
     def padding(self, q_len: int) -> Padding | None:
         """Reads which of the last ``q_len`` tokens are padding; None if none is.
@@ -85,8 +99,6 @@ class CausalMask:
         raise AttributeError(f"hata.{HERE}: the model must leave its mask as it is, got .{name}")
 
 
-def mask_function(**arguments: Any) -> CausalMask | Tensor | None:
+def mask_function(**arguments: Any) -> DeferredMask:
     """Makes the mask of one kind of layer, as transformers asks for it."""
-    if arguments.get("mask_function", causal_mask_function) is causal_mask_function:
-        return CausalMask(arguments)
-    return sdpa_mask(**arguments)
+    return DeferredMask({"mask_function": causal_mask_function, **arguments})

@@ -23,7 +23,9 @@ class CacheSettings:
         model_config: The model's config.
         config: The budget, of the model's layers.
         weights: The hash weights as they were given.
-        layers: The model's layers that are hata's, ``[num_layers]`` of a `HataCache`.
+        layers: The model's layers that decode sparsely, ``[num_layers]`` of a `HataCache`.
+        window_layers: Those with a sliding window.
+        windows: How many positions a token of each of them sees.
         layer_config: The budget, of these layers.
         layer_weights: Their weights.
         max_seq_len: Positions that a sequence can have.
@@ -31,6 +33,7 @@ class CacheSettings:
         observer: Called after each sparse decoding step, or None.
         num_draft_tokens: Tokens of a draft that a dense pass verifies; None: decoding is sparse.
         devices: The layers of each device, as indices of ``layers``; each device has a cache.
+        window_devices: The same for ``window_layers``.
         shard: Which shard of its KV heads a layer holds here, of how many, if it does not hold all.
     """
 
@@ -38,12 +41,15 @@ class CacheSettings:
     config: HataConfig
     weights: HashWeights
     layers: tuple[int, ...]
+    window_layers: tuple[int, ...]
+    windows: tuple[int, ...]
     layer_config: HataConfig
     layer_weights: HashWeights
     max_seq_len: int
     page_size: int | None
     observer: DecodeObserver | None
     devices: tuple[tuple[int, ...], ...]
+    window_devices: tuple[tuple[int, ...], ...]
     shard: tuple[int, int]
     num_draft_tokens: int | None = None
     _made: dict[tuple[tuple[int, ...], int], HashWeights] = field(

@@ -1,5 +1,6 @@
 """Which selectors ``hata recall`` and ``hata eval`` compare."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -9,18 +10,24 @@ from hata.checks import check
 from hata.recall.options import WHERE, LineupOptions
 from hata.selectors import (
     ExactSelector,
+    H2oSelector,
     HataSelector,
+    InfinigenSelector,
     LokiSelector,
     MagicpigSelector,
     QuestSelector,
     RabitqSelector,
     Selector,
+    SnapkvSelector,
     SparqSelector,
     StreamingSelector,
+    VattentionSelector,
     key_components,
 )
 from hata.training.captures import Captures
 from hata.weights import HashWeights, load_weights
+
+_INFINIGEN_CHANNELS = 0.3  # of head_dim, as in its paper
 
 
 @dataclass(frozen=True)
@@ -63,11 +70,13 @@ def baseline_selectors(
     calibration: Captures | None,
     options: LineupOptions,
     device: torch.device,
+    learned: Sequence[HataSelector],
 ) -> list[Selector]:
     """Makes what learned weights are compared with, beside the exact selector.
 
     Random codes are used as the paper does, with one query bit and norms, and with four query bits
-    and none. Without a calibration Loki is left out: its components are of other text.
+    and none. Without a calibration Loki is left out: its components are of other text. vAttention
+    chooses its one half by exact attention, and by each of the learned weights.
 
     Raises:
         ValueError: The calibration is another model's, or a number is out of range.
@@ -91,6 +100,9 @@ def baseline_selectors(
         layers = (calibration.layer(i).k.flatten(0, 1) for i in range(len(shape.layers)))
         components = key_components(layers, device)
         found += [LokiSelector(number, components) for number in channels]
-    found += [StreamingSelector(), QuestSelector(options.page_size)]
+    found += [StreamingSelector(), H2oSelector(), SnapkvSelector()]
+    found.append(QuestSelector(options.page_size))
     found += [SparqSelector(number) for number in channels]
-    return [*found, MagicpigSelector(), RabitqSelector()]
+    found.append(InfinigenSelector(round(_INFINIGEN_CHANNELS * shape.head_dim)))
+    found += [MagicpigSelector(), RabitqSelector()]
+    return found + [VattentionSelector(top) for top in (ExactSelector(), *learned)]

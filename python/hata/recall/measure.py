@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from hata.recall.options import MeasureOptions
-from hata.selectors import ExactSelector, Selector, rank
+from hata.selectors import ExactSelector, Queries, Selector, rank
 from hata.selectors.quality import DenseAttention, Quality
 from hata.training.captures import CaptureInfo, Captures, LayerCapture
 
@@ -134,33 +134,37 @@ def _measure_layer(
     for sequence_idx in range(layer.k.shape[0]):
         k = layer.k[sequence_idx].to(device)
         v = None if layer.v is None else layer.v[sequence_idx].to(device)
-        q, positions = _queries(layer, sequence_idx, options)
+        captured = _captured(layer, sequence_idx, options)
+        q, positions = _measured(captured, options)
         exact = exact_selector.index(layer_idx, k, softmax)
-        scores = [selector.index(layer_idx, k, softmax) for selector in selectors]
+        scores = [selector.index(layer_idx, k, softmax, captured) for selector in selectors]
         for q_some, seen in zip(q.split(chunk), positions.split(chunk), strict=True):
             dense = DenseAttention(q_some, k, v, seen, softmax)
             exact_ranks = dense.ranks(rank(exact(q_some, seen), seen, budgets[-1], **always))
             found = []
             for selector, score in zip(selectors, scores, strict=True):
-                scored, page_size = score(q_some, seen), selector.page_size
-                order = rank(scored, seen, budgets[-1], page_size=page_size, **always)
-                found.append(dense.quality(order, exact_ranks, budgets, page_size))
+                scored = score(q_some, seen)
+                selections = selector.select(layer_idx, scored, seen, budgets, **always)
+                found.append(dense.quality(selections, exact_ranks, budgets))
             sums = [a + b for a, b in zip(sums, found, strict=True)] if sums else found
         num_tokens += len(q)
     return [total.mean(num_tokens) for total in sums]
 
 
-def _queries(
-    layer: LayerCapture, sequence_idx: int, options: MeasureOptions
-) -> tuple[Tensor, Tensor]:
-    """One sequence's q ``[num_queries, num_kv_heads, group, head_dim]`` and positions."""
-    q, positions = layer.q[sequence_idx], layer.positions[sequence_idx]
-    if options.num_queries is not None and options.num_queries < len(q):
-        wanted = torch.linspace(0, len(q) - 1, options.num_queries).round().long()
-        q, positions = q[wanted], positions[wanted]
-    q = q.unflatten(1, (layer.k.shape[2], -1)).float()
+def _captured(layer: LayerCapture, sequence_idx: int, options: MeasureOptions) -> Queries:
+    """The captured queries of one sequence."""
+    q = layer.q[sequence_idx].unflatten(1, (layer.k.shape[2], -1)).float()
     device = options.torch_device()
-    return q.to(device), positions.to(device)
+    return Queries(q.to(device), layer.positions[sequence_idx].to(device))
+
+
+def _measured(captured: Queries, options: MeasureOptions) -> tuple[Tensor, Tensor]:
+    """Those of them that are measured: ``[num_queries, ...]`` and their positions."""
+    num_captured, number = len(captured.q), options.num_queries
+    if number is None or number >= num_captured:
+        return captured.q, captured.positions
+    wanted = torch.linspace(0, num_captured - 1, number).round().long().to(captured.q.device)
+    return captured.q[wanted], captured.positions[wanted]
 
 
 def _queries_at_once(layer: LayerCapture, largest: int, options: MeasureOptions) -> int:

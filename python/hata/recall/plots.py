@@ -19,6 +19,9 @@ _STYLES = {
     "quest": ("tab:orange", "-."),
     "sparq": ("tab:purple", ":"),
     "streaming": ("silver", "--"),
+    "h2o": ("slategray", "-."),
+    "snapkv": ("peru", "-."),
+    "vattention": ("darkcyan", ":"),
     "magicpig": ("hotpink", "-."),
     "rabitq": ("goldenrod", "--"),
 }

@@ -52,7 +52,10 @@ def run_recall(options: RecallOptions) -> Results:
     shape = SelectedLayers(len(info.layer_types), info.layers, info.num_kv_heads, info.head_dim)
     trained = trained_selectors(shape, options)
     device = options.torch_device()
-    others = baseline_selectors(shape, calibration, options, device) if options.baselines else []
+    others: list[Selector] = []
+    if options.baselines:
+        baselines = baseline_selectors(shape, calibration, options, device, trained)
+        others = [x for x in baselines if not x.foresees]  # captures have no layer's input
     selectors = [ExactSelector(), *others, *trained]
     options.make_folders()
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hata.checks import check_int
-from hata.selectors.selector import CACHE_ITEMSIZE, Score, Selector, products
+from hata.selectors.selector import CACHE_ITEMSIZE, Queries, Score, Selector, products
 from hata.selectors.softmax import Softmax
 
 
@@ -68,7 +68,9 @@ class LokiSelector(ChannelSelector):
         """Checks every rule."""
         check_int("LokiSelector", "channels", self.channels, 1, self.components.shape[-1])
 
-    def index(self, layer_idx: int, k: Tensor, softmax: Softmax) -> Score:
+    def index(
+        self, layer_idx: int, k: Tensor, softmax: Softmax, queries: Queries | None = None
+    ) -> Score:
         """Projects the keys."""
         projection = self.components[layer_idx, ..., : self.channels].to(k.device)
         keys = torch.einsum("shd,hdc->shc", k.float(), projection)
@@ -116,7 +118,9 @@ class SparqSelector(ChannelSelector):
 
     name: ClassVar[str] = "sparq"
 
-    def index(self, layer_idx: int, k: Tensor, softmax: Softmax) -> Score:
+    def index(
+        self, layer_idx: int, k: Tensor, softmax: Softmax, queries: Queries | None = None
+    ) -> Score:
         """Keeps the keys."""
         check_int("SparqSelector", "channels", self.channels, 1, k.shape[-1])
 

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from hata.selectors.selector import CACHE_ITEMSIZE, Score, Selector, products
+from hata.selectors.selector import CACHE_ITEMSIZE, Queries, Score, Selector, products
 from hata.selectors.softmax import Softmax
 
 
@@ -36,7 +36,9 @@ class ExactSelector(Selector):
         """What is summed."""
         return {"recipe": self.variant}
 
-    def index(self, layer_idx: int, k: Tensor, softmax: Softmax) -> Score:
+    def index(
+        self, layer_idx: int, k: Tensor, softmax: Softmax, queries: Queries | None = None
+    ) -> Score:
         """Keeps the keys."""
 
         def score(q: Tensor, positions: Tensor) -> Tensor:

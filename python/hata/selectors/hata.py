@@ -8,7 +8,7 @@ from torch import Tensor
 
 from hata.checks import check
 from hata.reference import MAX_NORM, quantize, scale_by_norm
-from hata.selectors.selector import Score, Selector
+from hata.selectors.selector import Queries, Score, Selector
 from hata.selectors.softmax import Softmax
 from hata.weights import HashWeights
 
@@ -67,7 +67,9 @@ class HataSelector(Selector):
             "key_norms": self.weights.key_norms,
         }
 
-    def index(self, layer_idx: int, k: Tensor, softmax: Softmax) -> Score:
+    def index(
+        self, layer_idx: int, k: Tensor, softmax: Softmax, queries: Queries | None = None
+    ) -> Score:
         """Hashes the keys; weights are rounded to the keys' dtype, as a cache's are."""
         key_weights, query_weights = self.weights.layer(layer_idx, k.dtype, k.device)
         keys = k.float()

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from hata.checks import check_int
-from hata.selectors.selector import Score, Selector
+from hata.selectors.selector import Queries, Score, Selector
 from hata.selectors.softmax import Softmax
 
 
@@ -55,7 +55,9 @@ class MagicpigSelector(Selector):
         """Tables and bits, by name."""
         return {"recipe": self.variant, "num_bits": self.num_tables * self.num_table_bits}
 
-    def index(self, layer_idx: int, k: Tensor, softmax: Softmax) -> Score:
+    def index(
+        self, layer_idx: int, k: Tensor, softmax: Softmax, queries: Queries | None = None
+    ) -> Score:
         """Hashes the centred keys."""
         generator = torch.Generator().manual_seed(self.seed)
         shape = (k.shape[-1], self.num_tables, self.num_table_bits)

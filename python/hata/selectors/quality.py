@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hata.selectors.ranking import Selection
 from hata.selectors.selector import products
 from hata.selectors.softmax import Softmax
 
@@ -93,42 +94,38 @@ class DenseAttention:
         return ranks
 
     def quality(
-        self, order: Tensor, exact_ranks: Tensor, budgets: Sequence[int], page_size: int
+        self, selections: Sequence[Selection], exact_ranks: Tensor, budgets: Sequence[int]
     ) -> Quality:
         """Compares the selections of several budgets.
 
         Args:
-            order: ``[num_queries, num_kv_heads, count]``, as `hata.selectors.rank` gives it for at
-                least the largest budget.
+            selections: One for each budget, as `hata.selectors.Selector.select` gives them.
             exact_ranks: `ranks` of the exact selector's order.
-            budgets: Numbers of positions, ascending.
-            page_size: Positions that are selected together.
+            budgets: Numbers of positions.
 
         Returns:
             Sums over the query tokens of means over a group's heads.
         """
-        hit_ranks = exact_ranks.gather(2, order.where(order >= 0, self._seq_len))
-        rows = order.clamp(min=0)
         group = self._shares.shape[2]
-        shares = self._shares.gather(3, rows[:, :, None].expand(-1, -1, group, -1))
-        shares = shares * (order >= 0)[:, :, None]
-
         recalls, masses, errors = [], [], []
-        # A sink is in the denominator of sparse attention too.
-        mass, out = self._sinks, shares.new_zeros(())
-        start = 0
-        for budget in budgets:
-            stop = min(budget // page_size * page_size, order.shape[-1])
-            mass = mass + shares[..., start:stop].sum(-1)
-            masses.append(mass.double().mean(2).sum(0))
-            hits = (hit_ranks[..., :stop] < budget).sum(-1)
+        for selection, budget in zip(selections, budgets, strict=True):
+            indices = selection.indices
+            hit_ranks = exact_ranks.gather(2, indices.where(indices >= 0, self._seq_len))
+            hits = (hit_ranks < budget).sum(-1)
             recalls.append((hits.double() / self._num_seen.clamp(max=budget)).sum(0))
+            rows = indices.clamp(min=0)
+            shares = self._shares.gather(3, rows[:, :, None].expand(-1, -1, group, -1))
+            shares = shares * (indices >= 0)[:, :, None]
+            # A sink is in the denominator of sparse attention too.
+            masses.append((self._sinks + shares.sum(-1)).double().mean(2).sum(0))
             if self._values is not None:
-                values = self._values[self._heads, rows[..., start:stop]]
-                out = out + torch.einsum("qhgk,qhkd->qhgd", shares[..., start:stop], values)
-                difference = out / mass[..., None].clamp(min=1e-30) - self._out
+                if selection.weights is not None:
+                    shares = shares * selection.weights[:, :, None]
+                values = self._values[self._heads, rows]
+                out = torch.einsum("qhgk,qhkd->qhgd", shares, values)
+                whole = (self._sinks + shares.sum(-1)).clamp(min=1e-30)
+                difference = out / whole[..., None] - self._out
                 error = difference.norm(dim=-1) / self._out.norm(dim=-1)
                 errors.append(error.double().mean(2).sum(0))
-            start = stop
         error_sums = torch.stack(errors, -1) if errors else None
         return Quality(torch.stack(recalls, -1), torch.stack(masses, -1), error_sums)

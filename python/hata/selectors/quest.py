@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from hata.checks import check_int
-from hata.selectors.selector import CACHE_ITEMSIZE, Score, Selector
+from hata.selectors.selector import CACHE_ITEMSIZE, Queries, Score, Selector
 from hata.selectors.softmax import Softmax
 
 
@@ -49,7 +49,9 @@ class QuestSelector(Selector):
         """The page size."""
         return {"recipe": self.variant}
 
-    def index(self, layer_idx: int, k: Tensor, softmax: Softmax) -> Score:
+    def index(
+        self, layer_idx: int, k: Tensor, softmax: Softmax, queries: Queries | None = None
+    ) -> Score:
         """Takes minimum and maximum of every page.
 
         A page that a query sees only in part has bounds of all its keys; its score does not count,

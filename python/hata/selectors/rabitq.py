@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from hata.selectors.selector import Score, Selector, products
+from hata.selectors.selector import Queries, Score, Selector, products
 from hata.selectors.softmax import Softmax
 
 _QUERY_LEVEL = 7  # a 4-bit query: integers in -7..7
@@ -44,7 +44,9 @@ class RabitqSelector(Selector):
         """The query's bits, by name."""
         return {"query_bits": 4}
 
-    def index(self, layer_idx: int, k: Tensor, softmax: Softmax) -> Score:
+    def index(
+        self, layer_idx: int, k: Tensor, softmax: Softmax, queries: Queries | None = None
+    ) -> Score:
         """Centres and rotates the keys, and keeps their signs and factors."""
         _, num_kv_heads, head_dim = k.shape
         generator = torch.Generator().manual_seed(self.seed)

@@ -1,10 +1,38 @@
 """The order in which positions are selected, the same for every selector."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 _PAGE_BITS = 29
 _ALWAYS = 2 ** (32 + _PAGE_BITS)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The positions that some queries attend to.
+
+    Attributes:
+        indices: ``[num_queries, num_kv_heads, count]``, int64, each position once; -1 for none.
+        weights: The same shape, float32: for how many positions each stands, as a factor of its
+            ``exp(logit)``; None is 1 for all.
+    """
+
+    indices: Tensor
+    weights: Tensor | None = None
+
+
+def prefixes(order: Tensor, budgets: Sequence[int], page_size: int = 1) -> list[Selection]:
+    """Cuts an order into the selections of some budgets, whole pages each.
+
+    Args:
+        order: ``[num_queries, num_kv_heads, count]``, as `rank` gives it for the largest budget.
+        budgets: Numbers of positions.
+        page_size: Positions that are selected together.
+    """
+    return [Selection(order[..., : budget // page_size * page_size]) for budget in budgets]
 
 
 def rank(

@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from hata.selectors.selector import Score, Selector
+from hata.selectors.selector import Queries, Score, Selector
 from hata.selectors.softmax import Softmax
 
 
@@ -26,7 +26,9 @@ class StreamingSelector(Selector):
         """What is selected."""
         return "sinks and recent"
 
-    def index(self, layer_idx: int, k: Tensor, softmax: Softmax) -> Score:
+    def index(
+        self, layer_idx: int, k: Tensor, softmax: Softmax, queries: Queries | None = None
+    ) -> Score:
         """Keeps the number of keys."""
         seq_len, num_kv_heads = k.shape[:2]
 

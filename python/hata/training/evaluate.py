@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hata.selectors import HataSelector, rank
+from hata.selectors import HataSelector, prefixes, rank
 from hata.selectors.quality import DenseAttention
 from hata.training.data import TrainingData
 from hata.weights import HashWeights
@@ -70,8 +70,8 @@ def evaluate(
             exact = rank(dense.mass, positions, budgets[-1], **always)
             chosen = rank(score(q, positions), positions, budgets[-1], **always)
             ranks = dense.ranks(exact)
-            bound = dense.quality(exact, ranks, budgets, 1)
-            found = dense.quality(chosen, ranks, budgets, 1)
+            bound = dense.quality(prefixes(exact, budgets), ranks, budgets)
+            found = dense.quality(prefixes(chosen, budgets), ranks, budgets)
             sums += torch.stack([found.attention_mass, bound.attention_mass, found.recall])
     mass, bound_mass, recall = (sums / (data.num_sequences * num_queries)).cpu()
     return Selected(1 - mass, 1 - bound_mass, recall)
