@@ -23,6 +23,7 @@ from .cases import CONFIGS
 from .generate import measure_generate
 from .grids import GRIDS, plan_for
 from .inputs import Captured
+from .lossless import measure_lossless
 from .options import (
     Options,
     check_output,
@@ -133,6 +134,7 @@ def print_tables(device: RowsOf = "h100", results: ResultsFolder = RESULTS) -> N
 
 
 app.command("generate")(measure_generate)
+app.command("lossless")(measure_lossless)
 app.command("vllm")(measure_vllm)
 app.command("vllm-arrivals")(measure_arrivals)
 app.command("vllm-quality")(measure_quality)
