@@ -12,6 +12,7 @@ from bench.cases import CONFIGS, Case, Shape
 from bench.checks import CheckError, check_dense, check_encode, check_selection, check_step
 from hata.cli import run_app
 from hata.provenance import commit
+from tiny_folder import save_tiny_llama
 
 DECODE_COLUMNS = [
     "gpu",
@@ -177,6 +178,22 @@ def test_every_way_to_decode_a_whole_model_is_measured(device, tmp_path):
     hata = [("hata", "2"), ("hata", "0")]
     assert found == [("dynamic", ""), ("static", ""), ("dense", "1"), *eager, *hata]
     assert all(float(row["ms_per_token"]) > 0 for row in rows(path))
+
+
+def test_lossless_text_is_dense_text(device, tmp_path):
+    path, folder = tmp_path / "lossless.csv", save_tiny_llama(tmp_path / "model")
+    options = ["--device", device, "--dtype", "float32", "--model", str(folder), "--context", "300"]
+    options += ["--num-prompts", "1", "--num-tokens", "80", "--top-k", "32"]
+    options += ["--num-draft-tokens", "2", "--num-draft-tokens", "5", "--output", str(path)]
+    if device == "cuda":  # whose attention has no float32
+        options[3] = "bfloat16"
+    assert run("lossless", *options) == 0
+    found = rows(path)
+    assert [row["method"] for row in found] == ["dense", "hata", "lossless", "lossless"]
+    assert all(float(row["ms_per_token"]) > 0 for row in found)
+    assert all(0 <= float(row["accepted"]) <= 1 for row in found[2:])
+    if device == "cpu":  # elsewhere rounding may decide between two tokens
+        assert [row["tokens_equal"] for row in found[2:]] == ["1", "1"]
 
 
 def test_a_cache_over_the_memory_limit_is_reported(tmp_path, capsys):

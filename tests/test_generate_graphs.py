@@ -137,6 +137,24 @@ def test_experts_and_states_are_in_the_graph_or_a_warning_says_why_not(
 
 
 @gpu_only
+@pytest.mark.parametrize("name", ["llama-group4", "qwen3"])
+def test_drafts_and_what_verifies_them_are_captured(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, prompt = make_model(name, "cuda", DTYPE), random_prompt(1, 40, "cuda")
+    texts = []
+    with replays_counted(monkeypatch) as replays:
+        for cuda_graphs in (False, True):
+            settings = {"verify": "dense", "num_draft_tokens": 3, "cuda_graphs": cuda_graphs}
+            cache = switch_on(model, **settings)
+            texts.append(generate(model, prompt, 60, **{CACHE_ARGUMENT: cache}))
+            rounds = cache.num_drafted / 3
+            assert rounds + cache.num_accepted + 1 >= 60 - 1
+            assert replays[0] > (2 * rounds if cuda_graphs else -1)
+    assert_equal(*texts)
+
+
+@gpu_only
 def test_lengths_on_both_sides_of_min_sparse_len_have_graphs_of_their_own(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -71,6 +71,7 @@ def decode_attention(
     cache: HataCache,
     layer_idx: int,
     *,
+    dense: bool = False,
     softmax_scale: float | None = None,
     softcap: float | None = None,
     sink_logits: Tensor | None = None,
@@ -106,6 +107,7 @@ def decode_attention(
         v: The same shape and dtype as k.
         cache: The cache; q, k and v lie on its device.
         layer_idx: The layer.
+        dense: Whether to attend to everything in this layer too.
         softmax_scale: Factor of the logits; None is ``head_dim ** -0.5``.
         softcap: Turns each logit into ``softcap * tanh(logit / softcap)``, as Gemma 2 has it; above
             0. None: logits stay.
@@ -115,7 +117,7 @@ def decode_attention(
             decoded; None: what they are now, and any length where a CUDA graph is captured.
 
     Returns:
-        ``[batch, q_len, num_heads, head_dim]`` in q's dtype. From a layer that is not dense it is a
+        ``[batch, q_len, num_heads, head_dim]`` in q's dtype. Where it is not dense it is a
         buffer that the layer's next call with this q_len overwrites.
 
     Raises:
@@ -128,7 +130,7 @@ def decode_attention(
     scale, config = _scale(cache, softmax_scale), cache.config
     caches = (cache.k_cache[layer_idx], cache.v_cache[layer_idx])
     tables = (cache.block_table, cache.cache_seqlens)
-    if layer_idx < config.num_dense_layers:
+    if dense or layer_idx < config.num_dense_layers:
         check_queries(where, q, cache, k.shape[1])
         check_logits(where, q, softcap, sink_logits)
         cache.append(layer_idx, k, v)

@@ -7,7 +7,7 @@ cache.
 """
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from os import PathLike
@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel
-from transformers.generation.configuration_utils import GenerationMode
 
 import hata.integrations.transformers_attention  # noqa: F401  (registers itself)
 from hata.checks import check, check_int, check_type
@@ -31,6 +30,7 @@ from hata.integrations.model_shape import (
     tensor_parallel_shard,
 )
 from hata.integrations.transformers_cache import CACHE_ARGUMENT, HataTransformersCache
+from hata.integrations.transformers_generate import stand_ins
 from hata.integrations.transformers_graphs import DecodeGraphs, graphed_forward
 from hata.integrations.transformers_layers import ATTENTION, MAX_DRAFT_LEN, AttendingLayer
 from hata.integrations.transformers_mask import HERE
@@ -64,7 +64,8 @@ class _Enabled:
     def remove_from(self, model: PreTrainedModel) -> None:
         """Takes out of the model what `enable` has put into it."""
         self.hook.remove()
-        for name in ("_hata", *_METHODS, *(["forward"] if self.graphs is not None else [])):
+        names = ["_hata", *stand_ins(model, self.settings)]
+        for name in (*names, *(["forward"] if self.graphs is not None else [])):
             vars(model).pop(name, None)  # someone may have taken a forward pass back
 
 
@@ -77,6 +78,8 @@ def enable(
     max_seq_len: int | None = None,
     page_size: int | None = None,
     offload: int | str | None = None,
+    verify: str | None = None,
+    num_draft_tokens: int = 4,
     observer: DecodeObserver | None = None,
     cuda_graphs: bool | None = None,
 ) -> HataTransformersCache:
@@ -118,6 +121,10 @@ def enable(
         offload: Keeps keys and values in pinned host memory, of which each cache takes at most as
             many bytes as this, or as "64GB" says (`hata.offload.OffloadedCache`). None keeps them
             on the GPU.
+        verify: "dense": `generate` returns what the dense model would; tokens that are decoded
+            sparsely are drafts, which a dense pass accepts or replaces. One sequence at a time.
+            None: what is decoded sparsely is the text.
+        num_draft_tokens: Tokens of a draft with ``verify``, ``1..31``.
         observer: Called after each sparse layer's decoding step as ``observer(layer_idx, q, cache,
             indices, num_selected)``: q ``[batch, q_len, num_heads, head_dim]``, cache the
             `hata.HataCache`, layer_idx its layer, the rest as `HataCache.last_selection` gives it.
@@ -149,6 +156,8 @@ def enable(
         check_page_size(where, page_size)
     callable_observer = observer is None or callable(observer)
     check_type(callable_observer, where, "observer", "be callable", observer)
+    check(verify in (None, "dense"), where, "verify", 'be None or "dense"', verify)
+    check_int(where, "num_draft_tokens", num_draft_tokens, 1, MAX_DRAFT_LEN - 1)
     budgets = config.layer_top_k(shape["num_layers"])  # raises if it names another number of layers
     chosen = _choose_weights(where, model, shape, layers, weights)
     layer_config = replace(
@@ -173,13 +182,17 @@ def enable(
         devices=tuple((row,) for row in range(len(layers))),
         window_devices=tuple((row,) for row in range(len(windows))),
         shard=tensor_parallel_shard(model),
+        num_draft_tokens=None if verify is None else num_draft_tokens,
     )
     check_type(cuda_graphs in (None, True, False), where, "cuda_graphs", "be a bool", cuda_graphs)
     before: _Enabled | None = vars(model).get("_hata")
     attention = model.config._attn_implementation if before is None else before.attention
     if cuda_graphs:
         _check_capturable(where, model, settings)
-    tried = _try(where, model, replace(settings, page_size=None, host_memory=None, observer=None))
+    plain = replace(
+        settings, page_size=None, host_memory=None, observer=None, num_draft_tokens=None
+    )
+    tried = _try(where, model, plain)
     settings = replace(
         settings,
         devices=layers_by_device([cache.device for cache in tried.hata_caches]),
@@ -194,7 +207,7 @@ def enable(
         graphs = DecodeGraphs(required=cuda_graphs is True)
         vars(model)["forward"] = graphed_forward(model)
     vars(model)["_hata"] = _Enabled(settings, attention, hook, graphs)
-    for name, method in _METHODS.items():
+    for name, method in stand_ins(model, settings).items():
         vars(model)[name] = MethodType(method, model)
     return HataTransformersCache(settings, max_seq_len)
 
@@ -224,62 +237,6 @@ def enabled(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Iterator[HataT
         yield cache
     finally:
         disable(model)
-
-
-def _prepare_cache(
-    model: Any,
-    generation_config: Any,
-    model_kwargs: dict[str, Any],
-    generation_mode: GenerationMode,
-    batch_size: int,
-    max_cache_length: int,
-) -> None:
-    """Stands in for the model's ``_prepare_cache_for_generation``: makes the cache, or takes it."""
-    settings = model._hata.settings
-    given = model_kwargs.get(CACHE_ARGUMENT) is not None
-    active = model.config._attn_implementation == ATTENTION
-    if not given and active and generation_config.use_cache is not False:
-        kind, where = generation_config.cache_implementation, f"{HERE}.generate"
-        check(kind in (None, "dynamic"), where, "cache_implementation", "be None", kind)
-        max_seq_len = settings.max_seq_len
-        if not generation_config.is_assistant:  # whose cache serves many short calls
-            max_seq_len = min(max_seq_len, max_cache_length + 1)
-        if generation_mode == GenerationMode.ASSISTED_GENERATION:
-            max_seq_len += MAX_DRAFT_LEN  # the last draft may be longer than what is left to write
-        new = HataTransformersCache(settings, max_seq_len)
-        if generation_config.is_assistant:
-            new.activate_past_recording()
-        model_kwargs[CACHE_ARGUMENT] = new
-    else:
-        prepare = type(model)._prepare_cache_for_generation
-        prepare(
-            model, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
-        )
-    cache = model_kwargs.get(CACHE_ARGUMENT)
-    if isinstance(cache, HataTransformersCache):
-        mask = model_kwargs.get("attention_mask")  # None where it would be all ones, since 5.24
-        without_mask = getattr(generation_config, "_mask_length", None)
-        cache.announce_prompt(without_mask if mask is None else mask.shape[1])
-
-
-def _continuous_batching(model: Any, *args: Any, **kwargs: Any) -> Any:
-    """Stands in for ``init_continuous_batching``, through which ``generate_batch`` goes.
-
-    Continuous batching keeps keys in transformers' paged cache, which has no codes, and where
-    FlashAttention is installed it takes that in place of the model's attention function.
-    """
-    attention = model.config._attn_implementation
-    rule = "be used after disable(model): transformers' paged cache holds no codes"
-    where = f"{HERE}.generate_batch"
-    check(attention != ATTENTION, where, "continuous batching", rule, f"attention {attention!r}")
-    return type(model).init_continuous_batching(model, *args, **kwargs)
-
-
-# What stands in for the model's own methods while it is enabled.
-_METHODS: dict[str, Callable[..., Any]] = {
-    "_prepare_cache_for_generation": _prepare_cache,
-    "init_continuous_batching": _continuous_batching,
-}
 
 
 def _check_cache(model: Any, args: Any, kwargs: dict[str, Any]) -> None:

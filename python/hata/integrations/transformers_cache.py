@@ -4,6 +4,7 @@ The layers of a `HataTransformersCache` that attend to the whole context or to a
 hata's (`hata.integrations.transformers_layers`), the others transformers' own.
 """
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -44,6 +45,8 @@ class HataTransformersCache(Cache):
         weights: The hash weights; ``weights.metadata["origin"]`` says if they are random.
         hata_layers: The model's index of each layer that decodes sparsely, those of ``hata_cache``.
         max_seq_len: Positions that a sequence can have.
+        num_drafted: Tokens that were drafted and verified since the cache was made.
+        num_accepted: Those among them that the dense model would have chosen too.
     """
 
     layers: list[Any]  # AttendingLayer, or transformers' own
@@ -52,6 +55,7 @@ class HataTransformersCache(Cache):
         self._group = LayerGroup(settings, max_seq_len)
         self.config, self.weights = settings.config, settings.weights
         self.hata_layers, self.max_seq_len = settings.layers, max_seq_len
+        self.num_drafted = self.num_accepted = 0
         super().__init__(layers=self._new_layers())
 
     def _new_layers(self) -> list[Any]:
@@ -152,6 +156,37 @@ class HataTransformersCache(Cache):
         for layer in self.layers:
             if isinstance(layer, AttendingLayer):
                 layer.seen += q_len
+
+    @property
+    def verifying(self) -> bool:
+        """Whether passes that decode are dense, since what they are given was drafted."""
+        return self._group.verifying
+
+    @property
+    def is_long_enough_to_draft(self) -> bool:
+        """Whether a sequence is long enough for its next token to be decoded sparsely."""
+        return any(max(x.seq_lens) + 1 >= x.min_sparse_len for x in self.hata_caches)
+
+    @contextmanager
+    def drafting(self) -> Iterator[None]:
+        """Decodes sparsely inside the block, whose tokens are removed from the cache at its end.
+
+        transformers' own layers put new tensors in place of the old ones, so that a copy of a layer
+        keeps what was in it. Not all versions can take back several passes otherwise.
+        """
+        group, layers = self._group, self.layers
+        own = {i: copy.copy(x) for i, x in enumerate(layers) if not isinstance(x, AttendingLayer)}
+        for layer in own.values():
+            layer.record_past = False
+        self.layers = [own.get(i, x) for i, x in enumerate(layers)]
+        seen, group.drafting = self.get_seq_length(), True
+        try:
+            yield
+            drafted = self.get_seq_length() - seen
+            self.layers = [x for x in layers if isinstance(x, AttendingLayer)]
+            self.crop(-drafted)
+        finally:
+            self.layers, group.drafting = layers, False
 
     def announce_prompt(self, prompt_len: int | None) -> None:
         """Says how many tokens of every sequence, padding included, are prompt.

@@ -49,7 +49,7 @@ class _Pass:
     def kind(self) -> tuple[object, ...]:
         """What it has in common with the other passes of a graph."""
         tensors = [(name, t.shape, t.dtype) for name, t in sorted(self.tensors.items())]
-        return (self.seq_len_range, *tensors, *sorted(self.others.items()))
+        return (self.cache.verifying, self.seq_len_range, *tensors, *sorted(self.others.items()))
 
 
 @dataclass(frozen=True)

@@ -63,6 +63,7 @@ class LayerGroup:
         window_caches: The same for layers with a window.
         prompt_len: Tokens of the prompt, padding included, as `generate` has announced it, or None.
         croppable: Last tokens that are real in every sequence.
+        drafting: Whether tokens are drafted, which are decoded sparsely where others are not.
         decoding: Whether the step decodes; else its tokens are prompt.
         padding: Of the step's tokens; None if all are real.
         seq_len_range: Lengths that a CUDA graph being captured is good for, or None.
@@ -74,6 +75,7 @@ class LayerGroup:
     window_caches: dict[tuple[int, ...], WindowCache] = field(default_factory=dict)
     prompt_len: int | None = None
     croppable: int = 0
+    drafting: bool = False
     decoding: bool = False
     padding: Padding | None = None
     seq_len_range: tuple[int, int] | None = None
@@ -97,6 +99,11 @@ class LayerGroup:
                 device=k.device,
             )
         return cache
+
+    @property
+    def verifying(self) -> bool:
+        """Whether passes that decode are dense."""
+        return self.settings.num_draft_tokens is not None and not self.drafting
 
     def decodes(self, seen: int, q_len: int) -> bool:
         """Returns whether ``q_len`` new tokens after ``seen`` are decoded, not prompt."""
@@ -255,10 +262,12 @@ class HataLayer(AttendingLayer):
         cache = group.cache_for(self.rows, k, self.seen)
         function = partial(prefill, new_seqlens=new_seqlens)
         if group.decoding:
-            function = partial(decode_attention, seq_len_range=group.seq_len_range)
+            function = partial(
+                decode_attention, dense=group.verifying, seq_len_range=group.seq_len_range
+            )
         out = function(q, k, v, cache, layer_idx, **logits)
-        observer = group.settings.observer
-        if observer is not None and group.decoding and layer_idx >= cache.config.num_dense_layers:
+        observer, sparse = group.settings.observer, group.decoding and not group.verifying
+        if observer is not None and sparse and layer_idx >= cache.config.num_dense_layers:
             observer(layer_idx, q, cache, *cache.last_selection(layer_idx))
         return out
 

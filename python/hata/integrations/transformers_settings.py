@@ -36,6 +36,7 @@ class CacheSettings:
         host_memory: Bytes of host memory for keys and values of all devices together; None leaves
             them on the devices.
         observer: Called after each sparse decoding step, or None.
+        num_draft_tokens: Tokens of a draft that a dense pass verifies; None: decoding is sparse.
         devices: The layers of each device, as indices of ``layers``; each device has a cache.
         window_devices: The same for ``window_layers``.
         shard: Which shard of its KV heads a layer holds here, of how many, if it does not hold all.
@@ -56,6 +57,7 @@ class CacheSettings:
     devices: tuple[tuple[int, ...], ...]
     window_devices: tuple[tuple[int, ...], ...]
     shard: tuple[int, int]
+    num_draft_tokens: int | None = None
     _made: dict[tuple[tuple[int, ...], int], HashWeights] = field(
         default_factory=dict, init=False, repr=False
     )
