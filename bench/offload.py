@@ -22,7 +22,7 @@ from hata.commands.options import with_options
 from hata.offload import OffloadedCache
 from hata.provenance import origin
 
-from .cases import PAPER_BUDGET, tokens
+from .cases import MIN_TOP_K, PAPER_BUDGET, tokens
 from .options import Output, check_output, checked_device
 from .report import RESULTS, Report, Row, slug
 from .timing import Timer, Timing, first_line
@@ -113,7 +113,7 @@ def measure(timer: Timer, batch: int, seq_len: int) -> Iterator[Row]:
     """Yields the columns of every mode."""
     device = timer.device
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    top_k = round(seq_len * PAPER_BUDGET)
+    top_k = max(MIN_TOP_K, round(seq_len * PAPER_BUDGET))
     row_bytes = 2 * HEAD_DIM * dtype.itemsize
     layer_bytes = batch * seq_len * NUM_KV_HEADS * row_bytes
     layers = max(2, min(8, MAX_LAYER_BYTES // layer_bytes))
