@@ -27,6 +27,7 @@ from hata.integrations.model_shape import (
     full_attention_layers,
     model_shape,
     sliding_window_layers,
+    state_layers,
     tensor_parallel_shard,
 )
 from hata.integrations.transformers_cache import CACHE_ARGUMENT, HataTransformersCache
@@ -121,8 +122,8 @@ def enable(
             indices, num_selected)``: q ``[batch, q_len, num_heads, head_dim]``, cache the
             `hata.HataCache`, layer_idx its layer, the rest as `HataCache.last_selection` gives it.
         cuda_graphs: Whether passes that decode are captured in CUDA graphs and replayed. None does
-            it where it can be: on one GPU, where every layer attends to the whole context or to a
-            sliding window, without an observer; and
+            it where it can be: on one GPU, where every layer has full, sliding-window or linear
+            attention, without an observer; and
             warns if the model's own code then turns out to forbid it. True raises in place of that.
 
     Returns:
@@ -349,8 +350,9 @@ def _check_capturable(function: str, model: PreTrainedModel, settings: CacheSett
         (model.device.type == "cuda", "be on a GPU"),
         (not replaced and settings.shard[1] == 1, "run its own forward pass, on one GPU"),
         (
-            len(settings.layers + settings.window_layers) == model_shape(model)["num_layers"],
-            "attend to everything or to a sliding window in every layer",
+            len(settings.layers + settings.window_layers + state_layers(model))
+            == model_shape(model)["num_layers"],
+            "have layers of full, sliding-window or linear attention alone",
         ),
     ):
         check(holds, function, "model", f"{rule} for cuda_graphs=True", type(model).__name__)
