@@ -38,9 +38,15 @@ class OffloadedCache(HataCache):
     values stay on the GPU. Where ``config.min_sparse_len`` is None every length is decoded
     sparsely: a dense step would read as much as the sequence has, over PCIe.
 
-    Where the device is the CPU, host memory is all there is, and nothing is pinned.
+    Where the device is the CPU, host memory is all there is, and nothing is pinned. On a GPU pages
+    of ``k_cache`` and ``v_cache`` that no sequence has had yet must not be touched: they may not be
+    pinned. `copy.deepcopy` is refused.
 
-    Source: HATA, arXiv 2506.02572, section 5.3 (HATA-off).
+    Source: HATA, arXiv 2506.02572, table 3 (HATA-off, of which no code was published).
+
+    Attributes:
+        host_memory: Bytes of host memory that keys and values may take.
+        row_cache: The `hata.row_cache.RowCache`; None where ``num_slots`` is 0.
 
     Args:
         weights: As `HataCache` takes them, like ``config``, ``batch``, ``max_seq_len``,
