@@ -202,6 +202,14 @@ def test_rows_and_a_report_are_written_and_a_run_continues(folder, tmp_path, cap
     assert rows_of(written / "rows.csv")[: len(rows)] == rows
     assert len(rows_of(written / "rows.csv")) == len(rows) + len(methods)
 
+    # Numbers of dense layers stand side by side.
+    assert "by leading dense layers" not in out
+    both = ["--task", "likelihood", "--num-dense-layers", 2, "--num-dense-layers", 3]
+    code, out, _ = run(capsys, *args[:-4], *both)
+    assert code == 0
+    assert "KL by leading dense layers, last 8 of 900 tokens" in out
+    assert re.search(r"quest.* 32 +\d\.\d+ ± \d\.\d+ +\d\.\d+ ± ", out)
+
 
 @pytest.mark.parametrize(
     ("args", "message"),

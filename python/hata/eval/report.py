@@ -142,7 +142,7 @@ def _runs(rows: Sequence[Row]) -> list[dict[str, str]]:
 
 
 def _tables(rows: Sequence[Row]) -> list[tuple[str, list[str], list[list[str]]]]:
-    """Title, headings and lines of each table: two for each context."""
+    """Title, headings and lines of each table: two or three for each context."""
     tables = []
     for (context,) in distinct(rows, "context"):
         of_context = select(rows, context=context)
@@ -154,6 +154,7 @@ def _tables(rows: Sequence[Row]) -> list[tuple[str, list[str], list[list[str]]]]
             ]
             title = f"Likelihood of the last {num_decoded} of {context} tokens"
             tables.append((title, list(_HEADINGS), lines))
+            tables += _by_dense_layers(select(plain, num_decoded=num_decoded))
         tasks = [task for (task,) in distinct(of_context, "task") if task != LIKELIHOOD]
         shown = [x for x in tasks if counts(x, select(of_context, task=x, method="dense"))]
         if shown:
@@ -168,6 +169,22 @@ def _tables(rows: Sequence[Row]) -> list[tuple[str, list[str], list[list[str]]]]
             headings = [*_HEADINGS[:4], *shown]
             tables.append((f"Share of right answers, {context} tokens", headings, lines))
     return tables
+
+
+def _by_dense_layers(rows: Sequence[Row]) -> list[tuple[str, list[str], list[list[str]]]]:
+    """A table of what leading dense layers are worth, where rows differ in their number."""
+    numbers = sorted({int(row["dense_layers"]) for row in rows})
+    if len(numbers) < 2:
+        return []
+    groups: dict[tuple[str, str], dict[int, str]] = {}
+    for row in rows:
+        group = groups.setdefault((label(row), row["top_k"]), {})
+        group[int(row["dense_layers"])] = _with_error(row, "kl")
+    lines = [[*of, *(found.get(n, "") for n in numbers)] for of, found in groups.items()]
+    headings = ["method", "top_k", *(f"{n} dense layers" for n in numbers)]
+    decoded, context = rows[0]["num_decoded"], rows[0]["context"]
+    title = f"KL by leading dense layers, last {decoded} of {context} tokens"
+    return [(title, headings, lines)]
 
 
 def _setting(row: Row) -> list[str]:

@@ -63,6 +63,7 @@ class LayerGroup:
         window_caches: The same for layers with a window.
         prompt_len: Tokens of the prompt, padding included, as `generate` has announced it, or None.
         croppable: Last tokens that are real in every sequence.
+        drafting: Whether tokens are drafted, which are decoded sparsely where others are not.
         decoding: Whether the step decodes; else its tokens are prompt.
         padding: Of the step's tokens; None if all are real.
         seq_len_range: Lengths that a CUDA graph being captured is good for, or None.
@@ -74,24 +75,16 @@ class LayerGroup:
     window_caches: dict[tuple[int, ...], WindowCache] = field(default_factory=dict)
     prompt_len: int | None = None
     croppable: int = 0
+    drafting: bool = False
     decoding: bool = False
     padding: Padding | None = None
     seq_len_range: tuple[int, int] | None = None
 
     def cache_for(self, rows: tuple[int, ...], k: Tensor, seen: int) -> HataCache:
         """Returns one device's cache, made anew where it is empty and k is of another kind."""
-        batch, _, num_kv_heads, _ = k.shape
         cache = self.caches.get(rows)
         if cache is None or _is_outdated(cache, k, seen):
-            cache = self.caches[rows] = HataCache(
-                self.settings.weights_for(rows, num_kv_heads),
-                self.settings.config_for(rows),
-                batch=batch,
-                max_seq_len=self.max_seq_len,
-                page_size=self.settings.page_size,
-                dtype=k.dtype,
-                device=k.device,
-            )
+            cache = self.caches[rows] = self.settings.new_cache(rows, k, self.max_seq_len)
         return cache
 
     def window_cache_for(self, rows: tuple[int, ...], k: Tensor, seen: int) -> WindowCache:
@@ -106,6 +99,11 @@ class LayerGroup:
                 device=k.device,
             )
         return cache
+
+    @property
+    def verifying(self) -> bool:
+        """Whether passes that decode are dense."""
+        return self.settings.num_draft_tokens is not None and not self.drafting
 
     def decodes(self, seen: int, q_len: int) -> bool:
         """Returns whether ``q_len`` new tokens after ``seen`` are decoded, not prompt."""
@@ -264,10 +262,12 @@ class HataLayer(AttendingLayer):
         cache = group.cache_for(self.rows, k, self.seen)
         function = partial(prefill, new_seqlens=new_seqlens)
         if group.decoding:
-            function = partial(decode_attention, seq_len_range=group.seq_len_range)
+            function = partial(
+                decode_attention, dense=group.verifying, seq_len_range=group.seq_len_range
+            )
         out = function(q, k, v, cache, layer_idx, **logits)
-        observer = group.settings.observer
-        if observer is not None and group.decoding and layer_idx >= cache.config.num_dense_layers:
+        observer, sparse = group.settings.observer, group.decoding and not group.verifying
+        if observer is not None and sparse and layer_idx >= cache.config.num_dense_layers:
             observer(layer_idx, q, cache, *cache.last_selection(layer_idx))
         return out
 
