@@ -60,7 +60,7 @@ def prefill(
     check_logits(where, q, softcap, sink_logits)
     cache.append(layer_idx, k, v, new_seqlens=None if new_seqlens is None else new)
     scale = _scale(cache, softmax_scale)
-    return prompt_attention(q, cache, layer_idx, new, scale, softcap, sink_logits)
+    return prompt_attention(q, k, v, cache, layer_idx, new, scale, softcap, sink_logits)
 
 
 @torch.no_grad()
@@ -80,7 +80,8 @@ def decode_attention(
     """Appends the new tokens and attends to the positions that their hash scores select.
 
     Layers below ``config.num_dense_layers`` attend to everything, by `hata.ops.dense_attention`.
-    The others run `hata.ops.decode_step` into buffers that the cache owns.
+    The others run `hata.ops.decode_step` into buffers that the cache owns, or what a
+    `hata.offload.OffloadedCache` does in its place.
     `HataCache.last_selection` tells what was selected; where a sequence has at most ``top_k``
     positions, that is all of them and the result is dense attention's. Inference only: no
     gradients.
@@ -146,25 +147,7 @@ def decode_attention(
         if longest < cache.min_sparse_len:
             cache._write(layer_idx, k, v, None)
         else:
-            ops.decode_step(
-                *(q, k, v),
-                *cache.weights.layer(layer_idx, cache.dtype, cache.device),
-                *caches,
-                cache.code_cache[layer_idx],
-                cache.norm_cache[layer_idx],
-                *tables,
-                query_bits=cache.weights.query_bits,
-                **cache.layer_budgets[layer_idx]._asdict(),
-                num_sink=config.num_sink,
-                num_recent=config.num_recent,
-                softmax_scale=scale,
-                softcap=softcap,
-                workspace=buffers.workspace,
-                indices=buffers.indices,
-                num_selected=buffers.num_selected,
-                out=buffers.out,
-                lse=buffers.lse,
-            )
+            buffers = cache._sparse_step(layer_idx, q, k, v, buffers, scale, softcap)
         if shortest < cache.min_sparse_len:
             ops.dense_attention(
                 *(q, *caches, *tables),

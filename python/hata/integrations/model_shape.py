@@ -2,7 +2,12 @@
 
 from typing import Any, TypedDict
 
-from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import (
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionLayer,
+)
 
 
 class ModelShape(TypedDict):
@@ -51,6 +56,15 @@ def sliding_window_layers(model: Any) -> dict[int, int]:
         for i, (layer, kind) in enumerate(zip(layers, kinds, strict=False))
         if type(layer) is DynamicSlidingWindowLayer and kind == "sliding_attention"
     }
+
+
+def state_layers(model: Any) -> tuple[int, ...]:
+    """Returns the layers of linear attention, which keep a state of a fixed size and nothing else.
+
+    transformers' cache layers update it in place.
+    """
+    layers = own_cache_layers(model.config)
+    return tuple(i for i, layer in enumerate(layers) if type(layer) is LinearAttentionLayer)
 
 
 def softmax_scale(model: Any) -> float:

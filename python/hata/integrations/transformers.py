@@ -26,6 +26,7 @@ from hata.integrations.model_shape import (
     full_attention_layers,
     model_shape,
     sliding_window_layers,
+    state_layers,
     tensor_parallel_shard,
 )
 from hata.integrations.transformers_cache import CACHE_ARGUMENT, HataTransformersCache
@@ -36,6 +37,7 @@ from hata.integrations.transformers_mask import HERE
 from hata.integrations.transformers_settings import (
     CacheSettings,
     DecodeObserver,
+    checked_host_memory,
     layers_by_device,
 )
 from hata.pretrained import find_pretrained
@@ -75,6 +77,7 @@ def enable(
     weights: HashWeights | str | PathLike[str] | None = None,
     max_seq_len: int | None = None,
     page_size: int | None = None,
+    offload: int | str | None = None,
     verify: str | None = None,
     num_draft_tokens: int = 4,
     observer: DecodeObserver | None = None,
@@ -115,6 +118,9 @@ def enable(
             model's ``max_position_embeddings``; None is that number. The memory for all of them is
             taken at the first forward pass; the caches of `generate` are as short as they can be.
         page_size: Positions of a page, a power of two; None for a contiguous cache.
+        offload: Keeps keys and values in pinned host memory, of which each cache takes at most as
+            many bytes as this, or as "64GB" says (`hata.offload.OffloadedCache`). None keeps them
+            on the GPU.
         verify: "dense": `generate` returns what the dense model would; tokens that are decoded
             sparsely are drafts, which a dense pass accepts or replaces. One sequence at a time.
             None: what is decoded sparsely is the text.
@@ -123,8 +129,8 @@ def enable(
             indices, num_selected)``: q ``[batch, q_len, num_heads, head_dim]``, cache the
             `hata.HataCache`, layer_idx its layer, the rest as `HataCache.last_selection` gives it.
         cuda_graphs: Whether passes that decode are captured in CUDA graphs and replayed. None does
-            it where it can be: on one GPU, where every layer attends to the whole context or to a
-            sliding window, without an observer; and
+            it where it can be: on one GPU, where every layer has full, sliding-window or linear
+            attention, without an observer; and
             warns if the model's own code then turns out to forbid it. True raises in place of that.
 
     Returns:
@@ -154,6 +160,11 @@ def enable(
     check_int(where, "num_draft_tokens", num_draft_tokens, 1, MAX_DRAFT_LEN - 1)
     budgets = config.layer_top_k(shape["num_layers"])  # raises if it names another number of layers
     chosen = _choose_weights(where, model, shape, layers, weights)
+    layer_config = replace(
+        config,
+        top_k=tuple(budgets[layer] for layer in layers),
+        num_dense_layers=sum(layer < config.num_dense_layers for layer in layers),
+    )
     windows = sliding_window_layers(model)
     settings = CacheSettings(
         model_config=model.config,
@@ -162,14 +173,11 @@ def enable(
         layers=layers,
         window_layers=tuple(windows),
         windows=tuple(windows.values()),
-        layer_config=replace(
-            config,
-            top_k=tuple(budgets[layer] for layer in layers),
-            num_dense_layers=sum(layer < config.num_dense_layers for layer in layers),
-        ),
+        layer_config=layer_config,
         layer_weights=chosen.for_model(where, **shape, layers=layers),
         max_seq_len=max_seq_len,
         page_size=page_size,
+        host_memory=checked_host_memory(where, offload, len(layers), layer_config),
         observer=observer,
         devices=tuple((row,) for row in range(len(layers))),
         window_devices=tuple((row,) for row in range(len(windows))),
@@ -181,8 +189,8 @@ def enable(
     attention = model.config._attn_implementation if before is None else before.attention
     if cuda_graphs:
         _check_capturable(where, model, settings)
-    plain = replace(settings, page_size=None, observer=None, num_draft_tokens=None)
-    tried = _try(where, model, plain)
+    plain = replace(settings, page_size=None, host_memory=None, observer=None)
+    tried = _try(where, model, replace(plain, num_draft_tokens=None))
     settings = replace(
         settings,
         devices=layers_by_device([cache.device for cache in tried.hata_caches]),
@@ -297,8 +305,9 @@ def _check_capturable(function: str, model: PreTrainedModel, settings: CacheSett
         (model.device.type == "cuda", "be on a GPU"),
         (not replaced and settings.shard[1] == 1, "run its own forward pass, on one GPU"),
         (
-            len(settings.layers + settings.window_layers) == model_shape(model)["num_layers"],
-            "attend to everything or to a sliding window in every layer",
+            len(settings.layers + settings.window_layers + state_layers(model))
+            == model_shape(model)["num_layers"],
+            "have layers of full, sliding-window or linear attention alone",
         ),
     ):
         check(holds, function, "model", f"{rule} for cuda_graphs=True", type(model).__name__)

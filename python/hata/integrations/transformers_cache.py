@@ -9,8 +9,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, LinearAttentionLayer
 from transformers.generation.utils import ALL_CACHE_NAMES
 
 from hata.cache import HataCache
@@ -96,17 +97,34 @@ class HataTransformersCache(Cache):
     def _caches(self) -> tuple[HataCache | WindowCache, ...]:
         return (*self.hata_caches, *self.window_caches)
 
+    @property
+    def states(self) -> list[Tensor]:
+        """What layers of linear attention hold; every pass updates it in place."""
+        return [
+            state
+            for layer in self.layers
+            if type(layer) is LinearAttentionLayer
+            for states in (layer.conv_states, layer.recurrent_states)
+            for state in states.values()
+            if state is not None
+        ]
+
     def decodes(self, q_len: int) -> bool:
         """Returns whether a pass with as many new tokens is decoded, not prompt."""
         return self._group.decodes(self.get_seq_length(), q_len)
 
     @property
     def capturable(self) -> bool:
-        """Whether a CUDA graph can hold its decoding: one GPU, hata's layers, no observer."""
-        devices = {cache.device for cache in self._caches}
+        """Whether a CUDA graph can hold its decoding: one GPU, fixed buffers, no observer."""
+        states = self.states
+        devices = {each.device for each in (*self._caches, *states)}
         on_gpu = [device.type for device in devices] == ["cuda"]
-        all_hata = all(isinstance(layer, AttendingLayer) for layer in self.layers)
-        return on_gpu and all_hata and self._group.settings.observer is None
+        fixed = all(
+            isinstance(layer, AttendingLayer)
+            or (type(layer) is LinearAttentionLayer and not layer.record_past)
+            for layer in self.layers
+        ) and not any(state.is_inference() for state in states)  # which only passes like it change
+        return on_gpu and fixed and self._group.settings.observer is None
 
     @contextmanager
     def captured(self, seq_len_range: tuple[int, int]) -> Iterator[None]:
@@ -122,7 +140,8 @@ class HataTransformersCache(Cache):
         finally:
             group.croppable, group.seq_len_range = croppable, None
             for layer in self.layers:
-                layer.seen = seen
+                if isinstance(layer, AttendingLayer):
+                    layer.seen = seen
 
     def extend(self, q_len: int) -> None:
         """Opens a step of ``q_len`` tokens in every layer, for a CUDA graph."""
@@ -135,7 +154,8 @@ class HataTransformersCache(Cache):
             cache.close_step()
         self._group.close_step(q_len)
         for layer in self.layers:
-            layer.seen += q_len
+            if isinstance(layer, AttendingLayer):
+                layer.seen += q_len
 
     @property
     def verifying(self) -> bool:
@@ -219,13 +239,15 @@ class HataTransformersCache(Cache):
         Raises:
             ValueError: An entry is out of range, or there are not ``batch`` of them.
         """
-        if isinstance(beam_idx, Tensor) and len(self._caches) > 1:
-            beam_idx = beam_idx.tolist()  # waits for the device once
+        order = beam_idx.tolist() if isinstance(beam_idx, Tensor) else beam_idx
         for cache in self._caches:
-            cache.reorder(beam_idx)
+            cache.reorder(order)
+        rows = torch.as_tensor(beam_idx)
+        for state in self.states:  # in place, where graphs know it
+            state.copy_(state.index_select(0, rows.to(state.device)))
         for layer in self.layers:
-            if not isinstance(layer, AttendingLayer):
-                layer.reorder_cache(beam_idx)
+            if not isinstance(layer, AttendingLayer) and type(layer) is not LinearAttentionLayer:
+                layer.reorder_cache(rows)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Not supported: the batch is fixed by the first forward pass."""

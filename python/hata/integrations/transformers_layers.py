@@ -82,18 +82,9 @@ class LayerGroup:
 
     def cache_for(self, rows: tuple[int, ...], k: Tensor, seen: int) -> HataCache:
         """Returns one device's cache, made anew where it is empty and k is of another kind."""
-        batch, _, num_kv_heads, _ = k.shape
         cache = self.caches.get(rows)
         if cache is None or _is_outdated(cache, k, seen):
-            cache = self.caches[rows] = HataCache(
-                self.settings.weights_for(rows, num_kv_heads),
-                self.settings.config_for(rows),
-                batch=batch,
-                max_seq_len=self.max_seq_len,
-                page_size=self.settings.page_size,
-                dtype=k.dtype,
-                device=k.device,
-            )
+            cache = self.caches[rows] = self.settings.new_cache(rows, k, self.max_seq_len)
         return cache
 
     def window_cache_for(self, rows: tuple[int, ...], k: Tensor, seen: int) -> WindowCache:
