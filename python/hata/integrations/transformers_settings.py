@@ -33,8 +33,8 @@ class CacheSettings:
         layer_weights: Their weights.
         max_seq_len: Positions that a sequence can have.
         page_size: Positions of a page; None for a contiguous cache.
-        host_memory: Bytes of host memory for keys and values of all devices together; None leaves
-            them on the devices.
+        host_memory: Bytes of host memory for keys and values of all devices and shards together;
+            None leaves them on the devices.
         observer: Called after each sparse decoding step, or None.
         num_draft_tokens: Tokens of a draft that a dense pass verifies; None: decoding is sparse.
         devices: The layers of each device, as indices of ``layers``; each device has a cache.
@@ -108,7 +108,7 @@ class CacheSettings:
         }
         if self.host_memory is None:
             return HataCache(page_size=self.page_size, **arguments)
-        share = self.host_memory * len(rows) // len(self.layers)
+        share = self.host_memory * len(rows) // (len(self.layers) * self.shard[1])
         page_size = PAGE_SIZE if self.page_size is None else self.page_size
         return OffloadedCache(page_size=page_size, host_memory=share, **arguments)
 
