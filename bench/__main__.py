@@ -22,7 +22,10 @@ from .capture import capture
 from .cases import CONFIGS
 from .generate import measure_generate
 from .grids import GRIDS, plan_for
+from .hit_rate import measure_hit_rate
 from .inputs import Captured
+from .lossless import measure_lossless
+from .offload import measure_offload
 from .options import (
     Options,
     check_output,
@@ -133,6 +136,9 @@ def print_tables(device: RowsOf = "h100", results: ResultsFolder = RESULTS) -> N
 
 
 app.command("generate")(measure_generate)
+app.command("offload")(measure_offload)
+app.command("hit-rate")(measure_hit_rate)
+app.command("lossless")(measure_lossless)
 app.command("vllm")(measure_vllm)
 app.command("vllm-arrivals")(measure_arrivals)
 app.command("vllm-quality")(measure_quality)

@@ -35,6 +35,12 @@ STABLE_TORCH_LIBRARY(hata, m) {
       "float? top_k_share=None, int? min_top_k=None) -> (Tensor, Tensor)");
 
   m.def(
+      "fetch_rows(Tensor indices, Tensor k_cache, Tensor v_cache, Tensor block_table, "
+      "Tensor cache_seqlens, Tensor(a!) k_rows, Tensor(b!) v_rows, Tensor(c!) slot_of_row, "
+      "Tensor(d!) position_of_slot, Tensor(e!) referenced, Tensor(f!) hand, *, Tensor(g!) slots, "
+      "Tensor(h!) missing, Tensor(i!) num_missing) -> ()");
+
+  m.def(
       "gather_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, "
       "Tensor cache_seqlens, Tensor indices, float? softmax_scale=None, float? softcap=None) -> "
       "(Tensor, Tensor)");

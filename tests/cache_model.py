@@ -9,6 +9,7 @@ from torch import Tensor
 import hata
 from closeness import assert_equal
 from hata import HashWeights, HataCache, HataConfig
+from hata.offload import OffloadedCache
 
 NUM_LAYERS, NUM_KV_HEADS, HEAD_DIM = 2, 2, 64
 WEIGHTS = HashWeights.random(
@@ -27,9 +28,13 @@ def make_cache(
     num_pages: int | None = None,
     config: HataConfig | None = None,
     weights: HashWeights | None = None,
+    **offload: int,
 ) -> HataCache:
-    """With a config a cache without norms for attention, else one with norms to look into."""
-    return HataCache(
+    """With a config a cache without norms for attention, else one with norms to look into.
+
+    What an `OffloadedCache` takes besides makes it one.
+    """
+    return (OffloadedCache if offload else HataCache)(
         weights or (WITH_NORMS if config is None else WEIGHTS),
         config,
         batch=batch,
@@ -38,6 +43,7 @@ def make_cache(
         num_pages=num_pages,
         dtype=dtype,
         device=device,
+        **offload,
     )
 
 

@@ -107,6 +107,22 @@ def make_caches(
     )
 
 
+def row_cache(caches: Caches, num_slots: int) -> dict[str, Tensor]:
+    """An empty row cache of these caches, as `fetch_rows` takes it; its rows hold NaN."""
+    num_pages, page_size, num_kv_heads, head_dim = caches.k_cache.shape
+    batch, device = caches.cache_seqlens.shape[0], caches.k_cache.device
+    rows, pairs = (batch, num_slots, num_kv_heads, head_dim), (batch, num_kv_heads)
+    int32 = {"dtype": torch.int32, "device": device}
+    return {
+        "k_rows": caches.k_cache.new_full(rows, torch.nan),
+        "v_rows": caches.k_cache.new_full(rows, torch.nan),
+        "slot_of_row": torch.zeros(num_pages, num_kv_heads, page_size, **int32),
+        "position_of_slot": torch.full((*pairs, num_slots), -1, **int32),
+        "referenced": torch.zeros((*pairs, num_slots), dtype=torch.uint8, device=device),
+        "hand": torch.zeros(pairs, **int32),
+    }
+
+
 def random_codes(*shape: int, device: str) -> Tensor:
     return torch.randint(-(2**31), 2**31, shape, dtype=torch.int32).to(device)
 

@@ -8,7 +8,14 @@ import torch
 from torch import Tensor
 
 import hata
-from cases import copy_storage, make_caches, random_codes, random_indices, random_vectors
+from cases import (
+    copy_storage,
+    make_caches,
+    random_codes,
+    random_indices,
+    random_vectors,
+    row_cache,
+)
 from closeness import assert_equal
 
 
@@ -89,6 +96,7 @@ def arguments(op: str, device: str) -> dict[str, Any]:
         "hamming_score": {**planes, **codes, **tables, "max_seq_len": 48},
         "select_topk": {**scores, "cache_seqlens": c.cache_seqlens, **budget},
         "score_select": {**planes, **codes, **tables, **budget},
+        "fetch_rows": {**indices, **kv, **tables, **row_cache(c, 9)},
         "gather_attention": {**q, **kv, **tables, **indices},
         "dense_attention": {**q, **kv, **tables},
         "merge_attention_states": {**states, **lses},

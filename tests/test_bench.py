@@ -12,6 +12,7 @@ from bench.cases import CONFIGS, Case, Shape
 from bench.checks import CheckError, check_dense, check_encode, check_selection, check_step
 from hata.cli import run_app
 from hata.provenance import commit
+from tiny_folder import save_tiny_llama
 
 DECODE_COLUMNS = [
     "gpu",
@@ -177,6 +178,45 @@ def test_every_way_to_decode_a_whole_model_is_measured(device, tmp_path):
     hata = [("hata", "2"), ("hata", "0")]
     assert found == [("dynamic", ""), ("static", ""), ("dense", "1"), *eager, *hata]
     assert all(float(row["ms_per_token"]) > 0 for row in rows(path))
+
+
+def test_lossless_text_is_dense_text(device, tmp_path):
+    path, folder = tmp_path / "lossless.csv", save_tiny_llama(tmp_path / "model")
+    options = ["--device", device, "--dtype", "float32", "--model", str(folder), "--context", "300"]
+    options += ["--num-prompts", "1", "--num-tokens", "80", "--top-k", "32"]
+    options += ["--num-draft-tokens", "2", "--num-draft-tokens", "5", "--output", str(path)]
+    if device == "cuda":  # whose attention has no float32
+        options[3] = "bfloat16"
+    assert run("lossless", *options) == 0
+    found = rows(path)
+    assert [row["method"] for row in found] == ["dense", "hata", "lossless", "lossless"]
+    assert all(float(row["ms_per_token"]) > 0 for row in found)
+    assert all(0 <= float(row["accepted"]) <= 1 for row in found[2:])
+    if device == "cpu":  # elsewhere rounding may decide between two tokens
+        assert [row["tokens_equal"] for row in found[2:]] == ["1", "1"]
+
+
+def test_every_way_to_read_rows_of_host_memory_is_measured(device, tmp_path):
+    path = tmp_path / "offload.csv"
+    options = ["--device", device, "--case", "1x2048", "--output", str(path)]
+    assert run("offload", *options) == 0
+    measured = rows(path)
+    assert [row["mode"] for row in measured] == ["resident", "mapped", "dense", *["row_cache"] * 5]
+    hit_rates = [float(row["hit_rate"]) for row in measured[3:]]
+    assert hit_rates == sorted(hit_rates)
+    assert 0 < hit_rates[0] < 0.7 < 0.9 < hit_rates[-1]
+    assert all(float(row["us"]) > 0 for row in measured)
+
+
+def test_a_larger_row_cache_hits_more_often(tmp_path):
+    path = tmp_path / "hit_rate.csv"
+    options = ["--model", str(save_tiny_llama(tmp_path / "model")), "--context", "640"]
+    assert run("hit-rate", *options, "--steps", "20", "--output", str(path)) == 0
+    found = [row for row in rows(path) if row["layer"] == "all"]
+    assert [int(row["num_slots"]) for row in found] == [32, 64, 128, 256]
+    hit_rates = [float(row["hit_rate"]) for row in found]
+    assert 0 < hit_rates[0] < hit_rates[-1] <= 1
+    assert hit_rates == sorted(hit_rates)
 
 
 def test_a_cache_over_the_memory_limit_is_reported(tmp_path, capsys):

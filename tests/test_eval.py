@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 import hata.cli
+import hata.eval.plots
 import hata.eval.run
 from hata.eval.prose import Prose
 from hata.eval.report import counts, left_out, score
@@ -17,6 +18,7 @@ from hata.eval.rows import COLUMNS, compare, summary
 from hata.eval.tasks import AT_DEPTHS, TASKS, Sample, task_sample
 from tiny_folder import bytewise_tokenizer, save_tiny_llama
 
+DEPTHS = (("0.0", 0.8), ("1.0", 0.4))
 NUM_TOKENS = 1400  # bytes: the tokens of the tiny tokenizer
 
 
@@ -139,6 +141,29 @@ def test_a_task_counts_where_dense_is_well_above_chance():
     assert score(rows(0.4, 0.3)) == "0.35 ± 0.07"
 
 
+def test_a_picture_of_answers_is_of_the_tasks_that_count(tmp_path):
+    """qa counts nowhere, and quest has one task alone."""
+
+    def row(method: str, task: str, score: float, top_k: int, depth: str = "") -> dict[str, str]:
+        said = {"method": method, "task": task, "score": score, "stderr": 0.03, "top_k": top_k}
+        said |= {"depth": depth, "bytes_read": 2 * top_k, "dense_layers": 2, "context": 99}
+        return {**dict.fromkeys(COLUMNS, ""), **{k: str(v) for k, v in said.items()}}
+
+    tasks = (("needle_single", 0.9), ("needle_multikey", 0.7), ("qa", 0.2))
+    dense = [row("dense", task, score, 0) for task, score in tasks]
+    sparse = [row("exact", "needle_multikey", 0.4, 32), row("quest", "needle_single", 0.1, 32)]
+    sparse += [row("exact", "needle_single", score, 32, depth) for depth, score in DEPTHS]
+    sparse += [row("exact", "qa", 1.0, 32)]
+    (panel,) = hata.eval.plots._answers(sparse, dense)
+    assert panel.of == "needle_single, needle_multikey"
+    assert panel.line == pytest.approx(0.8)
+    ((name, (point,)),) = panel.curves.items()
+    assert (name, point.bytes_read, point.top_k) == ("exact", 64, 32)
+    assert point.value == pytest.approx(0.5)  # of 0.6, over depths, and 0.4
+    assert point.error == pytest.approx(0.03 * math.sqrt(1 + 1 / 2) / 2)
+    assert hata.eval.plots._answers(sparse, dense[2:]) == []
+
+
 def test_rows_and_a_report_are_written_and_a_run_continues(folder, tmp_path, capsys, monkeypatch):
     written = tmp_path / "not" / "there" / "yet"
     args = ["--model", folder, "--csv", written / "rows.csv", "--report", written / "report"]
@@ -176,6 +201,14 @@ def test_rows_and_a_report_are_written_and_a_run_continues(folder, tmp_path, cap
     assert len(measured) == 1
     assert rows_of(written / "rows.csv")[: len(rows)] == rows
     assert len(rows_of(written / "rows.csv")) == len(rows) + len(methods)
+
+    # Numbers of dense layers stand side by side.
+    assert "by leading dense layers" not in out
+    both = ["--task", "likelihood", "--num-dense-layers", 2, "--num-dense-layers", 3]
+    code, out, _ = run(capsys, *args[:-4], *both)
+    assert code == 0
+    assert "KL by leading dense layers, last 8 of 900 tokens" in out
+    assert re.search(r"quest.* 32 +\d\.\d+ ± \d\.\d+ +\d\.\d+ ± ", out)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 import hata
+from cases import copy_storage
 from closeness import assert_equal
 from error_cases import arguments
 from hata import reference
@@ -22,6 +23,7 @@ OPS = [
     "hamming_score",
     "select_topk",
     "score_select",
+    "fetch_rows",
     "gather_attention",
     "dense_attention",
     "merge_attention_states",
@@ -29,11 +31,14 @@ OPS = [
 ]
 BUFFERS = {  # of the caller
     "dense_attention": {"out", "lse"},
+    "fetch_rows": {"slots", "missing", "num_missing"},
     "decode_step": {"workspace", "indices", "num_selected", "out", "lse"},
 }
 
 
-def outputs(op: str, arguments: dict[str, Any]) -> list[Tensor]:
+def outputs(op: str, given: dict[str, Any]) -> list[Tensor]:
+    """What it returns and writes, on copies of what is given."""
+    arguments = {k: copy_storage(v) if isinstance(v, Tensor) else v for k, v in given.items()}
     result = getattr(hata, op)(**arguments)
     result = result if isinstance(result, tuple) else (result,)
     caches = [arguments[name] for name in arguments if name.endswith("cache")]
@@ -112,8 +117,8 @@ def test_refuses_tensors_that_require_a_gradient(device, op):
 def test_builds_no_graph(device, op):
     """Called without the wrapper, where it could not say so before backward()."""
     given = arguments(op, device)
-    if op == "decode_step":
-        given |= hata.decode_step(**given)._asdict()
+    if op in ("fetch_rows", "decode_step"):
+        given |= getattr(hata, op)(**given)._asdict()
     elif op == "dense_attention":
         given |= dict(zip(("out", "lse"), hata.dense_attention(**given), strict=True))
     for name, t in given.items():

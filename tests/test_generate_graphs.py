@@ -23,9 +23,10 @@ from tiny_models import FEW, POSITIONS, generate, make_model, random_prompt
 
 DTYPE = torch.bfloat16
 WINDOWED = [f for f in FAMILIES if f.layers and "window" in f.notes and "sinks" not in f.notes]
-_EXPERTS = ("Mixtral", "Qwen3Moe", "Glm4Moe", "Phimoe", "Olmoe", "GraniteMoe", "GptOss")
-EXPERTS = [family for family in FAMILIES if family.model in _EXPERTS]
-SIZES = {"hidden_size": 256, "head_dim": 64}  # heads that the kernels have
+_EXPERTS = ("Llama4", "Mixtral", "Qwen3Moe", "Glm4Moe", "Phimoe", "Olmoe", "GraniteMoe", "GptOss")
+_STATES = ("Qwen3Next", "Qwen3_5", "Bamba", "Jamba", "Lfm2")
+TRIED = [family for family in FAMILIES if family.model in (*_EXPERTS, *_STATES)]
+SIZES = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 64}  # what kernels have
 
 
 def switch_on(model: PreTrainedModel, config: Any = FEW, **settings: Any) -> Any:
@@ -116,21 +117,41 @@ def test_layers_with_a_window_are_in_the_graph(
 
 
 @gpu_only
-@pytest.mark.parametrize("family", EXPERTS, ids=lambda family: family.name)
-def test_experts_are_in_the_graph_or_a_warning_says_why_not(
+@pytest.mark.parametrize("family", TRIED, ids=lambda family: family.name)
+def test_experts_and_states_are_in_the_graph_or_a_warning_says_why_not(
     family: Family, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = family.make(**SIZES).to("cuda", DTYPE)
     prompt = random_prompt(2, 21, "cuda")
-    switch_on(model, cuda_graphs=False, max_seq_len=128)
-    eager = generate(model, prompt, 30)
-    switch_on(model, max_seq_len=128)
-    with replays_counted(monkeypatch) as replays, warnings.catch_warnings(record=True) as warned:
+    found = []
+    with warnings.catch_warnings(record=True) as warned, replays_counted(monkeypatch) as replays:
         warnings.simplefilter("always")
-        assert_equal(generate(model, prompt, 30), eager)
+        for cuda_graphs in (False, None):
+            switch_on(model, cuda_graphs=cuda_graphs, max_seq_len=128)
+            found += [generate(model, prompt, 30), generate(model, prompt, 12, num_beams=3)]
     refusals = [str(w.message) for w in warned if "cannot run in CUDA graphs" in str(w.message)]
     print(f"{family.name}: {replays[0]} replays, {refusals}")
-    assert (replays[0] > 20) != bool(refusals)
+    assert_equal(found[2], found[0])
+    assert_equal(found[3], found[1])
+    assert (replays[0] > 30) != bool(refusals)
+
+
+@gpu_only
+@pytest.mark.parametrize("name", ["llama-group4", "qwen3"])
+def test_drafts_and_what_verifies_them_are_captured(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, prompt = make_model(name, "cuda", DTYPE), random_prompt(1, 40, "cuda")
+    texts = []
+    with replays_counted(monkeypatch) as replays:
+        for cuda_graphs in (False, True):
+            settings = {"verify": "dense", "num_draft_tokens": 3, "cuda_graphs": cuda_graphs}
+            cache = switch_on(model, **settings)
+            texts.append(generate(model, prompt, 60, **{CACHE_ARGUMENT: cache}))
+            rounds = cache.num_drafted / 3
+            assert rounds + cache.num_accepted + 1 >= 60 - 1
+            assert replays[0] > (2 * rounds if cuda_graphs else -1)
+    assert_equal(*texts)
 
 
 @gpu_only

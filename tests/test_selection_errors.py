@@ -133,6 +133,37 @@ def test_queries_of_attention(device, op):
         r(f"softcap must be above 0 and finite, got {value}", softcap=value)
 
 
+def test_fetch_rows(device):
+    r = Rejects("fetch_rows", device)
+    r(
+        "indices must have shape [batch=2, 1=1, num_kv_heads=2, top_k], got [2, 2, 2, 8]",
+        indices=r.int32(2, 2, 2, 8),
+    )
+    r(
+        "k_rows must have shape [batch=2, num_slots, num_kv_heads=2, head_dim=64], got [2, 9, 64]",
+        k_rows=r.half(2, 9, 64),
+    )
+    r("num_slots must be in 8..1048576, got 7", k_rows=r.half(2, 7, 2, 64))
+    r(
+        "v_rows must have shape [batch=2, num_slots=9, num_kv_heads=2, head_dim=64], "
+        "got [2, 7, 2, 64]",
+        v_rows=r.half(2, 7, 2, 64),
+    )
+    r("v_rows must be Half, got BFloat16", v_rows=torch.bfloat16)
+    for name, dims, dtype in (
+        ("slot_of_row", "num_pages=8, num_kv_heads=2, page_size=16", torch.int32),
+        ("position_of_slot", "batch=2, num_kv_heads=2, num_slots=9", torch.int32),
+        ("referenced", "batch=2, num_kv_heads=2, num_slots=9", torch.uint8),
+        ("hand", "batch=2, num_kv_heads=2", torch.int32),
+        ("slots", "batch=2, 1=1, num_kv_heads=2, top_k=8", torch.int32),
+        ("missing", "batch=2, 1=1, num_kv_heads=2, top_k=8", torch.int32),
+        ("num_missing", "batch=2, num_kv_heads=2", torch.int32),
+    ):
+        wrong = torch.zeros(5, dtype=dtype, device=device)
+        r(f"{name} must have shape [{dims}], got [5]", **{name: wrong})
+    r("hand must be contiguous, got other strides", hand=r.strided("hand"))
+
+
 def test_gather_attention(device):
     r = Rejects("gather_attention", device)
     r("indices must have 4 dimensions, got 3", indices=r.int32(2, 1, 8))

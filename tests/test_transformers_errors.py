@@ -16,7 +16,9 @@ from transformers import (
 )
 from transformers.cache_utils import Cache
 
+from families import FAMILIES
 from hata import HashWeights
+from hata.integrations.model_shape import model_shape
 from hata.integrations.transformers import CACHE_ARGUMENT, disable, enable
 from tiny_models import EVERYTHING, POSITIONS, generate, make_model, make_weights, random_prompt
 
@@ -104,6 +106,14 @@ def test_rejects_a_mask(model: PreTrainedModel, mask: torch.Tensor, got: str) ->
     with pytest.raises(ValueError, match=f"attention_mask must {got}"):
         model(random_prompt(2, 9), attention_mask=mask, **{CACHE_ARGUMENT: cache})
     assert cache.get_seq_length() == 0
+
+
+def test_rejects_a_window_that_is_not_the_caches() -> None:
+    model = next(family.make() for family in FAMILIES if family.model == "Gemma3")
+    cache = enable(model, EVERYTHING, weights=HashWeights.random(**model_shape(model)))
+    model.config.sliding_window = 8
+    with pytest.raises(ValueError, match="attention_mask must be a causal window of 16"):
+        model(random_prompt(2, 20), **{CACHE_ARGUMENT: cache})
 
 
 @pytest.mark.parametrize("kind", [DynamicCache, StaticCache])

@@ -64,12 +64,15 @@ def random_prompt(batch: int, length: int, device: str = "cpu") -> Tensor:
 
 
 def generate(model: PreTrainedModel, prompt: Tensor, num_tokens: int, **settings: Any) -> Tensor:
-    """Exactly ``num_tokens`` new tokens; greedy unless the settings say otherwise."""
+    """``num_tokens`` new tokens, greedily and to the last unless the settings say otherwise."""
     return model.generate(
         prompt,
-        attention_mask=torch.ones_like(prompt),
         max_new_tokens=num_tokens,
         pad_token_id=0,
-        eos_token_id=None,
-        **{"do_sample": False, **settings},
+        **{
+            "attention_mask": torch.ones_like(prompt),
+            "eos_token_id": None,
+            "do_sample": False,
+            **settings,
+        },
     )

@@ -2,6 +2,7 @@
 
 #include "decode_step.h"
 #include "dense_attention.h"
+#include "fetch_rows.h"
 #include "hamming_score.h"
 #include "hash_encode.h"
 #include "merge_attention_states.h"
@@ -38,6 +39,9 @@ void select_topk_cuda(const SelectTopkParams&, CudaStream) {
 }
 void score_select_cuda(const ScoreSelectParams&, CudaStream) {
   fail("score_select");
+}
+void fetch_rows_cuda(const FetchRowsParams&, CudaStream) {
+  fail("fetch_rows");
 }
 void gather_attention_cuda(const GatherAttentionParams&, CudaStream) {
   fail("gather_attention");

@@ -13,11 +13,13 @@ from hata.config import HataConfig
 from hata.dense import attention_mass
 from hata.ops import (
     DecodeStepOutput,
+    FetchedRows,
     cache_append,
     cache_write,
     decode_step,
     dense_attention,
     encode_query,
+    fetch_rows,
     gather_attention,
     hamming_score,
     hash_encode,
@@ -38,6 +40,7 @@ from hata.weights import HashWeights, load_weights, save_weights
 
 __all__ = [
     "DecodeStepOutput",
+    "FetchedRows",
     "HashWeights",
     "HataCache",
     "HataConfig",
@@ -48,6 +51,7 @@ __all__ = [
     "decode_step",
     "dense_attention",
     "encode_query",
+    "fetch_rows",
     "gather_attention",
     "hamming_score",
     "hash_encode",

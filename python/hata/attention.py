@@ -60,7 +60,7 @@ def prefill(
     check_logits(where, q, softcap, sink_logits)
     cache.append(layer_idx, k, v, new_seqlens=None if new_seqlens is None else new)
     scale = _scale(cache, softmax_scale)
-    return prompt_attention(q, cache, layer_idx, new, scale, softcap, sink_logits)
+    return prompt_attention(q, k, v, cache, layer_idx, new, scale, softcap, sink_logits)
 
 
 @torch.no_grad()
@@ -71,6 +71,7 @@ def decode_attention(
     cache: HataCache,
     layer_idx: int,
     *,
+    dense: bool = False,
     softmax_scale: float | None = None,
     softcap: float | None = None,
     sink_logits: Tensor | None = None,
@@ -79,7 +80,8 @@ def decode_attention(
     """Appends the new tokens and attends to the positions that their hash scores select.
 
     Layers below ``config.num_dense_layers`` attend to everything, by `hata.ops.dense_attention`.
-    The others run `hata.ops.decode_step` into buffers that the cache owns.
+    The others run `hata.ops.decode_step` into buffers that the cache owns, or what a
+    `hata.offload.OffloadedCache` does in its place.
     `HataCache.last_selection` tells what was selected; where a sequence has at most ``top_k``
     positions, that is all of them and the result is dense attention's. Inference only: no
     gradients.
@@ -105,6 +107,7 @@ def decode_attention(
         v: The same shape and dtype as k.
         cache: The cache; q, k and v lie on its device.
         layer_idx: The layer.
+        dense: Whether to attend to everything in this layer too.
         softmax_scale: Factor of the logits; None is ``head_dim ** -0.5``.
         softcap: Turns each logit into ``softcap * tanh(logit / softcap)``, as Gemma 2 has it; above
             0. None: logits stay.
@@ -114,7 +117,7 @@ def decode_attention(
             decoded; None: what they are now, and any length where a CUDA graph is captured.
 
     Returns:
-        ``[batch, q_len, num_heads, head_dim]`` in q's dtype. From a layer that is not dense it is a
+        ``[batch, q_len, num_heads, head_dim]`` in q's dtype. Where it is not dense it is a
         buffer that the layer's next call with this q_len overwrites.
 
     Raises:
@@ -127,7 +130,7 @@ def decode_attention(
     scale, config = _scale(cache, softmax_scale), cache.config
     caches = (cache.k_cache[layer_idx], cache.v_cache[layer_idx])
     tables = (cache.block_table, cache.cache_seqlens)
-    if layer_idx < config.num_dense_layers:
+    if dense or layer_idx < config.num_dense_layers:
         check_queries(where, q, cache, k.shape[1])
         check_logits(where, q, softcap, sink_logits)
         cache.append(layer_idx, k, v)
@@ -144,25 +147,7 @@ def decode_attention(
         if longest < cache.min_sparse_len:
             cache._write(layer_idx, k, v, None)
         else:
-            ops.decode_step(
-                *(q, k, v),
-                *cache.weights.layer(layer_idx, cache.dtype, cache.device),
-                *caches,
-                cache.code_cache[layer_idx],
-                cache.norm_cache[layer_idx],
-                *tables,
-                query_bits=cache.weights.query_bits,
-                **cache.layer_budgets[layer_idx]._asdict(),
-                num_sink=config.num_sink,
-                num_recent=config.num_recent,
-                softmax_scale=scale,
-                softcap=softcap,
-                workspace=buffers.workspace,
-                indices=buffers.indices,
-                num_selected=buffers.num_selected,
-                out=buffers.out,
-                lse=buffers.lse,
-            )
+            buffers = cache._sparse_step(layer_idx, q, k, v, buffers, scale, softcap)
         if shortest < cache.min_sparse_len:
             ops.dense_attention(
                 *(q, *caches, *tables),

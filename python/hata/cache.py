@@ -8,8 +8,8 @@ from torch import Tensor
 from hata import ops
 from hata.checks import check, check_int, check_type
 from hata.config import HataConfig
-from hata.decode_buffers import DecodeBufferPool
-from hata.sequences import Sequences, page_pool
+from hata.decode_buffers import DecodeBufferPool, DecodeBuffers
+from hata.sequences import PagePool, Sequences, page_pool
 from hata.storage import PageStorage, check_dtype
 from hata.weights import HashWeights
 
@@ -61,7 +61,7 @@ class HataCache:
         dtype: torch.dtype,
         device: torch.device | str,
     ) -> None:
-        where = "HataCache"
+        where = type(self).__name__
         check_type(isinstance(weights, HashWeights), where, "weights", "be HashWeights", weights)
         config = HataConfig() if config is None else config
         check_type(isinstance(config, HataConfig), where, "config", "be a HataConfig", config)
@@ -70,17 +70,14 @@ class HataCache:
         check_dtype(where, dtype, device)
         num_layers, num_kv_heads, head_dim, _ = weights.shape
         self.layer_budgets = config.layer_budgets(num_layers, max_seq_len)
-        pool = page_pool(where, batch, max_seq_len, page_size, num_pages)
-        num_pages, page_size = (pool.num_pages, pool.page_size) if pool else (batch, max_seq_len)
 
         self.weights, self.config = weights, config
         self.num_layers, self.num_kv_heads, self.head_dim = num_layers, num_kv_heads, head_dim
         self.batch, self.max_seq_len = batch, max_seq_len
-        self.num_pages, self.page_size, self.paged = num_pages, page_size, pool is not None
-
-        self._storage = PageStorage.allocate(
-            weights, num_pages=num_pages, page_size=page_size, dtype=dtype, device=device
-        )
+        pool = page_pool(where, batch, max_seq_len, page_size, num_pages)
+        pool, self._storage = self._allocate(where, pool, dtype, torch.device(device))
+        self.num_pages, self.page_size = self._storage.k_cache[0].shape[:2]
+        self.paged = pool is not None
         self.k_cache, self.v_cache = self._storage.k_cache, self._storage.v_cache
         self.code_cache, self.norm_cache = self._storage.code_cache, self._storage.norm_cache
         self.dtype, self.device = dtype, self.k_cache[0].device
@@ -98,7 +95,7 @@ class HataCache:
             batch=batch,
             num_kv_heads=num_kv_heads,
             head_dim=head_dim,
-            capacity=self.block_table.shape[1] * page_size,
+            capacity=self.block_table.shape[1] * self.page_size,
             top_k=[budget.top_k for budget in self.layer_budgets],
             dtype=dtype,
             device=self.device,
@@ -209,6 +206,7 @@ class HataCache:
         if sources:
             to_device = self._sequences.to_device
             self._storage.copy_pages(to_device(sources), to_device(copies), used)
+        self._reordered(order, sources, copies)
 
     def keys_values(self, layer_idx: int, batch_idx: int | None = None) -> tuple[Tensor, Tensor]:
         """Returns the keys and values of one layer: views of a contiguous cache, else copies.
@@ -260,6 +258,17 @@ class HataCache:
         lengths = enumerate(self.seq_lens)
         return last[layer_idx].selection({b: n for b, n in lengths if n < self.min_sparse_len})
 
+    def _allocate(
+        self, function: str, pool: PagePool | None, dtype: torch.dtype, device: torch.device
+    ) -> tuple[PagePool | None, PageStorage]:
+        """Returns the pages that sequences share, perhaps fewer of them, and their tensors."""
+        num_pages, page_size = self.batch, self.max_seq_len
+        if pool is not None:
+            num_pages, page_size = pool.num_pages, pool.page_size
+        return pool, PageStorage.allocate(
+            self.weights, num_pages=num_pages, page_size=page_size, dtype=dtype, device=device
+        )
+
     def _write(self, layer_idx: int, k: Tensor, v: Tensor, new_seqlens: Tensor | None) -> None:
         """Writes a layer's new tokens, in a step that is open."""
         ops.cache_append(
@@ -274,6 +283,47 @@ class HataCache:
             self.cache_seqlens,
             new_seqlens=new_seqlens,
         )
+
+    def _reordered(self, order: list[int], sources: list[int], copies: list[int]) -> None:
+        """Follows a `reorder` that has copied some pages onto others."""
+
+    def _sparse_step(
+        self,
+        layer_idx: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        buffers: DecodeBuffers,
+        softmax_scale: float,
+        softcap: float | None,
+    ) -> DecodeBuffers:
+        """Appends, selects and attends in one layer, in a step that is open.
+
+        Returns:
+            Where the results are: in ``buffers``, or in tensors of their own.
+        """
+        ops.decode_step(
+            *(q, k, v),
+            *self.weights.layer(layer_idx, self.dtype, self.device),
+            self.k_cache[layer_idx],
+            self.v_cache[layer_idx],
+            self.code_cache[layer_idx],
+            self.norm_cache[layer_idx],
+            self.block_table,
+            self.cache_seqlens,
+            query_bits=self.weights.query_bits,
+            **self.layer_budgets[layer_idx]._asdict(),
+            num_sink=self.config.num_sink,
+            num_recent=self.config.num_recent,
+            softmax_scale=softmax_scale,
+            softcap=softcap,
+            workspace=buffers.workspace,
+            indices=buffers.indices,
+            num_selected=buffers.num_selected,
+            out=buffers.out,
+            lse=buffers.lse,
+        )
+        return buffers
 
     def _new_tokens(
         self,

@@ -34,6 +34,8 @@ def check_queries(function: str, q: Tensor, cache: HataCache, q_len: int | None 
 
 def prompt_attention(
     q: Tensor,
+    k: Tensor,
+    v: Tensor,
     cache: HataCache,
     layer_idx: int,
     new: list[int],
@@ -48,6 +50,9 @@ def prompt_attention(
 
     Args:
         q: ``[batch, q_len, num_heads, head_dim]``, the queries of the last tokens in the cache.
+        k: ``[batch, q_len, num_kv_heads, head_dim]``, their keys, which the cache holds too; a
+            sequence that has no others is not read from the cache.
+        v: The same shape.
         cache: The cache.
         layer_idx: The layer.
         new: How many of a sequence's last query tokens are real, ``[batch]``; the rest is padding.
@@ -59,10 +64,12 @@ def prompt_attention(
         ``[batch, q_len, num_heads, head_dim]`` in q's dtype; padding is 0.
     """
 
-    def attend(q: Tensor, batch_idx: int | None = None) -> Tensor:
-        tensors = (q, *cache.keys_values(layer_idx, batch_idx))
+    def attend(tokens: tuple[slice, slice], batch_idx: int | None = None) -> Tensor:
+        keys, values = k[tokens], v[tokens]
+        if keys.shape[1] < cache.seq_lens[batch_idx or 0]:  # without batch_idx all are as long
+            keys, values = cache.keys_values(layer_idx, batch_idx)
         out = torch_attention(
-            *(t.transpose(1, 2) for t in tensors),
+            *(t.transpose(1, 2) for t in (q[tokens], keys, values)),
             softmax_scale=softmax_scale,
             is_causal=True,
             softcap=softcap,
@@ -72,12 +79,12 @@ def prompt_attention(
 
     q_len = q.shape[1]
     if new == [q_len] * cache.batch and len(set(cache.seq_lens)) == 1:
-        return attend(q)
+        return attend((slice(None), slice(None)))
     out = torch.zeros_like(q)
     for b, count in enumerate(new):
         if count > 0:
             tokens = (slice(b, b + 1), slice(q_len - count, q_len))
-            out[tokens] = attend(q[tokens], b)
+            out[tokens] = attend(tokens, b)
     return out
 
 

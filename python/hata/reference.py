@@ -4,6 +4,7 @@ Shares no code with ``hata.ops``; signatures are the same, without buffers. Argu
 are described there.
 """
 
+import itertools
 import math
 
 import torch
@@ -207,6 +208,46 @@ def score_select(
     return select_topk(
         scores, cache_seqlens, **budget, top_k_share=top_k_share, min_top_k=min_top_k
     )
+
+
+def fetch_rows(
+    indices: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    cache_seqlens: Tensor,
+    k_rows: Tensor,
+    v_rows: Tensor,
+    slot_of_row: Tensor,
+    position_of_slot: Tensor,
+    referenced: Tensor,
+    hand: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Looks up each list's rows, then lets a clock's hand go round for those that are missing."""
+    slots, missing = torch.full_like(indices, -1), torch.full_like(indices, -1)
+    num_missing = torch.zeros_like(hand)
+    page_size, num_slots = k_cache.shape[1], k_rows.shape[1]
+    for b, h in itertools.product(range(len(indices)), range(indices.shape[2])):
+        pages, rows = locate(block_table[b], page_size, int(cache_seqlens[b]))
+        held, marks = position_of_slot[b, h], referenced[b, h]  # views
+        where = {int(t): slot for slot, t in enumerate(held.tolist()) if t >= 0}
+        wanted = [(i, t) for i, t in enumerate(indices[b, 0, h].tolist()) if 0 <= t < len(pages)]
+        hits = {i: where[t] for i, t in wanted if t in where}
+        in_use = set(hits.values())
+        for i, slot in hits.items():
+            slots[b, 0, h, i], marks[slot] = slot, 1
+        for m, (i, t) in enumerate((i, t) for i, t in wanted if i not in hits):
+            while (slot := int(hand[b, h])) in in_use or marks[slot]:
+                marks[slot] = int(slot in in_use)
+                hand[b, h] = (slot + 1) % num_slots
+            hand[b, h] = (slot + 1) % num_slots
+            in_use.add(slot)
+            held[slot], marks[slot], slots[b, 0, h, i] = t, 1, slot
+            missing[b, 0, h, m], num_missing[b, h] = i, m + 1
+            page, row = pages[t], rows[t]
+            slot_of_row[page, h, row] = slot
+            k_rows[b, slot, h], v_rows[b, slot, h] = k_cache[page, row, h], v_cache[page, row, h]
+    return slots, missing, num_missing
 
 
 def gather_attention(

@@ -3,7 +3,7 @@
 `Sequences` is the batch, `PagePool` hands out the pages of a paged cache.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -17,12 +17,32 @@ class PagePool:
 
     Attributes:
         pages: The pages of each sequence, in the order of its positions.
-        free: The pages that no sequence holds; the next to be handed out comes last.
+        free: The pages that no sequence holds; the next to be handed out comes last. Pages are
+            handed out for the first time in their order, so that those that have ever been are the
+            first ones, as many as were held at once.
+
+    Args:
+        batch: Sequences.
+        num_pages: Pages in all.
+        page_size: Positions of a page.
+        reserve: Called with a public function's name and the number of first pages that are about
+            to be held, before anything changes; raises where they cannot be.
+        limit: What sets the number of pages, for error messages.
     """
 
-    def __init__(self, batch: int, num_pages: int, page_size: int) -> None:
+    def __init__(
+        self,
+        batch: int,
+        num_pages: int,
+        page_size: int,
+        *,
+        reserve: Callable[[str, int], None] = lambda function, num_pages: None,
+        limit: str = "",
+    ) -> None:
         self.num_pages = num_pages
         self.page_size = page_size
+        self._reserve = reserve
+        self._room = f"{num_pages} pages of {page_size} positions{limit}"
         self.pages: list[list[int]] = [[] for _ in range(batch)]
         self.free = list(reversed(range(num_pages)))
 
@@ -43,9 +63,10 @@ class PagePool:
             ValueError: There are too few pages; nothing has changed.
         """
         counts = [-(-length // self.page_size) for length in lengths]
-        rule = f"fit into {self.num_pages} pages of {self.page_size} positions"
         needed = f"{list(lengths)}, which needs {sum(counts)}"
-        check(sum(counts) <= self.num_pages, function, "sequence lengths", rule, needed)
+        fits = sum(counts) <= self.num_pages
+        check(fits, function, "sequence lengths", f"fit into {self._room}", needed)
+        self._reserve(function, sum(counts))
 
         before = [len(pages) for pages in self.pages]
         for pages, count in zip(reversed(self.pages), reversed(counts), strict=True):
@@ -76,8 +97,9 @@ class PagePool:
             ValueError: There are too few pages; nothing has changed.
         """
         counts = [len(self.pages[old]) for old in batch_idx]
-        rule = f"need at most {self.num_pages} pages of {self.page_size} positions"
+        rule = f"need at most {self._room}"
         check(sum(counts) <= self.num_pages, function, "batch_idx", rule, sum(counts))
+        self._reserve(function, sum(counts))
 
         for old in reversed(range(len(self.pages))):
             if old not in batch_idx:

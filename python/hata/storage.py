@@ -1,11 +1,13 @@
 """The tensors of a cache: pages of keys, values, codes and norms for every layer."""
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from hata.checks import check
+from hata.host_memory import HostMemory
 from hata.weights import HashWeights
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
@@ -37,8 +39,23 @@ class PageStorage:
         page_size: int,
         dtype: torch.dtype,
         device: torch.device | str,
+        host: HostMemory | None = None,
+        num_resident_layers: int = 0,
     ) -> "PageStorage":
-        """Allocates the pages of all layers; norms only where the weights want them."""
+        """Allocates the pages of all layers; norms only where the weights want them.
+
+        Args:
+            weights: The model's hash weights.
+            num_pages: Pages of each layer.
+            page_size: Positions of a page.
+            dtype: The dtype of keys and values.
+            device: Where the tensors lie.
+            host: Where the keys and values of all but the first layers lie: page after page, in
+                each one layer and KV head after the other, and a position's key beside its value.
+                So a row is one piece of memory, and neighbouring rows are neighbours, in as few of
+                the small pages by which a GPU finds host memory as can be.
+            num_resident_layers: First layers whose keys and values do not.
+        """
         _, num_kv_heads, head_dim, _ = weights.shape
         rows = (num_pages, page_size, num_kv_heads, head_dim)
         slots = (num_pages, num_kv_heads, page_size)
@@ -47,9 +64,17 @@ class PageStorage:
             return torch.zeros(shape, dtype=dtype, device=device)
 
         bits, norms = weights.layer_bits, weights.key_norms
+        num_resident = len(bits) if host is None else num_resident_layers
+        k_cache, v_cache = ([pages(rows, dtype) for _ in range(num_resident)] for _ in range(2))
+        if host is not None:
+            shape = (num_pages, len(bits) - num_resident, num_kv_heads, page_size, 2, head_dim)
+            used = math.prod(shape) * dtype.itemsize
+            layers = host.tensor()[:used].view(dtype).view(shape).transpose(2, 3).unbind(1)
+            k_cache += [layer[:, :, :, 0] for layer in layers]
+            v_cache += [layer[:, :, :, 1] for layer in layers]
         return cls(
-            k_cache=[pages(rows, dtype) for _ in bits],
-            v_cache=[pages(rows, dtype) for _ in bits],
+            k_cache=k_cache,
+            v_cache=v_cache,
             code_cache=[pages((*slots, num_bits // 32), torch.int32) for num_bits in bits],
             norm_cache=[pages(slots, torch.float16) if norms else None for _ in bits],
         )

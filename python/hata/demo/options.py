@@ -37,6 +37,9 @@ class DemoOptions(ModelOptions):
     query_bits: Annotated[
         int | None, Option(help="Bits of a query's projection, 1 to 4; by default as trained.")
     ] = None
+    offload: Annotated[
+        str | None, Option(help="Keep keys and values in host memory, at most so much: 64GB.")
+    ] = None
     seed: Annotated[int, Option(help="Seed of random hash weights and of the fact.")] = 0
     max_new_tokens: Annotated[int, Option(help="The longest answer, in tokens.")] = 32
     plot: Annotated[

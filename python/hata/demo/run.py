@@ -104,7 +104,14 @@ def _generate_both(
     # As the model was loaded, but for logits that "sdpa" would not cap.
     own = "eager" if softcap(model) is not None else model.config._attn_implementation
     recorder = MassRecorder(softmax_scale(model), softcap(model))
-    cache = enable(model, config, weights=weights, max_seq_len=options.context, observer=recorder)
+    cache = enable(
+        model,
+        config,
+        weights=weights,
+        max_seq_len=options.context,
+        offload=options.offload,
+        observer=recorder,
+    )
 
     def run(attention: str, name: str, cache: Any) -> Generation:
         model.set_attn_implementation(attention)
@@ -143,7 +150,8 @@ def _describe(
         f'The answer begins "{prompt.answer_prefix}"',
         "hata": f"top_k {config.top_k} (the first {config.num_sink} and last {config.num_recent} "
         f"positions always), {weights.num_bits}-bit keys, {weights.query_bits}-bit queries; "
-        f"the prompt and the first {config.num_dense_layers} layers are dense",
+        f"the prompt and the first {config.num_dense_layers} layers are dense"
+        + ("" if options.offload is None else "; the other layers' keys and values in host memory"),
         "hash weights": f"{origin}: {'trained' if recipe not in (None, 'random') else 'untrained'}",
     }
     for label, text in lines.items():

@@ -41,6 +41,10 @@ class EvalOptions(ModelOptions, LineupOptions):
     task: Annotated[list[str], Option(help="Repeatable; by default all of them.")] = field(
         default_factory=lambda: [LIKELIHOOD, *TASKS]
     )
+    dataset: Annotated[
+        list[Path],
+        Option(help="Folder with questions of RULER or LongBench to answer too; repeatable."),
+    ] = field(default_factory=list)
     method: Annotated[
         list[str], Option(help="Names of selectors to run, such as exact; by default all.")
     ] = field(default_factory=list)

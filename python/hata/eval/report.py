@@ -10,7 +10,7 @@ from rich.table import Table
 
 from hata.eval.prose import WHERE
 from hata.eval.rows import Row
-from hata.eval.tasks import LIKELIHOOD, TASKS
+from hata.eval.tasks import LIKELIHOOD, chance
 from hata.outputs import whole_file
 
 # A task counts where dense attention scores this much above chance, and two standard errors.
@@ -53,7 +53,7 @@ def mean_score(rows: Sequence[Row]) -> tuple[float, float | None]:
 def counts(task: str, dense: Sequence[Row]) -> bool:
     """Whether dense attention's rows of a task are well above chance, and beyond their error."""
     mean, error = mean_score(dense)
-    above = mean - TASKS[task].chance
+    above = mean - chance(task)
     return above >= LEAST_ABOVE_CHANCE and above > 2 * (error or 0.0)
 
 
@@ -106,8 +106,8 @@ def write_report(folder: Path, rows: Sequence[Row]) -> None:
             text += [f"## {title}", "", _line(headings)]
             text += [_line("---" for _ in headings), *map(_line, lines), ""]
         text += [f"Left out: {said}" for said in left_out(of_run)]
-        pictures = plots.plot_all(folder, number, of_run)
-        text += ["", *(f"![{picture.stem}]({picture.name})" for picture in pictures), ""]
+        text += ["", *map(_picture, plots.plot_run(folder, number, of_run)), ""]
+    text += [*map(_picture, plots.plot_needles(folder, rows)), ""]
     with whole_file(folder / "report.md", WHERE) as partial:
         partial.write_text("\n".join(text), encoding="utf-8")
 
@@ -128,10 +128,9 @@ def left_out(rows: Sequence[Row]) -> list[str]:
             continue
         dense = select(rows, task=task, context=context, method="dense")
         if not counts(task, dense):
-            chance = TASKS[task].chance
             said.append(
                 f"{task} at {context} tokens, where dense attention scores {score(dense)} and a "
-                f"guess {chance:.2f}"
+                f"guess {chance(task):.2f}"
             )
     return said
 
@@ -143,7 +142,7 @@ def _runs(rows: Sequence[Row]) -> list[dict[str, str]]:
 
 
 def _tables(rows: Sequence[Row]) -> list[tuple[str, list[str], list[list[str]]]]:
-    """Title, headings and lines of each table: two for each context."""
+    """Title, headings and lines of each table: two or three for each context."""
     tables = []
     for (context,) in distinct(rows, "context"):
         of_context = select(rows, context=context)
@@ -155,6 +154,7 @@ def _tables(rows: Sequence[Row]) -> list[tuple[str, list[str], list[list[str]]]]
             ]
             title = f"Likelihood of the last {num_decoded} of {context} tokens"
             tables.append((title, list(_HEADINGS), lines))
+            tables += _by_dense_layers(select(plain, num_decoded=num_decoded))
         tasks = [task for (task,) in distinct(of_context, "task") if task != LIKELIHOOD]
         shown = [x for x in tasks if counts(x, select(of_context, task=x, method="dense"))]
         if shown:
@@ -171,6 +171,22 @@ def _tables(rows: Sequence[Row]) -> list[tuple[str, list[str], list[list[str]]]]
     return tables
 
 
+def _by_dense_layers(rows: Sequence[Row]) -> list[tuple[str, list[str], list[list[str]]]]:
+    """A table of what leading dense layers are worth, where rows differ in their number."""
+    numbers = sorted({int(row["dense_layers"]) for row in rows})
+    if len(numbers) < 2:
+        return []
+    groups: dict[tuple[str, str], dict[int, str]] = {}
+    for row in rows:
+        group = groups.setdefault((label(row), row["top_k"]), {})
+        group[int(row["dense_layers"])] = _with_error(row, "kl")
+    lines = [[*of, *(found.get(n, "") for n in numbers)] for of, found in groups.items()]
+    headings = ["method", "top_k", *(f"{n} dense layers" for n in numbers)]
+    decoded, context = rows[0]["num_decoded"], rows[0]["context"]
+    title = f"KL by leading dense layers, last {decoded} of {context} tokens"
+    return [(title, headings, lines)]
+
+
 def _setting(row: Row) -> list[str]:
     return [label(row), row["top_k"], row["dense_layers"], f"{float(row['bytes_read']):.1f}"]
 
@@ -179,6 +195,10 @@ def _with_error(row: Row, name: str) -> str:
     value = float(row["nll_excess" if name == "nll" else name])
     error = row[f"{name}_stderr"]
     return f"{value:.4f} ± {float(error):.4f}" if error else f"{value:.4f}"
+
+
+def _picture(path: Path) -> str:
+    return f"![{path.stem}]({path.name})"
 
 
 def _line(cells: Iterable[str]) -> str:

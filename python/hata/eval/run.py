@@ -12,6 +12,7 @@ from rich.console import Console
 
 from hata.checks import check
 from hata.demo.model import bundled_model, check_model_folder, load_model
+from hata.eval.datasets import Dataset, open_datasets
 from hata.eval.decode import DENSE, Setting, SparseDecoder
 from hata.eval.options import EvalOptions
 from hata.eval.prose import WHERE, Prose
@@ -33,14 +34,16 @@ class Case:
     """What samples are of.
 
     Attributes:
-        task: `LIKELIHOOD` or one of `TASKS`.
-        context: Tokens of a sample.
+        task: `LIKELIHOOD`, one of `TASKS` or a dataset's.
+        context: Tokens of a sample; of a dataset's the most that there may be.
         depth: Of the single needle; None for other tasks.
+        dataset: What its questions are of; None for `LIKELIHOOD` and `TASKS`.
     """
 
     task: str
     context: int
-    depth: float | None
+    depth: float | None = None
+    dataset: Dataset | None = None
 
 
 def run_eval(options: EvalOptions) -> list[Row]:
@@ -56,7 +59,7 @@ def run_eval(options: EvalOptions) -> list[Row]:
         ValueError: An option does not fit the model or the texts, or a file is not what it should
             be.
     """
-    prose = Prose.open(options.texts)
+    prose, datasets = Prose.open(options.texts), open_datasets(options.dataset)
     folder = options.model or bundled_model()
     check_model_folder(folder, max(options.context))
     options.make_folders()
@@ -81,14 +84,14 @@ def run_eval(options: EvalOptions) -> list[Row]:
         "seed": options.seed,
     }
     work: list[tuple[list[Sample], list[tuple[dict[str, object], Setting]]]] = []
-    for case in _cases(options):
+    for case in _cases(options, datasets):
         planned = _planned(case, options, selectors, shape, layers, common)
         missing = [(row, setting) for row, setting in planned if not rows.has(row)]
         if missing:
             work.append((_samples(case, options, tokenizer, prose), missing))
 
     decoder = SparseDecoder(model, observe=any(x.observes for x in selectors))
-    total = options.num_samples * sum(len(missing) for _, missing in work)
+    total = sum(len(samples) * len(missing) for samples, missing in work)
     with progress_bar("decoding samples", total) as on_decoded:
         for samples, missing in work:
             outcomes = _measure(decoder, samples, missing, on_decoded)
@@ -126,12 +129,14 @@ def _selectors(
     return kept
 
 
-def _cases(options: EvalOptions) -> Iterator[Case]:
+def _cases(options: EvalOptions, datasets: list[Dataset]) -> Iterator[Case]:
     for context, task in itertools.product(options.context, dict.fromkeys(options.task)):
         if task == AT_DEPTHS:
             yield from (Case(task, context, depth) for depth in options.depth)
         else:
-            yield Case(task, context, None)
+            yield Case(task, context)
+    for context, dataset in itertools.product(options.context, datasets):
+        yield Case(dataset.task, context, dataset=dataset)
 
 
 def _planned(
@@ -144,6 +149,8 @@ def _planned(
 ) -> Iterator[tuple[dict[str, object], Setting]]:
     """Yields each setting of a case with what its row says before it is measured."""
     of_case = {**common, "task": case.task, "context": case.context, "depth": case.depth}
+    if case.dataset is not None:
+        of_case["texts"] = case.dataset.origin
     of_case["num_decoded"] = options.num_decoded if case.task == LIKELIHOOD else None
     selected = 2 * CACHE_ITEMSIZE * shape["head_dim"]  # bytes of a position's key and value
     dense = {"method": "dense", "bytes_per_token": 0.0, "bytes_read": float(selected)}
@@ -173,6 +180,8 @@ def _planned(
 
 def _samples(case: Case, options: EvalOptions, tokenizer: Any, prose: Prose) -> list[Sample]:
     task, context, number = case.task, case.context, options.num_samples
+    if case.dataset is not None:
+        return case.dataset.samples(tokenizer, number, context)
     if task == LIKELIHOOD:
         return likelihood_samples(tokenizer, prose, number, context, options.num_decoded)
     seeds = [(options.seed, task, context, case.depth, i) for i in range(number)]

@@ -5,7 +5,7 @@ Source: RULER, arXiv 2404.06654, sections 3 and B. What differs is said in docs/
 
 import itertools
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from hata.demo.prompt import (
 from hata.eval.prose import WHERE, Prose
 
 LIKELIHOOD = "likelihood"
+LONGBENCH_V2 = "longbench_v2"  # a task of `hata.eval.datasets`
 AT_DEPTHS = "needle_single"  # the task that stands once for each depth
 _NUM_NEEDLES = 4
 _NUM_KEYS = 12
@@ -104,13 +105,7 @@ def task_sample(
 
     head, after = around_prose(tokenizer, problem.instruction, problem.question)
     tail = tokens_of(after)
-    decoded, answers = tokens_of(problem.prefix), []
-    for i, value in enumerate(problem.values):
-        decoded += tokens_of(",") if i else []
-        token_ids = tokens_of(f" {value}")
-        blank = not tokenizer.decode(token_ids[0]).strip()  # a space alone is none of the value
-        answers.append(range(len(decoded) + blank, len(decoded) + len(token_ids)))
-        decoded += token_ids
+    decoded, answers = answer_tokens(tokenizer, problem.prefix, problem.values)
     facts = [(where, tokens_of(sentence)) for where, sentence in problem.facts]
     room = num_tokens - len(head) - len(tail) - len(decoded)
     need = sum(len(fact) for _, fact in facts)
@@ -121,7 +116,34 @@ def task_sample(
     else:
         sentences = (tokens_of(f"{word} ") for word in problem.words)
     text, _ = plant(sentences, facts, room)
-    return Sample([*head, *text, *tail], decoded, tuple(answers))
+    return Sample([*head, *text, *tail], decoded, answers)
+
+
+def answer_tokens(
+    tokenizer: Any, prefix: str, values: Sequence[str]
+) -> tuple[list[int], tuple[range, ...]]:
+    """Writes an answer: its beginning, and the values with commas between them.
+
+    Args:
+        tokenizer: A transformers tokenizer.
+        prefix: How the answer begins.
+        values: What it consists of.
+
+    Returns:
+        The tokens, and which of them are each value's.
+    """
+
+    def tokens_of(text: str) -> list[int]:
+        return list(tokenizer(text, add_special_tokens=False).input_ids)
+
+    decoded, answers = tokens_of(prefix), []
+    for i, value in enumerate(values):
+        decoded += tokens_of(",") if i else []
+        token_ids = tokens_of(f" {value}")
+        blank = not tokenizer.decode(token_ids[0]).strip()  # a space alone is none of the value
+        answers.append(range(len(decoded) + blank, len(decoded) + len(token_ids)))
+        decoded += token_ids
+    return decoded, tuple(answers)
 
 
 def _hidden(chosen: random.Random, sentences: list[str]) -> Facts:
@@ -269,3 +291,10 @@ TASKS = {
     "frequent_words": Task(_frequent_words, 6 / _WORDS_A_BLOCK),
     "qa": Task(_qa, 1 / len(_NAMES)),
 }
+
+
+def chance(task: str) -> float:
+    """The score of a guess; 0 for a dataset's tasks but those with four choices."""
+    if task in TASKS:
+        return TASKS[task].chance
+    return 0.25 if task == LONGBENCH_V2 else 0.0

@@ -81,7 +81,8 @@ class HataLM(HFLM):
     ) -> list[tuple[float, bool]]:
         """Returns the log likelihood of each continuation, and whether greedy decoding gives it.
 
-        Requests with the same context are answered after one reading of it.
+        Requests with the same context are answered after one reading of it, where the model's
+        layers can all forget an answer; those with a recurrent state cannot.
         """
         answers: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
         inputs = [self._input(*tokens) for _, *tokens in requests]
@@ -93,15 +94,19 @@ class HataLM(HFLM):
             progress_bar("log likelihoods", None if disable_tqdm else len(requests)) as on_answer,
         ):
             for prompt, members in groups:
-                cache.reset()
-                cache.announce_prompt(len(prompt))
-                if prompt:
-                    self._pass(prompt, cache, logits_to_keep=1)
+                read = False
                 for i in members:
+                    if not read:
+                        cache.reset()
+                        cache.announce_prompt(len(prompt))
+                        if prompt:
+                            self._pass(prompt, cache, logits_to_keep=1)
                     key, _, continuation = requests[i]
                     decoded = inputs[i][len(prompt) :]
                     found = torch.cat([self._pass(x, cache) for x in _pieces(decoded)])
-                    cache.crop(-len(decoded))
+                    read = all(getattr(layer, "is_croppable", False) for layer in cache.layers)
+                    if read:
+                        cache.crop(-len(decoded))
                     answers[i] = _answer(found.log_softmax(-1), continuation)
                     if key is not None:  # the key of a window of rolling likelihood is None
                         self.cache_hook.add_partial("loglikelihood", key, answers[i])

@@ -2,7 +2,14 @@
 
 from typing import Any, TypedDict
 
-from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import (
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionLayer,
+)
+
+from hata.window_cache import Window
 
 
 class ModelShape(TypedDict):
@@ -39,18 +46,28 @@ def full_attention_layers(model: Any) -> tuple[int, ...]:
     return tuple(i for i, layer in enumerate(layers) if type(layer) is DynamicLayer)
 
 
-def sliding_window_layers(model: Any) -> dict[int, int]:
-    """Returns how many positions a token sees, by layer, in layers with a sliding window.
+def window_layers(model: Any) -> dict[int, Window]:
+    """Returns what tokens see, by layer, in layers with a sliding window or with chunks.
 
-    Layers with chunks have the same cache in transformers, and are told apart by the config.
+    Both have the same cache in transformers, and are told apart by the config.
     """
+    known = ("sliding_attention", "chunked_attention")
     kinds = getattr(model.config.get_text_config(decoder=True), "layer_types", None) or ()
     layers = own_cache_layers(model.config)
     return {
-        i: layer.sliding_window
+        i: Window(layer.sliding_window, is_chunk=kind == "chunked_attention")
         for i, (layer, kind) in enumerate(zip(layers, kinds, strict=False))
-        if type(layer) is DynamicSlidingWindowLayer and kind == "sliding_attention"
+        if type(layer) is DynamicSlidingWindowLayer and kind in known
     }
+
+
+def state_layers(model: Any) -> tuple[int, ...]:
+    """Returns the layers of linear attention, which keep a state of a fixed size and nothing else.
+
+    transformers' cache layers update it in place.
+    """
+    layers = own_cache_layers(model.config)
+    return tuple(i for i, layer in enumerate(layers) if type(layer) is LinearAttentionLayer)
 
 
 def softmax_scale(model: Any) -> float:

@@ -7,7 +7,7 @@ cache.
 """
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from os import PathLike
@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel
-from transformers.generation.configuration_utils import GenerationMode
 
 import hata.integrations.transformers_attention  # noqa: F401  (registers itself)
 from hata.checks import check, check_int, check_type
@@ -26,16 +25,19 @@ from hata.integrations.model_shape import (
     ModelShape,
     full_attention_layers,
     model_shape,
-    sliding_window_layers,
+    state_layers,
     tensor_parallel_shard,
+    window_layers,
 )
 from hata.integrations.transformers_cache import CACHE_ARGUMENT, HataTransformersCache
+from hata.integrations.transformers_generate import stand_ins
 from hata.integrations.transformers_graphs import DecodeGraphs, graphed_forward
 from hata.integrations.transformers_layers import ATTENTION, MAX_DRAFT_LEN, AttendingLayer
 from hata.integrations.transformers_mask import HERE
 from hata.integrations.transformers_settings import (
     CacheSettings,
     DecodeObserver,
+    checked_host_memory,
     layers_by_device,
 )
 from hata.pretrained import find_pretrained
@@ -62,7 +64,8 @@ class _Enabled:
     def remove_from(self, model: PreTrainedModel) -> None:
         """Takes out of the model what `enable` has put into it."""
         self.hook.remove()
-        for name in ("_hata", *_METHODS, *(["forward"] if self.graphs is not None else [])):
+        names = ["_hata", *stand_ins(model, self.settings)]
+        for name in (*names, *(["forward"] if self.graphs is not None else [])):
             vars(model).pop(name, None)  # someone may have taken a forward pass back
 
 
@@ -74,6 +77,9 @@ def enable(
     weights: HashWeights | str | PathLike[str] | None = None,
     max_seq_len: int | None = None,
     page_size: int | None = None,
+    offload: int | str | None = None,
+    verify: str | None = None,
+    num_draft_tokens: int = 4,
     observer: DecodeObserver | None = None,
     cuda_graphs: bool | None = None,
 ) -> HataTransformersCache:
@@ -88,9 +94,9 @@ def enable(
         model.generate(**inputs, max_new_tokens=100)  # with a cache of its own
         model.generate(**inputs, max_new_tokens=100, cache=cache)  # with one to go on from
 
-    Only layers that attend to the whole context decode sparsely. Those with a sliding window attend
-    to all of it, over a cache of hata's; those with chunks or with a recurrent state stay as they
-    are. A forward pass without a cache is dense, with
+    Only layers that attend to the whole context decode sparsely. Those with a sliding window or
+    with chunks attend to all of it, over a cache of hata's; those with a recurrent state stay as
+    they are. A forward pass without a cache is dense, with
     gradients. Layers on several GPUs (``device_map``), or KV heads split among them (``tp_plan``),
     are attended to where they lie. `disable` makes the model what it was. docs/transformers.md says
     more: which models there are, padding, chunks and drafts. transformers before 5.24 calls the
@@ -112,12 +118,19 @@ def enable(
             model's ``max_position_embeddings``; None is that number. The memory for all of them is
             taken at the first forward pass; the caches of `generate` are as short as they can be.
         page_size: Positions of a page, a power of two; None for a contiguous cache.
+        offload: Keeps keys and values in pinned host memory, of which each cache takes at most as
+            many bytes as this, or as "64GB" says (`hata.offload.OffloadedCache`). None keeps them
+            on the GPU.
+        verify: "dense": `generate` returns what the dense model would; tokens that are decoded
+            sparsely are drafts, which a dense pass accepts or replaces. One sequence at a time.
+            None: what is decoded sparsely is the text.
+        num_draft_tokens: Tokens of a draft with ``verify``, ``1..31``.
         observer: Called after each sparse layer's decoding step as ``observer(layer_idx, q, cache,
             indices, num_selected)``: q ``[batch, q_len, num_heads, head_dim]``, cache the
             `hata.HataCache`, layer_idx its layer, the rest as `HataCache.last_selection` gives it.
         cuda_graphs: Whether passes that decode are captured in CUDA graphs and replayed. None does
-            it where it can be: on one GPU, where every layer attends to the whole context or to a
-            sliding window, without an observer; and
+            it where it can be: on one GPU, where every layer has full, sliding-window, chunked or
+            linear attention, without an observer; and
             warns if the model's own code then turns out to forbid it. True raises in place of that.
 
     Returns:
@@ -143,9 +156,16 @@ def enable(
         check_page_size(where, page_size)
     callable_observer = observer is None or callable(observer)
     check_type(callable_observer, where, "observer", "be callable", observer)
+    check(verify in (None, "dense"), where, "verify", 'be None or "dense"', verify)
+    check_int(where, "num_draft_tokens", num_draft_tokens, 1, MAX_DRAFT_LEN - 1)
     budgets = config.layer_top_k(shape["num_layers"])  # raises if it names another number of layers
     chosen = _choose_weights(where, model, shape, layers, weights)
-    windows = sliding_window_layers(model)
+    layer_config = replace(
+        config,
+        top_k=tuple(budgets[layer] for layer in layers),
+        num_dense_layers=sum(layer < config.num_dense_layers for layer in layers),
+    )
+    windows = window_layers(model)
     settings = CacheSettings(
         model_config=model.config,
         config=config,
@@ -153,25 +173,26 @@ def enable(
         layers=layers,
         window_layers=tuple(windows),
         windows=tuple(windows.values()),
-        layer_config=replace(
-            config,
-            top_k=tuple(budgets[layer] for layer in layers),
-            num_dense_layers=sum(layer < config.num_dense_layers for layer in layers),
-        ),
+        layer_config=layer_config,
         layer_weights=chosen.for_model(where, **shape, layers=layers),
         max_seq_len=max_seq_len,
         page_size=page_size,
+        host_memory=checked_host_memory(where, offload, len(layers), layer_config),
         observer=observer,
         devices=tuple((row,) for row in range(len(layers))),
         window_devices=tuple((row,) for row in range(len(windows))),
         shard=tensor_parallel_shard(model),
+        num_draft_tokens=None if verify is None else num_draft_tokens,
     )
     check_type(cuda_graphs in (None, True, False), where, "cuda_graphs", "be a bool", cuda_graphs)
     before: _Enabled | None = vars(model).get("_hata")
     attention = model.config._attn_implementation if before is None else before.attention
     if cuda_graphs:
         _check_capturable(where, model, settings)
-    tried = _try(where, model, replace(settings, page_size=None, observer=None))
+    plain = replace(
+        settings, page_size=None, host_memory=None, observer=None, num_draft_tokens=None
+    )
+    tried = _try(where, model, plain)
     settings = replace(
         settings,
         devices=layers_by_device([cache.device for cache in tried.hata_caches]),
@@ -186,7 +207,7 @@ def enable(
         graphs = DecodeGraphs(required=cuda_graphs is True)
         vars(model)["forward"] = graphed_forward(model)
     vars(model)["_hata"] = _Enabled(settings, attention, hook, graphs)
-    for name, method in _METHODS.items():
+    for name, method in stand_ins(model, settings).items():
         vars(model)[name] = MethodType(method, model)
     return HataTransformersCache(settings, max_seq_len)
 
@@ -216,62 +237,6 @@ def enabled(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Iterator[HataT
         yield cache
     finally:
         disable(model)
-
-
-def _prepare_cache(
-    model: Any,
-    generation_config: Any,
-    model_kwargs: dict[str, Any],
-    generation_mode: GenerationMode,
-    batch_size: int,
-    max_cache_length: int,
-) -> None:
-    """Stands in for the model's ``_prepare_cache_for_generation``: makes the cache, or takes it."""
-    settings = model._hata.settings
-    given = model_kwargs.get(CACHE_ARGUMENT) is not None
-    active = model.config._attn_implementation == ATTENTION
-    if not given and active and generation_config.use_cache is not False:
-        kind, where = generation_config.cache_implementation, f"{HERE}.generate"
-        check(kind in (None, "dynamic"), where, "cache_implementation", "be None", kind)
-        max_seq_len = settings.max_seq_len
-        if not generation_config.is_assistant:  # whose cache serves many short calls
-            max_seq_len = min(max_seq_len, max_cache_length + 1)
-        if generation_mode == GenerationMode.ASSISTED_GENERATION:
-            max_seq_len += MAX_DRAFT_LEN  # the last draft may be longer than what is left to write
-        new = HataTransformersCache(settings, max_seq_len)
-        if generation_config.is_assistant:
-            new.activate_past_recording()
-        model_kwargs[CACHE_ARGUMENT] = new
-    else:
-        prepare = type(model)._prepare_cache_for_generation
-        prepare(
-            model, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
-        )
-    cache = model_kwargs.get(CACHE_ARGUMENT)
-    if isinstance(cache, HataTransformersCache):
-        mask = model_kwargs.get("attention_mask")  # None where it would be all ones, since 5.24
-        without_mask = getattr(generation_config, "_mask_length", None)
-        cache.announce_prompt(without_mask if mask is None else mask.shape[1])
-
-
-def _continuous_batching(model: Any, *args: Any, **kwargs: Any) -> Any:
-    """Stands in for ``init_continuous_batching``, through which ``generate_batch`` goes.
-
-    Continuous batching keeps keys in transformers' paged cache, which has no codes, and where
-    FlashAttention is installed it takes that in place of the model's attention function.
-    """
-    attention = model.config._attn_implementation
-    rule = "be used after disable(model): transformers' paged cache holds no codes"
-    where = f"{HERE}.generate_batch"
-    check(attention != ATTENTION, where, "continuous batching", rule, f"attention {attention!r}")
-    return type(model).init_continuous_batching(model, *args, **kwargs)
-
-
-# What stands in for the model's own methods while it is enabled.
-_METHODS: dict[str, Callable[..., Any]] = {
-    "_prepare_cache_for_generation": _prepare_cache,
-    "init_continuous_batching": _continuous_batching,
-}
 
 
 def _check_cache(model: Any, args: Any, kwargs: dict[str, Any]) -> None:
@@ -342,8 +307,9 @@ def _check_capturable(function: str, model: PreTrainedModel, settings: CacheSett
         (model.device.type == "cuda", "be on a GPU"),
         (not replaced and settings.shard[1] == 1, "run its own forward pass, on one GPU"),
         (
-            len(settings.layers + settings.window_layers) == model_shape(model)["num_layers"],
-            "attend to everything or to a sliding window in every layer",
+            len(settings.layers + settings.window_layers + state_layers(model))
+            == model_shape(model)["num_layers"],
+            "have layers of full, sliding-window, chunked or linear attention alone",
         ),
     ):
         check(holds, function, "model", f"{rule} for cuda_graphs=True", type(model).__name__)
@@ -374,7 +340,7 @@ def _try(function: str, model: PreTrainedModel, settings: CacheSettings) -> Hata
             model(token, use_cache=True, **{CACHE_ARGUMENT: cache})
         attended = [layer.seen for layer in cache.layers if isinstance(layer, AttendingLayer)]
         fits = attended == [cache.max_seq_len] * len(attended)
-        rule = "call its attention function in every layer of full or sliding-window attention"
+        rule = "call its attention function in every layer of full, windowed or chunked attention"
         check(fits, function, "model", rule, f"{name}, with {attended} calls")
     except torch.OutOfMemoryError:
         raise

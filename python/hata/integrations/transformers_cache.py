@@ -1,15 +1,17 @@
 """The transformers cache of hata.
 
-The layers of a `HataTransformersCache` that attend to the whole context or to a sliding window are
-hata's (`hata.integrations.transformers_layers`), the others transformers' own.
+The layers of a `HataTransformersCache` that attend to the whole context, to a sliding window or in
+chunks are hata's (`hata.integrations.transformers_layers`), the others transformers' own.
 """
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, LinearAttentionLayer
 from transformers.generation.utils import ALL_CACHE_NAMES
 
 from hata.cache import HataCache
@@ -32,17 +34,18 @@ CACHE_ARGUMENT = "cache" if "cache" in ALL_CACHE_NAMES else "past_key_values"
 class HataTransformersCache(Cache):
     """A transformers cache that keeps a model's keys and values in a `hata.HataCache`.
 
-    Layers with a sliding window have a `hata.window_cache.WindowCache` of their own; those with
-    chunks or a state have transformers' cache layers in it. Its memory is allocated at the first
-    forward pass, which tells batch, dtype and device. Like any transformers cache it continues
-    where it stands: `reset` it before an unrelated prompt. After a forward pass that failed
-    halfway, `reset` it too.
+    Layers with a sliding window or with chunks have a `hata.window_cache.WindowCache`; those with a
+    state have transformers' cache layers in it. Its memory is allocated at the first forward pass,
+    which tells batch, dtype and device. Like any transformers cache it continues where it stands:
+    `reset` it before an unrelated prompt. After a forward pass that failed halfway, `reset` it too.
 
     Attributes:
         config: The settings.
         weights: The hash weights; ``weights.metadata["origin"]`` says if they are random.
         hata_layers: The model's index of each layer that decodes sparsely, those of ``hata_cache``.
         max_seq_len: Positions that a sequence can have.
+        num_drafted: Tokens that were drafted and verified since the cache was made.
+        num_accepted: Those among them that the dense model would have chosen too.
     """
 
     layers: list[Any]  # AttendingLayer, or transformers' own
@@ -51,6 +54,7 @@ class HataTransformersCache(Cache):
         self._group = LayerGroup(settings, max_seq_len)
         self.config, self.weights = settings.config, settings.weights
         self.hata_layers, self.max_seq_len = settings.layers, max_seq_len
+        self.num_drafted = self.num_accepted = 0
         super().__init__(layers=self._new_layers())
 
     def _new_layers(self) -> list[Any]:
@@ -84,7 +88,7 @@ class HataTransformersCache(Cache):
 
     @property
     def window_caches(self) -> tuple[WindowCache, ...]:
-        """What layers with a sliding window have on each device, likewise."""
+        """What layers with a sliding window or chunks have on each device, likewise."""
         caches = self._group.window_caches
         return tuple(caches[rows] for rows in self._group.settings.window_devices if rows in caches)
 
@@ -92,17 +96,34 @@ class HataTransformersCache(Cache):
     def _caches(self) -> tuple[HataCache | WindowCache, ...]:
         return (*self.hata_caches, *self.window_caches)
 
+    @property
+    def states(self) -> list[Tensor]:
+        """What layers of linear attention hold; every pass updates it in place."""
+        return [
+            state
+            for layer in self.layers
+            if type(layer) is LinearAttentionLayer
+            for states in (layer.conv_states, layer.recurrent_states)
+            for state in states.values()
+            if state is not None
+        ]
+
     def decodes(self, q_len: int) -> bool:
         """Returns whether a pass with as many new tokens is decoded, not prompt."""
         return self._group.decodes(self.get_seq_length(), q_len)
 
     @property
     def capturable(self) -> bool:
-        """Whether a CUDA graph can hold its decoding: one GPU, hata's layers, no observer."""
-        devices = {cache.device for cache in self._caches}
+        """Whether a CUDA graph can hold its decoding: one GPU, fixed buffers, no observer."""
+        states = self.states
+        devices = {each.device for each in (*self._caches, *states)}
         on_gpu = [device.type for device in devices] == ["cuda"]
-        all_hata = all(isinstance(layer, AttendingLayer) for layer in self.layers)
-        return on_gpu and all_hata and self._group.settings.observer is None
+        fixed = all(
+            isinstance(layer, AttendingLayer)
+            or (type(layer) is LinearAttentionLayer and not layer.record_past)
+            for layer in self.layers
+        ) and not any(state.is_inference() for state in states)  # which only passes like it change
+        return on_gpu and fixed and self._group.settings.observer is None
 
     @contextmanager
     def captured(self, seq_len_range: tuple[int, int]) -> Iterator[None]:
@@ -118,7 +139,8 @@ class HataTransformersCache(Cache):
         finally:
             group.croppable, group.seq_len_range = croppable, None
             for layer in self.layers:
-                layer.seen = seen
+                if isinstance(layer, AttendingLayer):
+                    layer.seen = seen
 
     def extend(self, q_len: int) -> None:
         """Opens a step of ``q_len`` tokens in every layer, for a CUDA graph."""
@@ -131,7 +153,39 @@ class HataTransformersCache(Cache):
             cache.close_step()
         self._group.close_step(q_len)
         for layer in self.layers:
-            layer.seen += q_len
+            if isinstance(layer, AttendingLayer):
+                layer.seen += q_len
+
+    @property
+    def verifying(self) -> bool:
+        """Whether passes that decode are dense, since what they are given was drafted."""
+        return self._group.verifying
+
+    @property
+    def is_long_enough_to_draft(self) -> bool:
+        """Whether a sequence is long enough for its next token to be decoded sparsely."""
+        return any(max(x.seq_lens) + 1 >= x.min_sparse_len for x in self.hata_caches)
+
+    @contextmanager
+    def drafting(self) -> Iterator[None]:
+        """Decodes sparsely inside the block, whose tokens are removed from the cache at its end.
+
+        transformers' own layers put new tensors in place of the old ones, so that a copy of a layer
+        keeps what was in it. Not all versions can take back several passes otherwise.
+        """
+        group, layers = self._group, self.layers
+        own = {i: copy.copy(x) for i, x in enumerate(layers) if not isinstance(x, AttendingLayer)}
+        for layer in own.values():
+            layer.record_past = False
+        self.layers = [own.get(i, x) for i, x in enumerate(layers)]
+        seen, group.drafting = self.get_seq_length(), True
+        try:
+            yield
+            drafted = self.get_seq_length() - seen
+            self.layers = [x for x in layers if isinstance(x, AttendingLayer)]
+            self.crop(-drafted)
+        finally:
+            self.layers, group.drafting = layers, False
 
     def announce_prompt(self, prompt_len: int | None) -> None:
         """Says how many tokens of every sequence, padding included, are prompt.
@@ -184,13 +238,15 @@ class HataTransformersCache(Cache):
         Raises:
             ValueError: An entry is out of range, or there are not ``batch`` of them.
         """
-        if isinstance(beam_idx, Tensor) and len(self._caches) > 1:
-            beam_idx = beam_idx.tolist()  # waits for the device once
+        order = beam_idx.tolist() if isinstance(beam_idx, Tensor) else beam_idx
         for cache in self._caches:
-            cache.reorder(beam_idx)
+            cache.reorder(order)
+        rows = torch.as_tensor(beam_idx)
+        for state in self.states:  # in place, where graphs know it
+            state.copy_(state.index_select(0, rows.to(state.device)))
         for layer in self.layers:
-            if not isinstance(layer, AttendingLayer):
-                layer.reorder_cache(beam_idx)
+            if not isinstance(layer, AttendingLayer) and type(layer) is not LinearAttentionLayer:
+                layer.reorder_cache(rows)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Not supported: the batch is fixed by the first forward pass."""

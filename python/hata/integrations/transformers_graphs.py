@@ -49,7 +49,7 @@ class _Pass:
     def kind(self) -> tuple[object, ...]:
         """What it has in common with the other passes of a graph."""
         tensors = [(name, t.shape, t.dtype) for name, t in sorted(self.tensors.items())]
-        return (self.seq_len_range, *tensors, *sorted(self.others.items()))
+        return (self.cache.verifying, self.seq_len_range, *tensors, *sorted(self.others.items()))
 
 
 @dataclass(frozen=True)
@@ -131,10 +131,8 @@ class DecodeGraphs:
             return output
         graph = graphs[kind]
         if graph is not None and kind not in self._compared:
-            output = forward(**arguments)
-            with torch.cuda.device(step.hata_cache.device):
-                logits = graph.run(step.tensors)  # writes the same keys in the same places again
-            if not torch.equal(output["logits"], logits):
+            output, is_right = _compare(graph, step, forward, arguments)
+            if not is_right:
                 self._refuse("a replay gives other logits than an eager pass")
             self._compared.add(kind)
             return output
@@ -269,6 +267,25 @@ def _watch(forward: Callable[..., Any], arguments: dict[str, Any]) -> tuple[Any,
         finally:
             torch.cuda.set_sync_debug_mode(before)
     return output, bool(waits)
+
+
+def _compare(
+    graph: _Graph, step: _Pass, forward: Callable[..., Any], arguments: dict[str, Any]
+) -> tuple[Any, bool]:
+    """Runs a pass eagerly and by its graph; also returns whether both do the same."""
+    states = step.cache.states
+    before = [state.clone() for state in states]
+    output = forward(**arguments)
+    after = [state.clone() for state in states]
+    for state, old in zip(states, before, strict=True):
+        state.copy_(old)
+    with torch.cuda.device(step.hata_cache.device):
+        logits = graph.run(step.tensors)  # writes the same keys in the same places again
+    is_right = torch.equal(output["logits"], logits)
+    is_right &= all(torch.equal(*pair) for pair in zip(states, after, strict=True))
+    for state, new in zip(states, after, strict=True):
+        state.copy_(new)
+    return output, is_right
 
 
 def _has_hooks(module: torch.nn.Module) -> bool:

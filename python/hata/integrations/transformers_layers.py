@@ -3,7 +3,7 @@
 Such a layer stores nothing when it is handed new keys; it hands them on as `NewKeys`, which only
 hata's attention function takes (`hata.integrations.transformers_attention`). That function then
 calls the layer's `attend`. A `HataLayer` attends to the whole context, a `WindowLayer` to a sliding
-window.
+window or a chunk of it.
 """
 
 import itertools
@@ -21,7 +21,7 @@ from hata.attention import decode_attention, prefill
 from hata.cache import HataCache
 from hata.integrations.transformers_mask import HERE, DeferredMask, Padding
 from hata.integrations.transformers_settings import CacheSettings
-from hata.window_cache import WindowCache
+from hata.window_cache import Window, WindowCache
 
 ATTENTION = "hata"  # transformers' name of the attention and mask functions
 
@@ -60,9 +60,10 @@ class LayerGroup:
         max_seq_len: Positions that a sequence of this cache can have, padding included.
         caches: The cache of each device, by its hata layers; made when the first keys tell batch,
             dtype and device.
-        window_caches: The same for layers with a window.
+        window_caches: The same for layers with a window or chunks.
         prompt_len: Tokens of the prompt, padding included, as `generate` has announced it, or None.
         croppable: Last tokens that are real in every sequence.
+        drafting: Whether tokens are drafted, which are decoded sparsely where others are not.
         decoding: Whether the step decodes; else its tokens are prompt.
         padding: Of the step's tokens; None if all are real.
         seq_len_range: Lengths that a CUDA graph being captured is good for, or None.
@@ -74,24 +75,16 @@ class LayerGroup:
     window_caches: dict[tuple[int, ...], WindowCache] = field(default_factory=dict)
     prompt_len: int | None = None
     croppable: int = 0
+    drafting: bool = False
     decoding: bool = False
     padding: Padding | None = None
     seq_len_range: tuple[int, int] | None = None
 
     def cache_for(self, rows: tuple[int, ...], k: Tensor, seen: int) -> HataCache:
         """Returns one device's cache, made anew where it is empty and k is of another kind."""
-        batch, _, num_kv_heads, _ = k.shape
         cache = self.caches.get(rows)
         if cache is None or _is_outdated(cache, k, seen):
-            cache = self.caches[rows] = HataCache(
-                self.settings.weights_for(rows, num_kv_heads),
-                self.settings.config_for(rows),
-                batch=batch,
-                max_seq_len=self.max_seq_len,
-                page_size=self.settings.page_size,
-                dtype=k.dtype,
-                device=k.device,
-            )
+            cache = self.caches[rows] = self.settings.new_cache(rows, k, self.max_seq_len)
         return cache
 
     def window_cache_for(self, rows: tuple[int, ...], k: Tensor, seen: int) -> WindowCache:
@@ -106,6 +99,11 @@ class LayerGroup:
                 device=k.device,
             )
         return cache
+
+    @property
+    def verifying(self) -> bool:
+        """Whether passes that decode are dense."""
+        return self.settings.num_draft_tokens is not None and not self.drafting
 
     def decodes(self, seen: int, q_len: int) -> bool:
         """Returns whether ``q_len`` new tokens after ``seen`` are decoded, not prompt."""
@@ -152,7 +150,7 @@ class AttendingLayer(CacheLayerMixin):
 
     is_croppable = True
     supports_early_init = False
-    window: int | None = None  # positions that a token sees, where those are not all
+    window: Window | None = None  # what a token sees, where that is not all
 
     def __init__(
         self, group: LayerGroup, row: int, devices: tuple[tuple[int, ...], ...], *, is_first: bool
@@ -264,16 +262,18 @@ class HataLayer(AttendingLayer):
         cache = group.cache_for(self.rows, k, self.seen)
         function = partial(prefill, new_seqlens=new_seqlens)
         if group.decoding:
-            function = partial(decode_attention, seq_len_range=group.seq_len_range)
+            function = partial(
+                decode_attention, dense=group.verifying, seq_len_range=group.seq_len_range
+            )
         out = function(q, k, v, cache, layer_idx, **logits)
-        observer = group.settings.observer
-        if observer is not None and group.decoding and layer_idx >= cache.config.num_dense_layers:
+        observer, sparse = group.settings.observer, group.decoding and not group.verifying
+        if observer is not None and sparse and layer_idx >= cache.config.num_dense_layers:
             observer(layer_idx, q, cache, *cache.last_selection(layer_idx))
         return out
 
 
 class WindowLayer(AttendingLayer):
-    """A layer that attends to a sliding window, exactly."""
+    """A layer that attends to a sliding window, or in chunks, exactly."""
 
     is_sliding = True
 

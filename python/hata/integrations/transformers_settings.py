@@ -5,11 +5,15 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from accelerate.utils import convert_file_size_to_int  # type: ignore[import-untyped]
 from torch import Tensor
 
 from hata.cache import HataCache
+from hata.checks import check, check_type
 from hata.config import HataConfig
+from hata.offload import PAGE_SIZE, OffloadedCache
 from hata.weights import HashWeights
+from hata.window_cache import Window
 
 # The HataCache's layer_idx, q [batch, q_len, num_heads, head_dim], it, indices, num_selected
 DecodeObserver = Callable[[int, Tensor, HataCache, Tensor, Tensor], None]
@@ -24,13 +28,16 @@ class CacheSettings:
         config: The budget, of the model's layers.
         weights: The hash weights as they were given.
         layers: The model's layers that decode sparsely, ``[num_layers]`` of a `HataCache`.
-        window_layers: Those with a sliding window.
-        windows: How many positions a token of each of them sees.
+        window_layers: Those with a sliding window or with chunks.
+        windows: What the tokens of each of them see.
         layer_config: The budget, of these layers.
         layer_weights: Their weights.
         max_seq_len: Positions that a sequence can have.
         page_size: Positions of a page; None for a contiguous cache.
+        host_memory: Bytes of host memory for keys and values of all devices and shards together;
+            None leaves them on the devices.
         observer: Called after each sparse decoding step, or None.
+        num_draft_tokens: Tokens of a draft that a dense pass verifies; None: decoding is sparse.
         devices: The layers of each device, as indices of ``layers``; each device has a cache.
         window_devices: The same for ``window_layers``.
         shard: Which shard of its KV heads a layer holds here, of how many, if it does not hold all.
@@ -41,15 +48,17 @@ class CacheSettings:
     weights: HashWeights
     layers: tuple[int, ...]
     window_layers: tuple[int, ...]
-    windows: tuple[int, ...]
+    windows: tuple[Window, ...]
     layer_config: HataConfig
     layer_weights: HashWeights
     max_seq_len: int
     page_size: int | None
+    host_memory: int | None
     observer: DecodeObserver | None
     devices: tuple[tuple[int, ...], ...]
     window_devices: tuple[tuple[int, ...], ...]
     shard: tuple[int, int]
+    num_draft_tokens: int | None = None
     _made: dict[tuple[tuple[int, ...], int], HashWeights] = field(
         default_factory=dict, init=False, repr=False
     )
@@ -82,9 +91,58 @@ class CacheSettings:
             num_dense_layers=sum(row < dense for row in rows),
         )
 
+    def new_cache(self, rows: tuple[int, ...], k: Tensor, max_seq_len: int) -> HataCache:
+        """Makes the cache of one device's layers.
+
+        Args:
+            rows: The layers, as indices of ``layers``.
+            k: ``[batch, q_len, num_kv_heads, head_dim]``; says for which batch, dtype and device.
+            max_seq_len: Positions that a sequence can have.
+        """
+        arguments: dict[str, Any] = {
+            "weights": self.weights_for(rows, k.shape[2]),
+            "config": self.config_for(rows),
+            "batch": k.shape[0],
+            "max_seq_len": max_seq_len,
+            "dtype": k.dtype,
+            "device": k.device,
+        }
+        if self.host_memory is None:
+            return HataCache(page_size=self.page_size, **arguments)
+        share = self.host_memory * len(rows) // (len(self.layers) * self.shard[1])
+        page_size = PAGE_SIZE if self.page_size is None else self.page_size
+        return OffloadedCache(page_size=page_size, host_memory=share, **arguments)
+
     def __deepcopy__(self, memo: object) -> "CacheSettings":
         """Returns itself: nothing in it changes."""
         return self
+
+
+def checked_host_memory(
+    function: str, offload: int | str | None, num_layers: int, config: HataConfig
+) -> int | None:
+    """Returns the bytes of host memory that ``offload`` means; None where it is None.
+
+    Args:
+        function: The public function that takes it, for error messages.
+        offload: Bytes, or a size as accelerate writes them: "64GB", "60GiB".
+        num_layers: Layers that are hata's.
+        config: Their budget.
+    """
+    if offload is None:
+        return None
+    rule = 'be bytes or a size such as "64GB"'
+    is_size = isinstance(offload, int | str) and not isinstance(offload, bool)
+    check_type(is_size, function, "offload", rule, offload)
+    try:
+        host_memory = convert_file_size_to_int(offload)
+    except ValueError:
+        host_memory = 0
+    check(host_memory > 0, function, "offload", rule, repr(offload))
+    dense, rule = config.num_dense_layers, "leave a sparse layer for offload"
+    got = f"{dense} of {num_layers}"
+    check(dense < num_layers, function, "config.num_dense_layers", rule, got)
+    return host_memory
 
 
 def layers_by_device(devices: Sequence[torch.device]) -> tuple[tuple[int, ...], ...]:

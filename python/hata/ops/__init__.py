@@ -30,6 +30,7 @@ from hata.ops.cache_write import cache_write
 from hata.ops.decode_step import DecodeStepOutput, decode_step
 from hata.ops.dense_attention import dense_attention
 from hata.ops.encode_query import encode_query, num_planes, plane_weight_sum
+from hata.ops.fetch_rows import FetchedRows, fetch_rows
 from hata.ops.gather_attention import gather_attention
 from hata.ops.hamming_score import hamming_score
 from hata.ops.hash_encode import hash_encode
@@ -40,11 +41,13 @@ from hata.ops.workspace_size import workspace_size
 
 __all__ = [
     "DecodeStepOutput",
+    "FetchedRows",
     "cache_append",
     "cache_write",
     "decode_step",
     "dense_attention",
     "encode_query",
+    "fetch_rows",
     "gather_attention",
     "hamming_score",
     "hash_encode",
