@@ -77,7 +77,7 @@ class HostMemory:
                 f"hata.{function}: host memory must have room for {num_bytes} bytes, got {error}"
             ) from error
         if device.type == "cuda":
-            weakref.finalize(self, _keep, self._range).atexit = False
+            weakref.finalize(self, _keep, self._range).atexit = False  # type: ignore[misc]
 
     @property
     def num_pinned(self) -> int:
