@@ -136,9 +136,9 @@ def print_tables(device: RowsOf = "h100", results: ResultsFolder = RESULTS) -> N
 
 
 app.command("generate")(measure_generate)
-app.command("lossless")(measure_lossless)
 app.command("offload")(measure_offload)
 app.command("hit-rate")(measure_hit_rate)
+app.command("lossless")(measure_lossless)
 app.command("vllm")(measure_vllm)
 app.command("vllm-arrivals")(measure_arrivals)
 app.command("vllm-quality")(measure_quality)

@@ -21,7 +21,7 @@ from hata.commands.options import with_options
 from hata.device import ModelFolder
 from hata.provenance import origin
 
-from .cases import PAPER_BUDGET
+from .cases import MIN_TOP_K, PAPER_BUDGET
 from .options import Output, check_output
 from .report import RESULTS, Report, Row
 
@@ -87,7 +87,7 @@ def measure(model: Any, tokenizer: Any, folder: Path, context: int, steps: int) 
         selections.setdefault(layer_idx, []).append(indices.cpu().clone())
 
     token_ids = build_prompt(tokenizer, context, depth=0.5, seed=0).token_ids
-    top_k = round(context * PAPER_BUDGET)
+    top_k = max(MIN_TOP_K, round(context * PAPER_BUDGET))
     config = hata.HataConfig(top_k=top_k, min_sparse_len=0)
     cache = enable(model, config, max_seq_len=context + steps, observer=keep)
     prompt = torch.tensor([token_ids], device=model.device)

@@ -38,6 +38,7 @@ TITLES = {
     "budget": "A step's time by its budget",
     "arrivals": "Serving in vLLM, a model with dummy weights",
     "generate": "A token of a whole transformers model",
+    "offload": "One layer's decoding step, keys and values in host memory",
 }
 
 GENERATE_MODEL = "llama-3.1-8b"
@@ -49,6 +50,16 @@ GENERATE_LINES: dict[tuple[str, str | None], tuple[str, dict[str, Any]]] = {
     ("hata-eager", "2"): ("hata, eager", {"color": "#E69F00", "marker": "s", "ls": ":"}),
     ("hata", "2"): ("hata, captured, 2 dense layers", {"color": "#D55E00", "marker": "s"}),
     ("hata", "0"): ("hata, captured, none dense", {"color": "#0072B2", "marker": "s"}),
+}
+# (mode, similarity of neighbouring queries): label and style.
+OFFLOAD_LINES: dict[tuple[str, str], tuple[str, dict[str, Any]]] = {
+    ("dense", ""): ("every position read over PCIe", {"color": "#000000", "marker": "o"}),
+    ("mapped", ""): ("no row cache", {"color": "#777777", "marker": "s"}),
+    ("row_cache", "0"): ("row cache, unlike queries", {"color": "#E69F00", "marker": "s"}),
+    ("row_cache", "0.9"): ("row cache, similarity 0.9", {"color": "#D55E00", "marker": "s"}),
+    ("row_cache", "0.99"): ("row cache, similarity 0.99", {"color": "#CC79A7", "marker": "s"}),
+    ("row_cache", "1"): ("row cache, the same query", {"color": "#009E73", "marker": "s"}),
+    ("resident", ""): ("everything on the GPU", {"color": "#0072B2", "marker": "o"}),
 }
 
 
@@ -73,6 +84,7 @@ def plot_all(results: Path, device: str, folder: Path, suffix: str) -> list[Path
         "budget": lambda figure: draw_budget(figure, steps),
         "arrivals": lambda figure: draw_arrivals(figure, results, device),
         "generate": lambda figure: draw_generate(figure, results, device),
+        "offload": lambda figure: draw_offload(figure, results, device),
     }
     written = []
     for name, draw in pictures.items():
@@ -312,6 +324,31 @@ def draw_generate(figure: Figure, results: Path, device: str) -> bool:
         log_axis(axes, sorted(contexts[size]))
     grid[0].set(ylabel="ms per token")
     legend_below(figure, columns=3)
+    return True
+
+
+def draw_offload(figure: Figure, results: Path, device: str) -> bool:
+    """Time against the context at batch 1, and what the selected rows take over PCIe alone."""
+    file = results / f"offload_{device}.csv"
+    rows = [row for row in read(file) if row["batch"] == "1"] if file.is_file() else []
+    if not rows:
+        return False
+    axes = figure.subplots()
+    for (mode, similarity), (label, style) in OFFLOAD_LINES.items():
+        chosen = [row for row in rows if (row["mode"], row["similarity"]) == (mode, similarity)]
+        points = sorted((int(row["seq_len"]), float(row["us"])) for row in chosen)
+        if points:
+            axes.plot(*zip(*points, strict=True), ms=4, label=label, **style)
+    floors = sorted(
+        (int(row["seq_len"]), float(row["pcie_floor_us"]))
+        for row in rows
+        if row["mode"] == "mapped"
+    )
+    label = "the selected rows' bytes over PCIe alone"
+    axes.plot(*zip(*floors, strict=True), "--", color="#777777", lw=0.8, label=label)
+    axes.set(xlabel="tokens of context", ylabel="µs", xscale="log", yscale="log")
+    log_axis(axes, sorted({int(row["seq_len"]) for row in rows}))
+    legend_below(figure)
     return True
 
 

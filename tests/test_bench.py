@@ -196,6 +196,29 @@ def test_lossless_text_is_dense_text(device, tmp_path):
         assert [row["tokens_equal"] for row in found[2:]] == ["1", "1"]
 
 
+def test_every_way_to_read_rows_of_host_memory_is_measured(device, tmp_path):
+    path = tmp_path / "offload.csv"
+    options = ["--device", device, "--case", "1x2048", "--output", str(path)]
+    assert run("offload", *options) == 0
+    measured = rows(path)
+    assert [row["mode"] for row in measured] == ["resident", "mapped", "dense", *["row_cache"] * 4]
+    hit_rates = [float(row["hit_rate"]) for row in measured[3:]]
+    assert hit_rates == sorted(hit_rates)
+    assert 0 < hit_rates[0] < 0.7 < 0.9 < hit_rates[-1]
+    assert all(float(row["us"]) > 0 for row in measured)
+
+
+def test_a_larger_row_cache_hits_more_often(tmp_path):
+    path = tmp_path / "hit_rate.csv"
+    options = ["--model", str(save_tiny_llama(tmp_path / "model")), "--context", "640"]
+    assert run("hit-rate", *options, "--steps", "20", "--output", str(path)) == 0
+    found = [row for row in rows(path) if row["layer"] == "all"]
+    assert [int(row["num_slots"]) for row in found] == [32, 64, 128, 256]
+    hit_rates = [float(row["hit_rate"]) for row in found]
+    assert 0 < hit_rates[0] < hit_rates[-1] <= 1
+    assert hit_rates == sorted(hit_rates)
+
+
 def test_a_cache_over_the_memory_limit_is_reported(tmp_path, capsys):
     options = ["--device", "cpu", "--quick", "--memory-limit-gb", "0.001"]
     assert run("decode", *options, "--output", str(tmp_path / "decode.csv")) == 1

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import decode, generate, grids, records, tables, vllm_arrivals
+from bench import decode, generate, grids, offload, records, tables, vllm_arrivals
 from bench.__main__ import app
 from bench.capture import attention_inputs
 from bench.cases import CONFIGS, Case, Shape
@@ -64,6 +64,10 @@ def results(tmp_path) -> Path:
     for context, method in itertools.product((1024, 8192), generate.METHODS):
         case = {"model": "llama-3.1-8b", "batch": 1, "context": context, "method": method}
         report.add({**case, "dense_layers": 2, "ms_per_token": context / 512})
+    report = Report(tmp_path / "offload_x.csv", offload.COLUMNS, origin)
+    for seq_len, mode in itertools.product((1024, 8192), offload.MODES):
+        case = {"mode": mode, "batch": 1, "seq_len": seq_len, "us": seq_len / 99}
+        report.add({**case, "pcie_floor_us": seq_len / 512})
     return tmp_path
 
 
@@ -77,7 +81,7 @@ def test_every_picture_is_drawn_and_the_same_rows_give_the_same(results):
 
 
 def test_pictures_whose_rows_are_missing_are_left_out(results, capsys):
-    for name in ("vllm_arrivals", "generate"):
+    for name in ("vllm_arrivals", "generate", "offload"):
         (results / f"{name}_x.csv").unlink()
     file = results / "decode_x.csv"
     header, first, *_ = file.read_text().splitlines()

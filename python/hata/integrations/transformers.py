@@ -79,7 +79,7 @@ def enable(
     page_size: int | None = None,
     offload: int | str | None = None,
     verify: str | None = None,
-    num_draft_tokens: int = 4,
+    num_draft_tokens: int = 3,
     observer: DecodeObserver | None = None,
     cuda_graphs: bool | None = None,
 ) -> HataTransformersCache:
@@ -189,8 +189,10 @@ def enable(
     attention = model.config._attn_implementation if before is None else before.attention
     if cuda_graphs:
         _check_capturable(where, model, settings)
-    plain = replace(settings, page_size=None, host_memory=None, observer=None)
-    tried = _try(where, model, replace(plain, num_draft_tokens=None))
+    plain = replace(
+        settings, page_size=None, host_memory=None, observer=None, num_draft_tokens=None
+    )
+    tried = _try(where, model, plain)
     settings = replace(
         settings,
         devices=layers_by_device([cache.device for cache in tried.hata_caches]),
