@@ -50,6 +50,7 @@ def rows_of(path: Path) -> list[dict[str, str]]:
 
 def test_writes_every_file(folder: Path, device: str, capsys: pytest.CaptureFixture[str]) -> None:
     args = ["--calibration", folder / "train", *weights_of(folder), *BUDGETS, "--device", device]
+    args += ["--hash-attention-steps", 2]
     written = folder / "not" / "there" / "yet"
     files = ["--csv", written / "means.csv", "--per-head", written / "heads.csv"]
     files += ["--plot", written / "plots", "--frontier", written / "frontier.json"]
@@ -60,8 +61,9 @@ def test_writes_every_file(folder: Path, device: str, capsys: pytest.CaptureFixt
 
     assert (written / "means.csv").read_text().splitlines()[0] == COLUMNS
     means = rows_of(written / "means.csv")
-    names = ["exact"] * 2 + ["hata"] * 2 + ["loki"] * 2 + ["streaming", "h2o", "snapkv", "quest"]
-    names += ["sparq"] * 2 + ["magicpig", "rabitq"] + ["vattention"] * 3 + ["hata"] * 2
+    names = ["exact"] * 2 + ["hata"] * 2 + ["loki"] * 2 + ["hashattention"]
+    names += ["streaming", "h2o", "snapkv", "quest"] + ["sparq"] * 2
+    names += ["magicpig", "rabitq"] + ["vattention"] * 3 + ["hata"] * 2
     assert [row["selector"] for row in means[::3]] == names
     ours = means[-3]
     assert (ours["recipe"], ours["num_bits"], ours["query_bits"]) == ("ours", "64", "4")
@@ -140,6 +142,7 @@ def test_without_calibration_there_is_no_loki(
         ("HELDOUT --top-k 40 --csv /dev/null/a.csv", "--csv must lie in a folder that can be"),
         ("HELDOUT --top-k 40 --plot PLAIN", "--plot must be a folder that can be written, got "),
         ("HELDOUT --query-bits 5", r"--query-bits must be in 1\.\.4, got 5"),
+        ("HELDOUT --hash-attention-steps 9", "--calibration must be given with --hash-attention"),
         ("HELDOUT --num-dense-layers 3", "--num-dense-layers must leave one of .* got 3"),
         ("HELDOUT --top-k 10", r"top_k must be at least num_sink \+ num_recent=20, got 10"),
         ("HELDOUT --top-k 2.5", r"--top-k must be an int, or a share .*, got 2\.5"),

@@ -11,6 +11,7 @@ from hata.recall.options import WHERE, LineupOptions
 from hata.selectors import (
     ExactSelector,
     H2oSelector,
+    HashAttentionSelector,
     HataSelector,
     InfinigenSelector,
     LokiSelector,
@@ -22,6 +23,7 @@ from hata.selectors import (
     SparqSelector,
     StreamingSelector,
     VattentionSelector,
+    fit_hash_networks,
     key_components,
 )
 from hata.training.captures import Captures
@@ -100,6 +102,14 @@ def baseline_selectors(
         layers = (calibration.layer(i).k.flatten(0, 1) for i in range(len(shape.layers)))
         components = key_components(layers, device)
         found += [LokiSelector(number, components) for number in channels]
+        if options.hash_attention_steps:
+            queries_and_keys = (
+                (x.q.unflatten(2, (shape.num_kv_heads, -1)), x.k, x.positions, x.softmax)
+                for x in map(calibration.layer, range(len(shape.layers)))
+            )
+            steps = options.hash_attention_steps
+            networks = fit_hash_networks(queries_and_keys, device, num_steps=steps)
+            found.append(HashAttentionSelector(networks))
     found += [StreamingSelector(), H2oSelector(), SnapkvSelector()]
     found.append(QuestSelector(options.page_size))
     found += [SparqSelector(number) for number in channels]

@@ -71,11 +71,19 @@ class LineupOptions:
         list[int], Option(help="Channels of Loki and SparQ, by default head_dim / 4 and / 2.")
     ] = field(default_factory=list)
     page_size: Annotated[int, Option(help="Keys of one of Quest's pages.")] = 16
+    hash_attention_steps: Annotated[
+        int,
+        Option(help="Steps to train HashAttention for each layer, on --calibration; 0: leave out."),
+    ] = 0
 
     def __post_init__(self) -> None:
         """Checks every rule."""
         if self.query_bits is not None:
             check_int(WHERE, "--query-bits", self.query_bits, 1, 4)
+        check_int(WHERE, "--hash-attention-steps", self.hash_attention_steps, 0)
+        trainable = self.calibration is not None or self.hash_attention_steps == 0
+        rule = "be given with --hash-attention-steps"
+        check(trainable, WHERE, "--calibration", rule, "none")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,6 +24,7 @@ _STYLES = {
     "vattention": ("darkcyan", ":"),
     "magicpig": ("hotpink", "-."),
     "rabitq": ("goldenrod", "--"),
+    "hashattention": ("saddlebrown", "--"),
 }
 _UNTRAINED = "random"
 _TRAINED = ("tab:blue", "tab:red", "tab:cyan", "tab:pink", "tab:olive", "tab:brown")

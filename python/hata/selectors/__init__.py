@@ -8,6 +8,11 @@ answers with them.
 from hata.selectors.channels import LokiSelector, SparqSelector, key_components
 from hata.selectors.exact import ExactSelector
 from hata.selectors.h2o import H2oSelector
+from hata.selectors.hash_attention import (
+    HashAttentionSelector,
+    HashNetworks,
+    fit_hash_networks,
+)
 from hata.selectors.hata import HataSelector
 from hata.selectors.infinigen import InfinigenSelector
 from hata.selectors.magicpig import MagicpigSelector
@@ -23,6 +28,8 @@ from hata.selectors.vattention import VattentionSelector
 __all__ = [
     "ExactSelector",
     "H2oSelector",
+    "HashAttentionSelector",
+    "HashNetworks",
     "HataSelector",
     "InfinigenSelector",
     "LokiSelector",
@@ -38,6 +45,7 @@ __all__ = [
     "SparqSelector",
     "StreamingSelector",
     "VattentionSelector",
+    "fit_hash_networks",
     "key_components",
     "prefixes",
     "rank",
