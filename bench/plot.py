@@ -56,8 +56,8 @@ OFFLOAD_LINES: dict[tuple[str, str], tuple[str, dict[str, Any]]] = {
     ("dense", ""): ("every position read over PCIe", {"color": "#000000", "marker": "o"}),
     ("mapped", ""): ("no row cache", {"color": "#777777", "marker": "s"}),
     ("row_cache", "0"): ("row cache, unlike queries", {"color": "#E69F00", "marker": "s"}),
-    ("row_cache", "0.9"): ("row cache, similarity 0.9", {"color": "#D55E00", "marker": "s"}),
-    ("row_cache", "0.99"): ("row cache, similarity 0.99", {"color": "#CC79A7", "marker": "s"}),
+    ("row_cache", "0.5"): ("row cache, similarity 0.5", {"color": "#D55E00", "marker": "s"}),
+    ("row_cache", "0.9"): ("row cache, similarity 0.9", {"color": "#CC79A7", "marker": "s"}),
     ("row_cache", "1"): ("row cache, the same query", {"color": "#009E73", "marker": "s"}),
     ("resident", ""): ("everything on the GPU", {"color": "#0072B2", "marker": "o"}),
 }

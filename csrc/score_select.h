@@ -7,14 +7,16 @@
 namespace hata {
 
 // The ways to do it, with the same selection; the environment variable HATA_SCORE_SELECT forces one
-// (auto, two_kernels, cluster, candidates). two_kernels also keeps gather_attention from using
-// clusters, so that it is what any GPU runs. With cluster decode_step attends in a second launch;
-// with auto and candidates, in the same one where it can.
+// (auto, two_kernels, cluster, candidates, grid). two_kernels also keeps gather_attention from
+// using clusters, so that it is what any GPU runs. With cluster decode_step attends in a second
+// launch; with auto, candidates and grid, in the same one where it can.
 enum class ScoreSelectAlgorithm {
   kAuto,
   kTwoKernels,  // any GPU: a scan that writes ranks to the workspace, then a selection from them
   kCluster,  // sm_90: one kernel, ranks and histograms in the shared memory of a cluster of blocks
   kCandidates,  // the same, and no slice's ranks are taken to fit, nor more candidates than a few
+  kGrid,        // sm_90: as auto, and the blocks of the whole grid share the sequences' KV heads
+                // wherever two blocks or more are left for each
 };
 
 // select_topk of hamming_score, without the public score tensor.
@@ -31,6 +33,7 @@ struct ScoreSelectParams {
   int32_t* indices;        // [batch, q_len, num_kv_heads, top_k], contiguous
   int32_t* num_selected;   // [batch, q_len, num_kv_heads], contiguous
   void* ranks;             // workspace [batch, q_len, num_kv_heads], rank_list_bytes each
+  void* exchange;          // workspace, kExchangeBytes
   ScoreSelectAlgorithm algorithm;  // on CUDA
 };
 
@@ -52,6 +55,13 @@ constexpr int64_t candidate_pitch(int64_t capacity) {
 constexpr int64_t rank_list_bytes(int64_t capacity) {
   return candidate_pitch(capacity) * 4;
 }
+
+// Bytes of the workspace through which the blocks of a whole grid tell each other what the blocks
+// of a cluster send each other, whatever the shape, so that the workspace of a large one serves all
+// smaller ones. A multiprocessor has one of the blocks: an H100 132, a B200 148.
+inline constexpr int kMaxGridBlocks = 160;
+inline constexpr int64_t kExchangeBytesPerBlock = 22 * 1024;
+inline constexpr int64_t kExchangeBytes = kMaxGridBlocks * kExchangeBytesPerBlock;
 
 // The scan of score_select: ranks to the workspace.
 constexpr HammingScoreParams rank_score_params(const ScoreSelectParams& p) {

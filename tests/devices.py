@@ -12,7 +12,10 @@ HEAD_DIMS = {"cpu": list(range(8, 257, 8)), "cuda": [64, 96, 128, 192, 256]}
 
 # What HATA_SCORE_SELECT takes (csrc/bindings/score_select.cpp); the value is the oldest compute
 # capability that has the algorithm.
-ALGORITHMS = {"auto": (8, 0), "two_kernels": (8, 0), "cluster": (9, 0), "candidates": (9, 0)}
+ALGORITHMS = {
+    **{"auto": (8, 0), "two_kernels": (8, 0)},
+    **{"cluster": (9, 0), "candidates": (9, 0), "grid": (9, 0)},
+}
 
 gpu_only = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 

@@ -123,7 +123,7 @@ FAMILIES = [
         },
         "Llama4TextConfig",
         (1,),
-        "layers with chunks stay the model's own",
+        "layers with chunks attend to all of them",
     ),
     Family("Mistral from 0.2", "Mistral", {"sliding_window": None}),
     _refused(

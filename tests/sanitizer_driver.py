@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import hata
-from cases import INT32_MAX, integer_vectors
+from cases import INT32_MAX, integer_vectors, row_cache
 from decode_cases import DecodeCase, make_decode_case
 from devices import DEVICES, algorithms
 
@@ -77,12 +77,17 @@ def run(case: DecodeCase) -> dict[str, Tensor]:
     scores = hata.hamming_score(planes, *caches.codes, max_seq_len=caches.capacity, **scored)
     best, _ = hata.select_topk(scores, caches.cache_seqlens, **settings)
     indices, num_selected = hata.score_select(planes, *caches.codes, **scored, **settings)
+    fetched = hata.fetch_rows(
+        *(indices[:, -1:].contiguous(), *caches.kv),
+        **row_cache(caches, indices.shape[3] + 3),
+    )
     out, lse = hata.gather_attention(case.q, *caches.kv, indices)
     dense, dense_lse = hata.dense_attention(case.q, *caches.kv)
     merged, merged_lse = hata.merge_attention_states(out, lse, dense, dense_lse)
     step = whole.run()
     results = {
         **{"codes": codes, "key_norms": key_norms, "planes": planes, "scores": scores},
+        **{f"fetched.{name}": t for name, t in fetched._asdict().items()},
         **{"best": best, "indices": indices, "num_selected": num_selected},
         **{"out": out, "lse": lse, "dense": dense, "dense_lse": dense_lse},
         **{"merged": merged, "merged_lse": merged_lse},

@@ -1,10 +1,12 @@
+from typing import Any
+
 import pytest
 import torch
 
 from cases import LAYOUTS, poisoned
 from closeness import assert_equal, assert_no_worse_than_pytorch, plain_gather_attention
 from decode_cases import DecodeCase, make_decode_case
-from devices import gpu_only
+from devices import algorithms, gpu_only
 from hata import (
     DecodeStepOutput,
     cache_append,
@@ -14,6 +16,8 @@ from hata import (
     reference,
     workspace_size,
 )
+
+has_grid = pytest.mark.skipif("grid" not in algorithms("cuda"), reason="needs a GPU with clusters")
 
 SEQ_LENS = [153, 8, 5, 0, 64]  # with fewer positions than query tokens, too
 
@@ -95,6 +99,85 @@ def test_any_cluster(num_kv_heads, key_norms):
 def test_more_positions_than_a_block_keeps():
     shape = {"num_kv_heads": 140, "group": 1, "head_dim": 128, "dtype": torch.bfloat16}
     assert_steps(make_decode_case([9000], device="cuda", top_k=7000, page_size=None, **shape))
+
+
+def grid_case(monkeypatch: pytest.MonkeyPatch, seq_lens: list[int], **shape: Any) -> DecodeCase:
+    """A step in which the blocks of the whole grid share the (sequence, KV head) pairs."""
+    monkeypatch.setenv("HATA_SCORE_SELECT", "grid")
+    defaults = {"dtype": torch.bfloat16, "head_dim": 128, "num_kv_heads": 1, "page_size": 64}
+    return make_decode_case(seq_lens, device="cuda", **{**defaults, **shape})
+
+
+@has_grid
+@pytest.mark.parametrize("key_norms", [False, True])
+@pytest.mark.parametrize("num_kv_heads", [1, 2, 5, 8, 16, 33, 66])
+def test_a_grid_of_any_number_of_blocks_for_a_pair(monkeypatch, num_kv_heads, key_norms):
+    """From all blocks of the card to two."""
+    shape = {"num_kv_heads": num_kv_heads, "group": 2, "top_k": 150, "key_norms": key_norms}
+    assert_steps(grid_case(monkeypatch, [1500], **shape))
+
+
+@has_grid
+@pytest.mark.parametrize("key_norms", [False, True])
+def test_a_grid_of_sequences_of_any_lengths(monkeypatch, key_norms):
+    lengths = [20_001, 33, 9000, 1, 0, 700]
+    assert_steps(grid_case(monkeypatch, lengths, top_k=300, key_norms=key_norms))
+
+
+@has_grid
+@pytest.mark.parametrize("key_norms", [False, True])
+def test_a_grid_gives_ties_to_the_most_recent(monkeypatch, key_norms):
+    case = grid_case(monkeypatch, [9000, 5000], top_k=500, key_norms=key_norms)
+    case.caches.code_cache.zero_()
+    if key_norms:
+        case.caches.norm_cache.fill_(1)
+    assert_steps(case)
+
+
+@has_grid
+@pytest.mark.parametrize("key_norms", [False, True])
+@pytest.mark.parametrize("num_recent", [4, 2900])
+def test_a_grid_evens_out_a_selection_that_lies_in_a_few_slices(monkeypatch, num_recent, key_norms):
+    shape = {"num_recent": num_recent, "top_k": 3000, "key_norms": key_norms}
+    case = grid_case(monkeypatch, [40_000], **shape)
+    codes = case.caches.code_cache
+    few = case.caches.block_table[0, 300:350].long()
+    kept = codes[few].clone()
+    codes.zero_()
+    codes[few] = kept
+    assert_steps(case)
+
+
+@has_grid
+def test_a_grid_expects_nothing_of_its_workspace(monkeypatch):
+    """Steps of other shapes have written there."""
+    cases = [
+        grid_case(monkeypatch, [5000], top_k=100),
+        grid_case(monkeypatch, [3000, 700], num_kv_heads=3, top_k=64),
+    ]
+    expected = [case.run() for case in cases]
+    workspace = poisoned(1 << 24, dtype=torch.uint8, device="cuda")
+    for _ in range(50):
+        for case, e in zip(cases, expected, strict=True):
+            for again, once in zip(case.run(workspace=workspace), e, strict=True):
+                assert_equal(again, once)
+
+
+@has_grid
+def test_grids_in_two_streams(monkeypatch):
+    cases = [grid_case(monkeypatch, [20_000], top_k=300) for _ in range(2)]
+    expected = [case.run() for case in cases]
+    streams = [torch.cuda.Stream(), torch.cuda.Stream(priority=-1)]
+    torch.cuda.synchronize()
+    for _ in range(100):
+        results = []
+        for case, stream in zip(cases, streams, strict=True):
+            with torch.cuda.stream(stream):
+                results.append(case.run())
+    torch.cuda.synchronize()
+    for result, e in zip(results, expected, strict=True):
+        for together, alone in zip(result, e, strict=True):
+            assert_equal(together, alone)
 
 
 def test_equals_dense_attention_where_everything_fits_the_budget(device, dtype):

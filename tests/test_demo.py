@@ -120,6 +120,17 @@ def test_few_positions_hold_less_than_all_of_the_mass(tiny_llama, device):
         assert 32 / 640 < share < 0.99  # better than a random choice, yet not everything
 
 
+def test_keys_and_values_in_host_memory_change_no_answer(tiny_llama, capsys):
+    options = DemoOptions(model=tiny_llama, context=640, top_k=32, max_new_tokens=8, device="cpu")
+    usual = run_demo(options)
+    assert "host memory" not in capsys.readouterr().out
+    offloaded = run_demo(replace(options, offload="1GB"))
+    assert offloaded.generations["hata"].token_ids == usual.generations["hata"].token_ids
+    assert offloaded.mass == usual.mass
+    said = " ".join(capsys.readouterr().out.split())
+    assert "the other layers' keys and values in host memory" in said
+
+
 def test_every_step_is_timed(tiny_llama):
     result = run_demo(DemoOptions(model=tiny_llama, context=640, max_new_tokens=8, device="cpu"))
     for generation in result.generations.values():

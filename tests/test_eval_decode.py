@@ -85,9 +85,13 @@ def test_a_budget_of_everything_is_dense(device, selector, name):
     ],
     ids=lambda x: x.name,
 )
-def test_a_token_is_decoded_by_what_is_before_it(device, selector):
-    """The first tokens of a pass are what a shorter pass gives: no later query is heard."""
-    model = make_model("qwen3", device)
+@pytest.mark.parametrize("name", ["qwen3", "Gemma3", "Llama4"])
+def test_a_token_is_decoded_by_what_is_before_it(device, selector, name):
+    """The first tokens of a pass are what a shorter pass gives: no later query is heard.
+
+    Layers of Gemma 3 and Llama 4 see a window or everything, with a rotation of their own each.
+    """
+    model = (make_model(name) if name in MODELS else family_of(name).make()).to(device)
     tokens = random_prompt(1, PROMPT + DECODED, device)[0].tolist()
     decoder = SparseDecoder(model, observe=selector.observes)
     decoder.read(tokens[:PROMPT])

@@ -23,7 +23,7 @@ from tiny_models import FEW, POSITIONS, generate, make_model, random_prompt
 
 DTYPE = torch.bfloat16
 WINDOWED = [f for f in FAMILIES if f.layers and "window" in f.notes and "sinks" not in f.notes]
-_EXPERTS = ("Mixtral", "Qwen3Moe", "Glm4Moe", "Phimoe", "Olmoe", "GraniteMoe", "GptOss")
+_EXPERTS = ("Llama4", "Mixtral", "Qwen3Moe", "Glm4Moe", "Phimoe", "Olmoe", "GraniteMoe", "GptOss")
 _STATES = ("Qwen3Next", "Qwen3_5", "Bamba", "Jamba", "Lfm2")
 TRIED = [family for family in FAMILIES if family.model in (*_EXPERTS, *_STATES)]
 SIZES = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 64}  # what kernels have

@@ -101,7 +101,7 @@ def test_algorithm(device, monkeypatch):
 
 @pytest.mark.skipif("cluster" not in algorithms("cuda"), reason="this GPU has no clusters")
 @gpu_only
-@pytest.mark.parametrize("forced", ["cluster", "candidates"])
+@pytest.mark.parametrize("forced", ["cluster", "candidates", "grid"])
 def test_a_cluster_takes_eight_query_tokens(monkeypatch, forced):
     arguments = Rejects("score_select", "cuda").valid
     arguments["planes"] = arguments["planes"].expand(-1, 9, -1, -1, -1).contiguous()
@@ -194,15 +194,15 @@ def test_dense_attention(device):
 
 def test_workspace(device):
     r = Rejects("decode_step", device)
-    r("workspace must be Byte, got Int", workspace=r.int32(99999))
-    wide = r.workspace(2 * 99999).view(2, 99999)
-    r("workspace must have shape [size], got [2, 99999]", workspace=wide)
-    r("workspace must be contiguous, got other strides", workspace=r.workspace(99999)[::2])
+    size = hata.workspace_size(2, 1, 6, 2, 64, 48, 8)
+    r("workspace must be Byte, got Int", workspace=r.int32(size))
+    wide = r.workspace(2 * size).view(2, size)
+    r(f"workspace must have shape [size], got [2, {size}]", workspace=wide)
+    r("workspace must be contiguous, got other strides", workspace=r.workspace(2 * size)[::2])
     r(
         "workspace must start at a multiple of 16 bytes, got another offset",
-        workspace=r.workspace(99999)[8:],
+        workspace=r.workspace(size + 8)[8:],
     )
-    size = hata.workspace_size(2, 1, 6, 2, 64, 48, 8)
     for given in (0, size - 1):
         r(
             f"workspace must have at least {size} bytes, got {given}",

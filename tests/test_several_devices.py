@@ -18,6 +18,7 @@ from hata.integrations import transformers
 from hata.integrations.model_shape import model_shape
 from hata.integrations.transformers import CACHE_ARGUMENT, enable
 from hata.integrations.transformers_settings import layers_by_device
+from hata.window_cache import Window
 from tiny_folder import NUM_LAYERS, save_tiny_llama
 from tiny_models import EVERYTHING, FEW, generate, make_model, random_prompt
 
@@ -68,7 +69,7 @@ def test_windows_on_several_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     cache = enable(model, EVERYTHING, weights=HashWeights.random(**model_shape(model)))
     assert_equal(generate(model, prompt, 12, **{CACHE_ARGUMENT: cache}), texts[0])
     assert len(cache.hata_caches) == 1
-    assert [each.windows for each in cache.window_caches] == [(16,), (16,)]
+    assert [each.windows for each in cache.window_caches] == [(Window(16),), (Window(16),)]
     assert_equal(generate(model, prompt, 12, num_beams=3), texts[1])
 
 

@@ -10,14 +10,15 @@ from torch import Tensor
 from closeness import assert_equal, assert_no_worse_than_pytorch
 from devices import gpu_only
 from hata import window_cache
-from hata.window_cache import SPARE_ROWS, WindowCache, window_attention
+from hata.window_cache import SPARE_ROWS, Window, WindowCache, window_attention
 
 BATCH, NUM_KV_HEADS, GROUP, HEAD_DIM, MAX_SEQ_LEN = 3, 2, 3, 64, 400
-WINDOWS = (20, 33, 20)  # layers 0 and 2 share what a step sees
+# Layers 0 and 2 share what a step sees.
+WINDOWS = (Window(20), Window(33), Window(20), Window(17, is_chunk=True))
 SCALE = 0.2
 
 
-def windowed(q: Tensor, k: Tensor, v: Tensor, window: int, **logits: Any) -> Tensor:
+def windowed(q: Tensor, k: Tensor, v: Tensor, window: Window, **logits: Any) -> Tensor:
     """``[q_len, heads, head_dim]`` attends to ``[seq_len, kv_heads, head_dim]``, in q's dtype."""
     q_len, seq_len = q.shape[0], k.shape[0]
     k, v = (t.to(q.dtype).repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
@@ -27,7 +28,11 @@ def windowed(q: Tensor, k: Tensor, v: Tensor, window: int, **logits: Any) -> Ten
         found = logits["softcap"] * torch.tanh(found / logits["softcap"])
     token = torch.arange(seq_len - q_len, seq_len, device=q.device)[:, None]
     position = torch.arange(seq_len, device=q.device)
-    found = found.masked_fill((position > token) | (position <= token - window), -torch.inf)
+    if window.is_chunk:
+        hidden = position // window.size != token // window.size
+    else:
+        hidden = position <= token - window.size
+    found = found.masked_fill((position > token) | hidden, -torch.inf)
     if logits.get("sink_logits") is not None:
         sinks = logits["sink_logits"].to(found.dtype)[:, None, None].expand(-1, q_len, 1)
         found = torch.cat([found, sinks], 2)
@@ -148,7 +153,8 @@ def test_its_memory_is_the_windows_and_not_the_lengths(device: str) -> None:
     batch.attend(1)
     rows = [k.shape[0] * k.shape[1] // BATCH for k, _ in batch.cache._rows.values()]
     for num_rows, window in zip(rows, WINDOWS, strict=True):
-        assert window + SPARE_ROWS <= num_rows < window + SPARE_ROWS + window_cache.PAGE_SIZE
+        least = window.size + SPARE_ROWS
+        assert least <= num_rows < least + window_cache.PAGE_SIZE
 
 
 def test_a_step_brings_as_many_tokens_to_every_layer(device: str) -> None:
@@ -164,9 +170,11 @@ def test_a_step_brings_as_many_tokens_to_every_layer(device: str) -> None:
         batch.cache.decode(1, long, long, long, softmax_scale=1.0)
 
 
-def test_blocks_of_a_prompt_are_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("is_chunk", [False, True])
+def test_blocks_of_a_prompt_are_as_one(is_chunk: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = (torch.randn(1, 2, n, 16, dtype=torch.float64) for n in (90, 100, 100))
-    settings: dict[str, Any] = {"window": 17, "softmax_scale": 0.3}
+    settings: dict[str, Any] = {"window": Window(17, is_chunk), "softmax_scale": 0.3}
+    settings["first_position"] = 34
     whole = window_attention(q, k, v, **settings)
     monkeypatch.setattr(window_cache, "MIN_BLOCK_LEN", 1)
     torch.testing.assert_close(window_attention(q, k, v, **settings), whole)

@@ -76,6 +76,7 @@ void decode_step(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor
   encode.planes = reinterpret_cast<uint32_t*>(base + layout.planes);
   select.planes = encode.planes;
   select.ranks = base + layout.ranks;
+  select.exchange = base + layout.exchange;
   select.indices = data<int32_t>(indices);
   select.num_selected = data<int32_t>(num_selected);
   attend.indices = select.indices;

@@ -8,6 +8,7 @@
 #include "bindings/launch.h"
 #include "bindings/params.h"
 #include "query_planes.h"
+#include "workspace.h"
 
 namespace hata {
 
@@ -17,8 +18,9 @@ ScoreSelectAlgorithm forced_algorithm(const ArgumentChecks& check) {
   if (algorithm == "two_kernels") return ScoreSelectAlgorithm::kTwoKernels;
   if (algorithm == "cluster") return ScoreSelectAlgorithm::kCluster;
   if (algorithm == "candidates") return ScoreSelectAlgorithm::kCandidates;
+  if (algorithm == "grid") return ScoreSelectAlgorithm::kGrid;
   check.rule(algorithm == "auto", "environment variable HATA_SCORE_SELECT",
-             "be auto, two_kernels, cluster or candidates", algorithm);
+             "be auto, two_kernels, cluster, candidates or grid", algorithm);
   return ScoreSelectAlgorithm::kAuto;
 }
 
@@ -40,6 +42,7 @@ ScoreSelectParams score_select_params(const ArgumentChecks& check, const CodeCac
       .indices = nullptr,
       .num_selected = nullptr,
       .ranks = nullptr,
+      .exchange = nullptr,
       .algorithm = forced_algorithm(check),
   };
 }
@@ -65,12 +68,15 @@ std::tuple<Tensor, Tensor> score_select(const Tensor& planes, const Tensor& code
   Tensor indices =
       torch::stable::new_empty(planes, {batch, q_len, heads, budget.top_k}, ScalarType::Int);
   Tensor num_selected = torch::stable::new_empty(planes, {batch, q_len, heads}, ScalarType::Int);
-  Tensor ranks = torch::stable::new_empty(
-      planes, {batch * q_len * heads * rank_list_bytes(table.capacity)}, ScalarType::Byte);
+  const int64_t rank_bytes =
+      align_workspace(batch * q_len * heads * rank_list_bytes(table.capacity));
+  Tensor workspace =
+      torch::stable::new_empty(planes, {rank_bytes + kExchangeBytes}, ScalarType::Byte);
   params.planes = p.data;
   params.indices = data<int32_t>(indices);
   params.num_selected = data<int32_t>(num_selected);
-  params.ranks = ranks.data_ptr();
+  params.ranks = workspace.data_ptr();
+  params.exchange = data<std::byte>(workspace) + rank_bytes;
   launch(planes, params, score_select_cpu, score_select_cuda);
   return {indices, num_selected};
 }

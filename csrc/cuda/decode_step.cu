@@ -7,7 +7,7 @@ namespace hata {
 void decode_step_cuda(const DecodeStepParams& params, CudaStream stream) {
   const ScoreSelectAlgorithm algorithm = params.select.algorithm;
   const bool one_launch =
-      algorithm == ScoreSelectAlgorithm::kAuto || algorithm == ScoreSelectAlgorithm::kCandidates;
+      algorithm != ScoreSelectAlgorithm::kTwoKernels && algorithm != ScoreSelectAlgorithm::kCluster;
   if (one_launch && decode_step_cluster(params, stream)) return;
   if (algorithm == ScoreSelectAlgorithm::kTwoKernels ||
       !encode_score_select_cluster(params, stream)) {

@@ -14,7 +14,7 @@ constexpr int kAtOnce = 4;  // entries, slots or pieces that a thread looks at b
 constexpr int kFindStep = kFindThreads * kAtOnce;
 constexpr int kCopyThreads = 256;
 constexpr int kCopyStep = kCopyThreads * kAtOnce;
-constexpr int kPieceBytes = 16;
+constexpr int kPieceElements = 8;  // of 16 bits: rows are copied 16 bytes at a time
 // Two blocks for each of an H100's multiprocessors: PCIe answers after microseconds, so that it
 // takes many reads in flight.
 constexpr int kCopyBlocks = 264;
@@ -35,8 +35,9 @@ __device__ __forceinline__ int wrapped(int slot, int num_slots) {
 
 // grid: batch * num_kv_heads. A block finds the slots of one list: first those of the rows that are
 // cached, which it notes in a bitmap of slots in use; then, going round with the hand, a slot for
-// each of the others. A thread looks at kAtOnce neighbouring entries or slots at once.
-__global__ void __launch_bounds__(kFindThreads)
+// each of the others. A thread looks at kAtOnce neighbouring entries or slots at once. With the
+// registers that two blocks of a multiprocessor would have it spills for sm_80.
+__global__ void __launch_bounds__(kFindThreads, 1)
     find_slots_kernel(const __grid_constant__ FetchRowsParams p) {
   extern __shared__ uint32_t in_use[];  // a bit a slot
   __shared__ int next_hand;
@@ -141,48 +142,61 @@ __global__ void __launch_bounds__(kFindThreads)
   }
 }
 
-// grid: batch * num_kv_heads * splits. The blocks of a list share its missing rows, in pieces of 16
-// bytes of which a thread has kAtOnce in flight.
+// 16 bytes of a row's key or value, in the pages and in the row cache.
+struct Piece {
+  const uint4* from;
+  uint4* to;
+};
+
+// Returns piece `number` of a missing row: its key's pieces come first, then its value's.
+__device__ __forceinline__ Piece piece_of(const FetchRowsParams& p, int64_t pair, int missing_idx,
+                                          int number) {
+  const int64_t batch_idx = pair / p.cache.num_kv_heads, kv_head_idx = pair % p.cache.num_kv_heads;
+  const int i = p.missing[pair * p.top_k + missing_idx];
+  const int t = p.indices[pair * p.top_k + i];
+  const int64_t slot = p.slots[pair * p.top_k + i];
+  const int64_t page = page_of(p.table, batch_idx, t), row = row_of(p.table, t);
+  const int pieces = p.cache.head_dim / kPieceElements;
+  const auto at = [&](const void* data, int64_t offset) {
+    return static_cast<const uint16_t*>(data) + offset + number % pieces * kPieceElements;
+  };
+  const KvCache& c = p.cache;
+  const RowCache& r = p.rows;
+  const uint16_t *from, *to;
+  if (number < pieces) {
+    from = at(c.k, page * c.k_page_stride + row * c.k_token_stride + kv_head_idx * c.k_head_stride);
+    to = at(r.k,
+            batch_idx * r.k_batch_stride + slot * r.k_slot_stride + kv_head_idx * r.k_head_stride);
+  } else {
+    from = at(c.v, page * c.v_page_stride + row * c.v_token_stride + kv_head_idx * c.v_head_stride);
+    to = at(r.v,
+            batch_idx * r.v_batch_stride + slot * r.v_slot_stride + kv_head_idx * r.v_head_stride);
+  }
+  return {reinterpret_cast<const uint4*>(from),
+          reinterpret_cast<uint4*>(const_cast<uint16_t*>(to))};
+}
+
+// grid: batch * num_kv_heads * splits. The blocks of a list share its missing rows, in pieces of
+// which a thread has kAtOnce in flight.
 __global__ void __launch_bounds__(kCopyThreads)
     copy_rows_kernel(const __grid_constant__ FetchRowsParams p, int splits) {
   const int split = blockIdx.x % splits;
   const int64_t pair = blockIdx.x / splits;
-  const int batch_idx = pair / p.cache.num_kv_heads, kv_head_idx = pair % p.cache.num_kv_heads;
-  const KvCache& cache = p.cache;
-  const RowCache& rows = p.rows;
-  constexpr int kPieceElements = kPieceBytes / 2;
-  const int row_pieces = cache.head_dim / kPieceElements;  // of a key, and of a value
+  const int row_pieces = 2 * p.cache.head_dim / kPieceElements;
   wait_for_previous_kernel();
   let_next_kernel_launch();
-  const int seq_len = seq_len_of(p.table, batch_idx);
-  const int pieces = p.num_missing[pair] * 2 * row_pieces;
+  const int pieces = p.num_missing[pair] * row_pieces;
   for (int base = split * kCopyStep; base < pieces; base += splits * kCopyStep) {
     uint4 data[kAtOnce];
     uint4* to[kAtOnce];
 #pragma unroll
     for (int u = 0; u < kAtOnce; ++u) {
+      const int i = base + u * kCopyThreads + static_cast<int>(threadIdx.x);
       to[u] = nullptr;
-      const int piece = base + u * kCopyThreads + static_cast<int>(threadIdx.x);
-      if (piece >= pieces) continue;
-      const int i = p.missing[pair * p.top_k + piece / (2 * row_pieces)];
-      const int slot = p.slots[pair * p.top_k + i];
-      const auto [page, row] = find_row(p.table, batch_idx, seq_len, p.indices[pair * p.top_k + i]);
-      const bool is_value = piece % (2 * row_pieces) >= row_pieces;
-      const int64_t from = is_value ? page * cache.v_page_stride + row * cache.v_token_stride +
-                                          kv_head_idx * cache.v_head_stride
-                                    : page * cache.k_page_stride + row * cache.k_token_stride +
-                                          kv_head_idx * cache.k_head_stride;
-      const int64_t target = is_value
-                                 ? batch_idx * rows.v_batch_stride + slot * rows.v_slot_stride +
-                                       kv_head_idx * rows.v_head_stride
-                                 : batch_idx * rows.k_batch_stride + slot * rows.k_slot_stride +
-                                       kv_head_idx * rows.k_head_stride;
-      const int element = piece % row_pieces * kPieceElements;
-      const void* source = is_value ? cache.v : cache.k;
-      void* place = is_value ? rows.v : rows.k;
-      data[u] =
-          *reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(source) + from + element);
-      to[u] = reinterpret_cast<uint4*>(static_cast<uint16_t*>(place) + target + element);
+      if (i >= pieces) continue;
+      const Piece piece = piece_of(p, pair, i / row_pieces, i % row_pieces);
+      data[u] = *piece.from;
+      to[u] = piece.to;
     }
 #pragma unroll
     for (int u = 0; u < kAtOnce; ++u) {
@@ -203,7 +217,7 @@ void fetch_rows_cuda(const FetchRowsParams& p, CudaStream stream) {
        .shared_bytes = ceil_div(p.rows.num_slots, 32) * static_cast<int>(sizeof(uint32_t)),
        .overlaps_previous = true},
       stream, kOp, p);
-  const int most_pieces = p.top_k * 2 * p.cache.head_dim * 2 / kPieceBytes;
+  const int most_pieces = p.top_k * 2 * p.cache.head_dim / kPieceElements;
   const int splits =
       std::clamp(static_cast<int>(kCopyBlocks / pairs), 1, ceil_div(most_pieces, kCopyStep));
   launch_kernel(copy_rows_kernel,

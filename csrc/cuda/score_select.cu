@@ -8,8 +8,8 @@ namespace hata {
 
 void score_select_cuda(const ScoreSelectParams& p, CudaStream stream) {
   if (p.algorithm != ScoreSelectAlgorithm::kTwoKernels && score_select_cluster(p, stream)) return;
-  if (p.algorithm == ScoreSelectAlgorithm::kCluster ||
-      p.algorithm == ScoreSelectAlgorithm::kCandidates) {
+  if (p.algorithm != ScoreSelectAlgorithm::kAuto &&
+      p.algorithm != ScoreSelectAlgorithm::kTwoKernels) {
     throw std::runtime_error(
         "hata::score_select: clusters need sm_90 or newer, at most 8 query tokens "
         "and a capacity of at most 16777216 positions");

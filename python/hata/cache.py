@@ -61,7 +61,7 @@ class HataCache:
         dtype: torch.dtype,
         device: torch.device | str,
     ) -> None:
-        where = "HataCache"
+        where = type(self).__name__
         check_type(isinstance(weights, HashWeights), where, "weights", "be HashWeights", weights)
         config = HataConfig() if config is None else config
         check_type(isinstance(config, HataConfig), where, "config", "be a HataConfig", config)
@@ -202,9 +202,10 @@ class HataCache:
         where = "HataCache.reorder"
         order = self._sequences.counts(where, "batch_idx", batch_idx, self.batch - 1)
         used = min(self.page_size, max(self.seq_lens))  # rows of a page worth copying
-        sources, copies = map(self._sequences.to_device, self._sequences.reorder(where, order))
-        if len(sources) > 0:
-            self._storage.copy_pages(sources, copies, used)
+        sources, copies = self._sequences.reorder(where, order)
+        if sources:
+            to_device = self._sequences.to_device
+            self._storage.copy_pages(to_device(sources), to_device(copies), used)
         self._reordered(order, sources, copies)
 
     def keys_values(self, layer_idx: int, batch_idx: int | None = None) -> tuple[Tensor, Tensor]:
@@ -283,7 +284,7 @@ class HataCache:
             new_seqlens=new_seqlens,
         )
 
-    def _reordered(self, order: list[int], sources: Tensor, copies: Tensor) -> None:
+    def _reordered(self, order: list[int], sources: list[int], copies: list[int]) -> None:
         """Follows a `reorder` that has copied some pages onto others."""
 
     def _sparse_step(

@@ -81,9 +81,9 @@ class HostMemory:
         with torch.cuda.device(self.device):
             status = torch.cuda.cudart().cudaHostRegister(address, size, _REGISTER_FLAGS)
             if status.value != 0:
-                # CUDA shows a refusal to whoever asks next, which is torch's next launch.
+                # CUDA shows a refusal to whoever asks next, which is torch after its next kernel.
                 with contextlib.suppress(RuntimeError):
-                    torch.zeros(1, device=self.device)
+                    torch.empty(1, device=self.device).fill_(0)
                 raise RuntimeError(
                     f"hata.{function}: host memory must be pinned for keys and values, got CUDA "
                     f"error {status.value} for {size} bytes after {start}"

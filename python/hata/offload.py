@@ -24,6 +24,7 @@ PAGE_SIZE = 64
 PINNED_BLOCK_BYTES = 256 << 20
 # Rows of the row cache for each that a step selects.
 SLOTS_PER_SELECTED = 4
+MAX_SLOTS = 1 << 20  # of `hata.ops.fetch_rows`
 
 
 class OffloadedCache(HataCache):
@@ -38,9 +39,15 @@ class OffloadedCache(HataCache):
     values stay on the GPU. Where ``config.min_sparse_len`` is None every length is decoded
     sparsely: a dense step would read as much as the sequence has, over PCIe.
 
-    Where the device is the CPU, host memory is all there is, and nothing is pinned.
+    Where the device is the CPU, host memory is all there is, and nothing is pinned. On a GPU pages
+    of ``k_cache`` and ``v_cache`` that no sequence has had yet must not be touched: they may not be
+    pinned. `copy.deepcopy` is refused.
 
-    Source: HATA, arXiv 2506.02572, section 5.3 (HATA-off).
+    Source: HATA, arXiv 2506.02572, table 3 (HATA-off, of which no code was published).
+
+    Attributes:
+        host_memory: Bytes of host memory that keys and values may take.
+        row_cache: The `hata.row_cache.RowCache`; None where ``num_slots`` is 0.
 
     Args:
         weights: As `HataCache` takes them, like ``config``, ``batch``, ``max_seq_len``,
@@ -79,8 +86,9 @@ class OffloadedCache(HataCache):
         dtype: torch.dtype,
         device: torch.device | str,
     ) -> None:
-        check_int("OffloadedCache", "host_memory", host_memory, 1)
-        check_int("OffloadedCache", "page_size", page_size, 1)
+        where = type(self).__name__
+        check_int(where, "host_memory", host_memory, 1)
+        check_int(where, "page_size", page_size, 1)
         self.host_memory = host_memory
         super().__init__(
             weights,
@@ -97,10 +105,11 @@ class OffloadedCache(HataCache):
         capacity = self.block_table.shape[1] * self.page_size
         sparse = self.layer_budgets[self.num_resident_layers :]
         budget = min(max(layer.top_k for layer in sparse), capacity)
-        num_slots = min(SLOTS_PER_SELECTED * budget, capacity) if num_slots is None else num_slots
-        check_int("OffloadedCache", "num_slots", num_slots, 0, 1 << 20)
+        if num_slots is None:
+            num_slots = min(SLOTS_PER_SELECTED * budget, capacity, MAX_SLOTS)
+        check_int(where, "num_slots", num_slots, 0, MAX_SLOTS)
         rule = f"be 0 or at least {budget}, the positions that a step selects"
-        check(num_slots == 0 or num_slots >= budget, "OffloadedCache", "num_slots", rule, num_slots)
+        check(num_slots == 0 or num_slots >= budget, where, "num_slots", rule, num_slots)
         self.row_cache: RowCache | None = None
         if num_slots > 0:
             self.row_cache = RowCache(
@@ -121,21 +130,21 @@ class OffloadedCache(HataCache):
         assert pool is not None  # a page_size makes one
         num_layers, dense = self.num_layers - self.num_resident_layers, self.config.num_dense_layers
         rule = f"be below num_layers={self.num_layers}"
-        check(num_layers > 0, "OffloadedCache", "config.num_dense_layers", rule, dense)
+        check(num_layers > 0, function, "config.num_dense_layers", rule, dense)
         row_bytes = 2 * self.num_kv_heads * self.head_dim * dtype.itemsize
         page_bytes = num_layers * pool.page_size * row_bytes
         num_pages = min(pool.num_pages, self.host_memory // page_bytes)
         rule = f"hold a page of {pool.page_size} positions, which is {page_bytes} bytes"
-        check(num_pages > 0, "OffloadedCache", "host_memory", rule, self.host_memory)
+        check(num_pages > 0, function, "host_memory", rule, self.host_memory)
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", torch.cuda.current_device())
-        host = HostMemory("OffloadedCache", num_pages * page_bytes, device)
+        host = HostMemory(function, num_pages * page_bytes, device)
 
         def reserve(function: str, held: int) -> None:
             if held * page_bytes > host.num_pinned:
                 host.pin(function, max(held * page_bytes, host.num_pinned + PINNED_BLOCK_BYTES))
 
-        reserve("OffloadedCache", 1)
+        reserve(function, 1)
         limit = f", all that host_memory={self.host_memory} bytes hold"
         pool = PagePool(
             self.batch,
@@ -169,9 +178,9 @@ class OffloadedCache(HataCache):
         if self.row_cache is not None:
             self.row_cache.forget(self.cache_seqlens)
 
-    def _reordered(self, order: list[int], sources: Tensor, copies: Tensor) -> None:
+    def _reordered(self, order: list[int], sources: list[int], copies: list[int]) -> None:
         if self.row_cache is not None:
-            self.row_cache.reorder(self._sequences.to_device(order), sources, copies)
+            self.row_cache.reorder(*map(self._sequences.to_device, (order, sources, copies)))
 
     def _sparse_step(
         self,

@@ -51,7 +51,9 @@ class PageStorage:
             dtype: The dtype of keys and values.
             device: Where the tensors lie.
             host: Where the keys and values of all but the first layers lie: page after page, in
-                each the keys and the values of one layer after the other.
+                each one layer and KV head after the other, and a position's key beside its value.
+                So a row is one piece of memory, and neighbouring rows are neighbours, in as few of
+                the small pages by which a GPU finds host memory as can be.
             num_resident_layers: First layers whose keys and values do not.
         """
         _, num_kv_heads, head_dim, _ = weights.shape
@@ -64,12 +66,12 @@ class PageStorage:
         bits, norms = weights.layer_bits, weights.key_norms
         num_resident = len(bits) if host is None else num_resident_layers
         k_cache, v_cache = ([pages(rows, dtype) for _ in range(num_resident)] for _ in range(2))
-        if host is not None and num_resident < len(bits):
-            shape = (num_pages, len(bits) - num_resident, 2, page_size, num_kv_heads, head_dim)
+        if host is not None:
+            shape = (num_pages, len(bits) - num_resident, num_kv_heads, page_size, 2, head_dim)
             used = math.prod(shape) * dtype.itemsize
-            layers = host.tensor()[:used].view(dtype).view(shape).unbind(1)
-            k_cache += [layer[:, 0] for layer in layers]
-            v_cache += [layer[:, 1] for layer in layers]
+            layers = host.tensor()[:used].view(dtype).view(shape).transpose(2, 3).unbind(1)
+            k_cache += [layer[:, :, :, 0] for layer in layers]
+            v_cache += [layer[:, :, :, 1] for layer in layers]
         return cls(
             k_cache=k_cache,
             v_cache=v_cache,

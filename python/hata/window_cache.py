@@ -1,7 +1,9 @@
-"""The cache of layers with a sliding window, in storage of a fixed size, and attention over it."""
+"""The cache of layers with a sliding window or chunks, of a fixed size, and attention over it."""
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -17,9 +19,30 @@ PAGE_SIZE = 16
 # A prompt attends at least so many tokens at a time.
 MIN_BLOCK_LEN = 512
 
+Position = TypeVar("Position", int, Tensor)
+
+
+@dataclass(frozen=True)
+class Window:
+    """Which positions the tokens of a layer see: the last ones, themselves among them.
+
+    Attributes:
+        size: How many at most.
+        is_chunk: Whether sequences are cut into chunks of ``size`` positions, and a token sees
+            those of its own chunk (Llama 4); else it sees the last ``size`` positions (Longformer,
+            arXiv 2004.05150, section 3.1; Mistral 7B, arXiv 2310.06825, section 2).
+    """
+
+    size: int
+    is_chunk: bool = False
+
+    def first(self, token: Position) -> Position:
+        """Returns the first position that a token sees; below 0 where that is before the start."""
+        return token - token % self.size if self.is_chunk else token - (self.size - 1)
+
 
 class WindowCache:
-    """Keys and values of the last positions, for layers whose tokens see the last ``window``.
+    """Keys and values of the last positions, for layers whose tokens see a `Window` of them.
 
     Position t of a sequence lies in row ``t % num_rows``: pages are handed out once and for all,
     in turn, by a block table that repeats them. The attention operators read lengths and block
@@ -30,7 +53,7 @@ class WindowCache:
     made when its first keys come, and keep their addresses.
 
     Attributes:
-        windows: Positions that a token of each layer sees, itself among them, ``[num_layers]``.
+        windows: What the tokens of each layer see, ``[num_layers]``.
         cache_seqlens: ``[batch]``, int32: positions so far, those of the last step included.
 
     Args:
@@ -43,7 +66,7 @@ class WindowCache:
 
     def __init__(
         self,
-        windows: Sequence[int],
+        windows: Sequence[Window],
         *,
         batch: int,
         max_seq_len: int,
@@ -62,7 +85,7 @@ class WindowCache:
         self.cache_seqlens = self._sequences.cache_seqlens
         self._longest = [0] * batch  # lengths that sequences had, of whose rows some may be lost
         self._num_pages = {
-            window: -(-min(max_seq_len, window + SPARE_ROWS) // PAGE_SIZE)
+            window: -(-min(max_seq_len, window.size + SPARE_ROWS) // PAGE_SIZE)
             for window in set(self.windows)
         }
         self._tables = {
@@ -70,7 +93,7 @@ class WindowCache:
             for window, num_pages in self._num_pages.items()
         }
         self._rows: dict[int, tuple[Tensor, Tensor]] = {}  # of each layer
-        self._seen: dict[int, tuple[Tensor, Tensor]] = {}  # of each window: what this step attends
+        self._seen: dict[Window, tuple[Tensor, Tensor]] = {}  # `_window_rows` of this step
 
     def _block_table(self, num_pages: int, max_seq_len: int) -> Tensor:
         pages = torch.arange(-(-max_seq_len // PAGE_SIZE), device=self.device) % num_pages
@@ -89,10 +112,10 @@ class WindowCache:
         for window, num_pages in self._num_pages.items():
             num_rows = num_pages * PAGE_SIZE
             # The positions longest - num_rows and later are there, unless all are; the next token
-            # needs the last window - 1 of those that stay.
+            # needs at most the last window.size - 1 of those that stay.
             for b, longest in enumerate(self._longest):
                 if longest > num_rows:
-                    shortest[b] = max(shortest[b], longest - num_rows + window - 1)
+                    shortest[b] = max(shortest[b], longest - num_rows + window.size - 1)
         return min(n - least for n, least in zip(self.seq_lens, shortest, strict=True))
 
     def extend(self, new: int) -> None:
@@ -189,6 +212,7 @@ class WindowCache:
                 attended = window_attention(
                     *(x.transpose(1, 2) for x in (q[chosen], keys, values)),
                     window=self.windows[layer_idx],
+                    first_position=self.seq_lens[part][0] - keys.shape[1],
                     softmax_scale=softmax_scale,
                     softcap=softcap,
                     sink_logits=sink_logits,
@@ -253,19 +277,19 @@ class WindowCache:
             add_sink_logits(out, lse, sink_logits)
         return out
 
-    def _window_rows(self, window: int, q_len: int, num_kv_heads: int) -> tuple[Tensor, Tensor]:
+    def _window_rows(self, window: Window, q_len: int, num_kv_heads: int) -> tuple[Tensor, Tensor]:
         """Returns the rows of the step's tokens, and the positions that each of them sees.
 
         Returns:
             rows ``[batch * q_len]`` of all sequences', and positions ``[batch, q_len, num_kv_heads,
-            window]``, int32, negative before the start.
+            window.size]``, int32; those before the start and after a token are none.
         """
         num_rows = self._num_pages[window] * PAGE_SIZE
         offset = torch.arange(-q_len, 0, device=self.device)
         positions = self.cache_seqlens[:, None] + offset
         first = torch.arange(self.batch, device=self.device)[:, None] * num_rows
-        back = torch.arange(1 - window, 1, dtype=torch.int32, device=self.device)
-        seen = positions.int()[:, :, None, None] + back
+        offsets = torch.arange(window.size, dtype=torch.int32, device=self.device)
+        seen = window.first(positions).int()[:, :, None, None] + offsets
         rows = (first + positions % num_rows).flatten()
         return rows, seen.expand(-1, -1, num_kv_heads, -1).contiguous()
 
@@ -279,7 +303,8 @@ class WindowCache:
         """
         window = self.windows[layer_idx]
         num_rows = self._num_pages[window] * PAGE_SIZE
-        past = torch.arange(max(0, before - window + 1), before, device=self.device) % num_rows
+        first = max(0, window.first(before))
+        past = torch.arange(first, before, device=self.device) % num_rows
         new = torch.arange(before, before + k.shape[1], device=self.device)[-num_rows:] % num_rows
         found = []
         for cached, x in zip(self._rows_for(layer_idx, k), (k, v), strict=True):
@@ -311,22 +336,23 @@ def window_attention(
     k: Tensor,
     v: Tensor,
     *,
-    window: int,
+    window: Window,
+    first_position: int = 0,
     softmax_scale: float,
     softcap: float | None = None,
     sink_logits: Tensor | None = None,
 ) -> Tensor:
-    """Attends causally to the last ``window`` positions, with torch's kernels.
+    """Attends causally to a window of positions, with torch's kernels.
 
-    Token t of the sequence sees the positions ``t - window + 1 .. t`` (Longformer, arXiv
-    2004.05150, section 3.1; Mistral 7B, arXiv 2310.06825, section 2). It goes by blocks of tokens,
-    each with the keys that it can see, so that time and memory grow with ``seq_len * window``.
+    It goes by blocks of tokens, each with the keys that it can see, so that time and memory grow
+    with ``seq_len * window.size``.
 
     Args:
         q: ``[batch, num_heads, q_len, head_dim]``, the last tokens of the sequence.
         k: ``[batch, num_kv_heads, seq_len, head_dim]``.
         v: The same shape.
-        window: Positions that a token sees, itself among them.
+        window: What a token sees.
+        first_position: The position of the first key, which the first query's window reaches.
         softmax_scale: Factor of the logits.
         softcap: Cap of the logits, or None.
         sink_logits: ``[num_heads]``, or None.
@@ -335,19 +361,20 @@ def window_attention(
         ``[batch, num_heads, q_len, head_dim]`` in q's dtype.
     """
     q_len, seq_len = q.shape[2], k.shape[2]
-    block_len, outs = max(window, MIN_BLOCK_LEN), []
-    for first in range(seq_len - q_len, seq_len, block_len):
-        last = min(first + block_len, seq_len)
-        start = max(0, first - window + 1)
+    block_len, outs = max(window.size, MIN_BLOCK_LEN), []
+    first_token, stop = first_position + seq_len - q_len, first_position + seq_len
+    for first in range(first_token, stop, block_len):
+        last = min(first + block_len, stop)
+        start = max(first_position, window.first(first))
         mask = None
-        if last - start > window:  # or every token sees all that is before it
+        if window.first(last - 1) > start:  # or every token sees all that is before it
             token = torch.arange(first, last, device=q.device)[:, None]
             position = torch.arange(start, last, device=q.device)
-            mask = ((position <= token) & (position > token - window))[None, None]
+            mask = ((position <= token) & (position >= window.first(token)))[None, None]
         outs.append(
             torch_attention(
-                q[:, :, first - (seq_len - q_len) : last - (seq_len - q_len)],
-                *(t[:, :, start:last] for t in (k, v)),
+                q[:, :, first - first_token : last - first_token],
+                *(t[:, :, start - first_position : last - first_position] for t in (k, v)),
                 softmax_scale=softmax_scale,
                 mask=mask,
                 is_causal=mask is None,

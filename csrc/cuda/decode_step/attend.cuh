@@ -4,14 +4,14 @@
 #include "cuda/decode_step/plan.cuh"
 
 // The fifth phase: one block attends over the positions that it selected from its slice, and the
-// cluster merges what its blocks found. Rows take the place of ranks and histogram.
+// blocks of the pair merge what they found. Rows take the place of ranks and histogram.
 namespace hata::step {
 
-// Attends over inputs.list, and writes this block's share of the cluster's result, by a whole
-// block. `rows` is attend_row_bytes() of shared memory, `results` kMaxResultBytes.
-template <typename T, int kHeadDim>
-__device__ __forceinline__ void attend(const GatherAttentionParams& p, const Place& place,
-                                       AttendInputs& inputs, void* rows, void* results) {
+// Attends over inputs.list and calls merge(what this block's warps found, their first query, how
+// many), by a whole block. `rows` is attend_row_bytes() of shared memory.
+template <typename T, int kHeadDim, typename Merge>
+__device__ __forceinline__ void attend(const GatherAttentionParams& p, const AttendInputs& inputs,
+                                       void* rows, const Merge& merge) {
   const int warp = threadIdx.x / kWarpSize, num_warps = blockDim.x / kWarpSize;
   const int group = p.num_heads / p.cache.num_kv_heads;
   const RowList& list = inputs.list;
@@ -35,10 +35,18 @@ __device__ __forceinline__ void attend(const GatherAttentionParams& p, const Pla
   partials.weigh();
   __syncthreads();
 
-  const int64_t first_query =
-      (int64_t{list.batch_idx} * p.cache.num_kv_heads + list.kv_head_idx) * group;
+  merge.template operator()<T, kHeadDim>(
+      partials, (int64_t{list.batch_idx} * p.cache.num_kv_heads + list.kv_head_idx) * group, group);
+}
+
+// Writes this block's share of the cluster's result, by a whole block.
+template <typename T, int kHeadDim>
+__device__ __forceinline__ void merge_cluster(const GatherAttentionParams& p, SharedPlan& shared,
+                                              const Partials<kHeadDim>& partials,
+                                              int64_t first_query, int group) {
+  const Place& place = shared.slice.place;
   if (place.num_blocks > 1) {
-    const Received received(inputs.results_arrived, results, place.num_blocks, group);
+    const Received received(shared.attend.results_arrived, shared.results, place.num_blocks, group);
     merge_blocks<T>(p, place.block, place.num_blocks, partials, received, first_query, group);
     return;
   }
@@ -49,11 +57,12 @@ __device__ __forceinline__ void attend(const GatherAttentionParams& p, const Pla
   }
 }
 
-// Attends over what this block selected, whose list stands in the plan, by a whole block.
-__device__ __forceinline__ void attend_selected(const GatherAttentionParams& p,
-                                                SharedPlan& shared) {
+// Attends over the list in the plan and calls merge() as attend() does, by a whole block.
+template <typename Merge>
+__device__ __forceinline__ void attend_selected(const GatherAttentionParams& p, SharedPlan& shared,
+                                                const Merge& merge) {
   const auto call = [&]<typename T, int kHeadDim>() {
-    attend<T, kHeadDim>(p, shared.slice.place, shared.attend, shared.histogram, shared.results);
+    attend<T, kHeadDim>(p, shared.attend, shared.histogram, merge);
   };
   const auto call_for_type = [&]<typename T>() {
     if (p.cache.head_dim == 128) return call.template operator()<T, 128>();

@@ -9,26 +9,24 @@
 // find the group with the cut, and then the bins of that group.
 namespace hata::step {
 
-// What the counts at one place in the blocks' histograms add up to.
-struct ClusterCount {
-  uint32_t total = 0;   // of the whole cluster
-  uint32_t before = 0;  // of the blocks before this one
-
-  __device__ ClusterCount& operator+=(const ClusterCount& other) {
-    total += other.total, before += other.before;
-    return *this;
-  }
-};
+// Returns the cut in terms of ranks of which the second histogram, of the bin that the first one
+// has found, has given the low bits.
+__device__ __forceinline__ Cut cut_within(const Cut& coarse, Cut cut, int shift) {
+  cut.above += coarse.above;
+  cut.above_before += coarse.above_before;
+  cut.bin |= coarse.bin << shift;
+  return cut;
+}
 
 // Adds up the counts that the blocks have sent: received[b * pitch] is block b's.
-__device__ __forceinline__ ClusterCount sum_of_blocks(const Place& place, const uint32_t* received,
-                                                      int pitch) {
+__device__ __forceinline__ PairCount sum_of_blocks(const Place& place, const uint32_t* received,
+                                                   int pitch) {
   uint32_t counts[kMaxCluster];
 #pragma unroll
   for (int block = 0; block < kMaxCluster; ++block) {
     counts[block] = block < place.num_blocks ? received[block * pitch] : 0;
   }
-  ClusterCount sum;
+  PairCount sum;
 #pragma unroll
   for (int block = 0; block < kMaxCluster; ++block) {
     sum.total += counts[block];
@@ -56,12 +54,12 @@ __device__ __forceinline__ void send_group_sums(const Place& place, const uint32
 // A lane, and what the lanes before it count.
 struct FoundLane {
   int lane;
-  ClusterCount above;
+  PairCount above;
 };
 
 // Finds the lane with the `wanted`-th of the things that the lanes count, those of lane 0 first, or
 // the last lane if there are fewer, by a whole warp.
-__device__ __forceinline__ FoundLane find_lane(const ClusterCount& mine, uint32_t wanted) {
+__device__ __forceinline__ FoundLane find_lane(const PairCount& mine, uint32_t wanted) {
   const int lane = threadIdx.x % kWarpSize;
   const uint32_t inclusive = warp_inclusive_scan(mine.total);
   const unsigned reached = __ballot_sync(kFullMask, inclusive >= wanted);
@@ -74,34 +72,47 @@ __device__ __forceinline__ FoundLane find_lane(const ClusterCount& mine, uint32_
 // The group of bins that holds the cut, and what the groups above it count.
 struct FoundGroup {
   int group;
-  ClusterCount above;
+  PairCount above;
 };
 
-// Finds the group of bins with the cut, by one warp of each block, once all group sums have
-// arrived: groups[b * pitch + g] is group g of block b. If fewer than `wanted` ranks are counted,
-// it is some group.
-__device__ __forceinline__ FoundGroup find_group(const Place& place, const uint32_t* groups,
-                                                 int pitch, int num_groups, uint32_t wanted) {
+// Finds the group of bins with the cut, by a warp. count_of(g) is what group g counts. If fewer
+// than `wanted` ranks are counted, it is some group.
+template <typename CountOf>
+__device__ __forceinline__ FoundGroup find_group(int num_groups, uint32_t wanted,
+                                                 const CountOf& count_of) {
   const int lane = threadIdx.x % kWarpSize;
   // Lane 0 has the highest groups.
   const int per_lane = (num_groups + kWarpSize - 1) / kWarpSize;
-  ClusterCount mine;
+  PairCount mine;
 #pragma unroll 1
   for (int i = 0; i < per_lane; ++i) {
     const int group = num_groups - 1 - lane * per_lane - i;
-    if (group >= 0) mine += sum_of_blocks(place, groups + group, pitch);
+    if (group >= 0) mine += count_of(group);
   }
   const FoundLane of_groups = find_lane(mine, wanted);
-  ClusterCount above = of_groups.above;
+  PairCount above = of_groups.above;
   int group = max(num_groups - 1 - of_groups.lane * per_lane, 0);
 #pragma unroll 1
   for (int i = 1; i < per_lane && group > 0; ++i) {
-    const ClusterCount sum = sum_of_blocks(place, groups + group, pitch);
+    const PairCount sum = count_of(group);
     if (wanted <= above.total + sum.total) break;
     above += sum;
     --group;
   }
   return {group, above};
+}
+
+// Finds the bin with the cut in the group with the cut, by a warp, of which lane 0 counts the
+// highest bin, lane 1 the next, and so on.
+__device__ __forceinline__ Cut cut_in_group(const FoundGroup& found, const PairCount& mine,
+                                            uint32_t wanted) {
+  const int first_bin = found.group * kGroupBins + kGroupBins - 1;  // lane 0's
+  const FoundLane of_bins = find_lane(mine, wanted - found.above.total);
+  PairCount above = found.above;
+  above += of_bins.above;
+  return {static_cast<uint32_t>(first_bin - of_bins.lane), above.total,
+          __shfl_sync(kFullMask, mine.total, of_bins.lane), above.before,
+          __shfl_sync(kFullMask, mine.before, of_bins.lane)};
 }
 
 // Tells the other blocks this block's bins of the group, which lie in `histogram`, aligned to 16
@@ -122,14 +133,8 @@ __device__ __forceinline__ Cut find_bin(const Place& place, const uint32_t* hist
          shared_address(&bins_arrived, block));
   }
   bins_arrived.wait(phase);
-  const int first_bin = found.group * kGroupBins + kGroupBins - 1;  // lane 0's
-  const ClusterCount ties = sum_of_blocks(place, bins + kGroupBins - 1 - lane, kGroupBins);
-  const FoundLane of_bins = find_lane(ties, wanted - found.above.total);
-  ClusterCount above = found.above;
-  above += of_bins.above;
-  return {static_cast<uint32_t>(first_bin - of_bins.lane), above.total,
-          __shfl_sync(kFullMask, ties.total, of_bins.lane), above.before,
-          __shfl_sync(kFullMask, ties.before, of_bins.lane)};
+  return cut_in_group(found, sum_of_blocks(place, bins + kGroupBins - 1 - lane, kGroupBins),
+                      wanted);
 }
 
 // Whether group sums are exchanged in a phase of find_cuts(). Beside telling the sums they order
@@ -176,16 +181,16 @@ __device__ __forceinline__ void find_cuts(const Params& params, SharedPlan& shar
       bound = __reduce_max_sync(
           kFullMask, lane < slice.place.num_blocks ? shared.cut_inbox.bounds.sent[j][lane] : 0);
     }
-    found =
-        find_group(slice.place, shared.cut_inbox.groups + j * groups, kMaxGroups, groups, wanted);
+    const uint32_t* sums = shared.cut_inbox.groups + j * groups;  // [kMaxCluster, kMaxGroups]
+    found = find_group(groups, wanted, [&](int group) {
+      return sum_of_blocks(slice.place, sums + group, kMaxGroups);
+    });
   }
   const int slot = has_sums ? j : 1;
   Cut cut = find_bin(slice.place, shared.histogram + j * num_bins, found, wanted, shared.bins[slot],
                      shared.bins_arrived[slot], has_sums ? phase + repeats : 0);
   if (kBounded) cut.is_counted = cut.above + cut.ties >= wanted && cut.bin >= bound;
-  cut.above += coarse.above;
-  cut.above_before += coarse.above_before;
-  cut.bin |= coarse.bin << params.bins.shift;
+  cut = cut_within(coarse, cut, params.bins.shift);
   __syncwarp();  // all lanes have read the coarse cut
   if (lane == 0) shared.cuts[j] = cut;
 }

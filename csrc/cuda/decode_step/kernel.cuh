@@ -4,6 +4,7 @@
 #include "cuda/decode_step/candidates.cuh"
 #include "cuda/decode_step/cut.cuh"
 #include "cuda/decode_step/encode.cuh"
+#include "cuda/decode_step/exchange.cuh"
 #include "cuda/decode_step/scan.cuh"
 #include "cuda/decode_step/select.cuh"
 #include "cuda/primitives/cluster.cuh"
@@ -22,6 +23,19 @@ __device__ __forceinline__ void warm_up(const KernelParams& params) {
   for (size_t i = 0; i < sizeof(KernelParams) / 4; i += kLine / 4) asm volatile("" ::"r"(words[i]));
 }
 
+// Appends this block's share of the new tokens, by its last warps.
+__device__ __forceinline__ void append(const Params& params, const SharedPlan& shared) {
+  const Slice& slice = shared.slice;
+  if (!params.encodes) return;
+  if (params.encode.dtype == DType::kBFloat16) {
+    write_new_tokens<__nv_bfloat16>(params.append, slice.kv_head_idx, slice.place, slice.begin,
+                                    slice.end, shared.new_tokens, shared.new_rows);
+  } else {
+    write_new_tokens<__half>(params.append, slice.kv_head_idx, slice.place, slice.begin, slice.end,
+                             shared.new_tokens, shared.new_rows);
+  }
+}
+
 // One block's part of the step, from its beginning to its end.
 template <int kNumWords, bool kNorms, KernelKind kKind>
 __device__ __forceinline__ void run_step(const Params& params) {
@@ -31,13 +45,19 @@ __device__ __forceinline__ void run_step(const Params& params) {
   const ScoreSelectParams& p = params.select;
   using AllRanks = AllRanks<kNumWords, kNorms, kKind>;
   using Candidates = Candidates<kNumWords, kNorms, kKind>;
-  constexpr bool kTokens = kKind == KernelKind::kTokens;
+  constexpr bool kTokens = kKind == KernelKind::kTokens, kGrid = kKind == KernelKind::kGrid;
   constexpr int kChunk = AllRanks::Chunk::kPositions;
   const int warp = threadIdx.x / kWarpSize;
-  const int num_blocks = blocks_of_cluster();
+  const int blocks_per_pair = kGrid ? params.blocks_per_pair : blocks_of_cluster();
 
   // Begin: barriers, and zeros.
   ScanTables& tables = shared.scan.tables;
+  if constexpr (kGrid) {
+    auto* const inbox = reinterpret_cast<uint32_t*>(&shared.pair_inbox);
+    for (int i = threadIdx.x; i < static_cast<int>(sizeof(PairInbox) / 4); i += blockDim.x) {
+      inbox[i] = 0;
+    }
+  }
   if (threadIdx.x == 0) {
     shared.guesses_arrived.init();
     shared.sums_arrived.init();
@@ -61,8 +81,10 @@ __device__ __forceinline__ void run_step(const Params& params) {
 
   // Encode, and say which slice is this block's.
   {
-    const Place place{block_of_cluster(), num_blocks};
-    const int batch_idx = cluster_idx(), kv_head_idx = blockIdx.y;
+    Place place{kGrid ? static_cast<int>(blockIdx.x) % blocks_per_pair : block_of_cluster(),
+                blocks_per_pair};
+    const int batch_idx = kGrid ? static_cast<int>(blockIdx.x) / blocks_per_pair : cluster_idx();
+    const int kv_head_idx = blockIdx.y;
     const EncodeTask task{params.encode, params.append, batch_idx,
                           kv_head_idx,   params.group,  place};
     const EncodeScratch scratch(behind_plan, params.rank_bytes, params.encode, params.group);
@@ -76,10 +98,19 @@ __device__ __forceinline__ void run_step(const Params& params) {
                    params.attends ? shared.attend.queries : nullptr);
     }
     const int seq_len = seq_len_of(p.table, batch_idx);
+    if constexpr (kGrid) {
+      place.num_blocks = blocks_that_share(params, seq_len);
+      if (place.block >= place.num_blocks) {
+        wait_at_cluster_barrier();
+        cp_async_wait<0>();
+        arrive_at_grid_barrier();
+        return;
+      }
+    }
     const int page = only_page(p.table, batch_idx);
     const CodeReader<kNumWords> reader(p.table, p.code_cache, batch_idx, kv_head_idx, page);
     const int slice_len =
-        ceil_div(ceil_div(seq_len, num_blocks), kSliceAlignment) * kSliceAlignment;
+        ceil_div(ceil_div(seq_len, place.num_blocks), kSliceAlignment) * kSliceAlignment;
     Slice slice{.place = place,
                 .first_list = int64_t{batch_idx} * p.q_len * p.num_kv_heads + kv_head_idx,
                 .batch_idx = batch_idx,
@@ -100,7 +131,7 @@ __device__ __forceinline__ void run_step(const Params& params) {
   const Slice& slice = shared.slice;  // in shared memory, which leaves the scan its registers
   const bool chooses = must_choose(p, slice.seq_len);
   const AllRanks all_ranks{reinterpret_cast<uint16_t*>(behind_plan), slice.length};
-  const bool keeps_all = kKind == KernelKind::kRanksFit || !chooses ||
+  const bool keeps_all = kKind == KernelKind::kRanksFit || kGrid || !chooses ||
                          (p.algorithm != ScoreSelectAlgorithm::kCandidates &&
                           int64_t{slice.length} * p.q_len * 2 <= params.rank_bytes);
   const auto scratch = reinterpret_cast<uint32_t*>(behind_plan);
@@ -109,6 +140,7 @@ __device__ __forceinline__ void run_step(const Params& params) {
       {scratch + kTableWords, scratch + kTableWords + params.num_bit_words,
        TileBits::words_for(slice.length, static_cast<int>(blockDim.x))}};
   int repeats = 0;
+  const bool shares = kGrid && shares_grid(slice.place);
   if (keeps_all) {
     if (chooses) {
       scan<kNumWords, kNorms, kTokens>(params, shared, slice, all_ranks,
@@ -116,20 +148,20 @@ __device__ __forceinline__ void run_step(const Params& params) {
     }
     __syncthreads();
     wait_at_cluster_barrier();  // every block has begun
-    if (chooses) find_cuts(params, shared, 0);
+    if (shares) {
+      GridArrival arrival = tell_grid(params, shared, chooses);
+      append(params, shared);
+      wait_at_grid_barrier(arrival);
+      if (chooses) find_cut_of_pair(params, shared);
+    } else {
+      if constexpr (kGrid) arrive_at_grid_barrier();  // others wait there
+      if (chooses) find_cuts(params, shared, 0);
+    }
   } else {
     repeats = scan_for_candidates<kNumWords, kNorms, kKind>(params, shared, candidates);
   }
   // The last warps append while others find the cuts.
-  if (params.encodes) {
-    if (params.encode.dtype == DType::kBFloat16) {
-      write_new_tokens<__nv_bfloat16>(params.append, slice.kv_head_idx, slice.place, slice.begin,
-                                      slice.end, shared.new_tokens, shared.new_rows);
-    } else {
-      write_new_tokens<__half>(params.append, slice.kv_head_idx, slice.place, slice.begin,
-                               slice.end, shared.new_tokens, shared.new_rows);
-    }
-  }
+  if (!shares) append(params, shared);
   __syncthreads();
 
   // Select.
@@ -141,13 +173,19 @@ __device__ __forceinline__ void run_step(const Params& params) {
   IndexRange range;
   if (keeps_all) {
     const RankSource<AllRanks, kNorms> ranks{all_ranks, ComparedRanks::pieces_for(slice.length)};
-    range = select_from(params, shared, ranks, 0, kept, num_kept);
+    const auto find_fine_cuts = [&] {
+      shares ? find_fine_cut_of_pair(params, shared) : find_cuts(params, shared, 1);
+    };
+    range = select_from(params, shared, ranks, find_fine_cuts, kept, num_kept);
   } else {
-    range = select_from(params, shared, candidates, repeats, kept, num_kept);
+    range = select_from(
+        params, shared, candidates, [&] { find_cuts(params, shared, 1, repeats); }, kept, num_kept);
   }
 
   // Attend.
   if (kTokens || !params.attends) return;
+  const bool evens_out = shares && is_uneven(params, shared);
+  if (evens_out) range = even_share(params, slice);
   if (threadIdx.x == 0) {
     const int num_positions = range.end - range.first;
     shared.attend.list = {.batch_idx = slice.batch_idx,
@@ -155,18 +193,26 @@ __device__ __forceinline__ void run_step(const Params& params) {
                           .visible = slice.seq_len,
                           .only_page = slice.only_page,
                           .num_positions = num_positions,
-                          .positions = num_positions <= num_kept
+                          .positions = num_positions <= num_kept && !evens_out
                                            ? kept
                                            : p.indices + slice.first_list * p.top_k + range.first};
   }
   __syncthreads();  // the positions are written
-  attend_selected(params.attend, shared);
+  attend_selected(params.attend, shared,
+                  [&]<typename T, int kHeadDim>(const Partials<kHeadDim>& partials,
+                                                int64_t first_query, int group) {
+                    if (shares) {
+                      merge_pair<T>(params, shared, partials, first_query, group);
+                    } else {
+                      merge_cluster<T>(params.attend, shared, partials, first_query, group);
+                    }
+                  });
 }
 
-// grid: (batch clusters, num_kv_heads). Each block of a cluster scans one slice of the sequence,
-// keeping ranks and a histogram of them; the cluster adds up its histograms and finds the rank of
-// the last selected position; each block writes its part of the indices, in order, and attends over
-// it.
+// grid: (batch clusters, num_kv_heads), or with kGrid (batch blocks_per_pair, num_kv_heads). Each
+// block of a pair scans one slice of the sequence, keeping ranks and a histogram of them; the
+// blocks add up their histograms and find the rank of the last selected position; each block writes
+// its part of the indices, in order, and attends over it.
 template <int kNumWords, bool kNorms, KernelKind kKind>
 __global__ void __launch_bounds__(many_threads(kKind), 1)
     decode_step_kernel(const __grid_constant__ Params params) {

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <bit>
+#include <optional>
 
 #include "cuda/decode_step/kernel.cuh"
 #include "cuda/primitives/launch.cuh"
@@ -10,26 +11,26 @@
 // How the fused step is cut into blocks, and its launch.
 namespace hata::step {
 
-// How the work is cut: threads of a block, their shared memory behind the plan, blocks of a
-// cluster.
+// How the work is cut: threads of a block, their shared memory behind the plan, and the blocks that
+// share a pair: a cluster, or with kGrid any number.
 struct LaunchPlan {
   int threads;
   int rank_bytes;
-  int cluster_size;
+  int blocks_per_pair;
 };
 
 // Returns the positions of a block's slice of a full cache.
-inline int slice_of(const ScoreSelectParams& p, int cluster_size) {
-  return ceil_div(p.table.capacity, cluster_size * kSliceAlignment) * kSliceAlignment;
+inline int slice_of(const ScoreSelectParams& p, int blocks_per_pair) {
+  return ceil_div(p.table.capacity, blocks_per_pair * kSliceAlignment) * kSliceAlignment;
 }
 
 // Returns the shared memory for the ranks of one block's slice of a full cache, within what there
 // is; in all enough for rows, which take the place of everything from the histogram on.
-inline int rank_bytes_for(const Params& params, int threads, bool shares, int cluster_size) {
+inline int rank_bytes_for(const Params& params, int threads, bool shares, int blocks_per_pair) {
   const ScoreSelectParams& p = params.select;
   if (shares) return kSharingRankBytes;
   if (p.algorithm == ScoreSelectAlgorithm::kCandidates) return kMostRankBytes;
-  int64_t bytes = int64_t{slice_of(p, cluster_size)} * p.q_len * 2;
+  int64_t bytes = int64_t{slice_of(p, blocks_per_pair)} * p.q_len * 2;
   if (params.attends) {
     const int row_bytes = attend_row_bytes(threads, params.attend.cache.head_dim);
     bytes = std::max<int64_t>(bytes, kRowOffset + row_bytes - kPlanBytes) + kKeptBytes;
@@ -40,7 +41,7 @@ inline int rank_bytes_for(const Params& params, int threads, bool shares, int cl
 // Whether the ranks of a full cache fit into shared memory. Otherwise, lists of candidates do.
 inline bool all_ranks_fit(const ScoreSelectParams& p, const LaunchPlan& plan) {
   return p.algorithm != ScoreSelectAlgorithm::kCandidates &&
-         int64_t{slice_of(p, plan.cluster_size)} * p.q_len * 2 <= plan.rank_bytes;
+         int64_t{slice_of(p, plan.blocks_per_pair)} * p.q_len * 2 <= plan.rank_bytes;
 }
 
 constexpr int list_entries(int bytes, int bit_words, int threads, int q_len) {
@@ -61,7 +62,7 @@ static_assert(lists_fit(KernelKind::kTokens, kMaxTokens));
 inline void share_out_candidates(Params& params, const LaunchPlan& plan) {
   const ScoreSelectParams& p = params.select;
   params.num_bit_words =
-      plan.threads * TileBits::words_for(slice_of(p, plan.cluster_size), plan.threads);
+      plan.threads * TileBits::words_for(slice_of(p, plan.blocks_per_pair), plan.threads);
   const int entries = list_entries(plan.rank_bytes, params.num_bit_words, plan.threads, p.q_len);
   const bool few = p.algorithm == ScoreSelectAlgorithm::kCandidates;
   const int used = few ? kListHeader + kListGroup : entries;
@@ -89,19 +90,24 @@ struct ResidentClusters {
   int many[kMaxCluster];  // of many_threads()
 };
 
-// Asks the current device.
-template <typename Kernel>
-ResidentClusters ask_for_resident_clusters(Kernel kernel, KernelKind kind, const char* op) {
-  ResidentClusters resident{.exist = compiled_for_clusters(kernel, op)};
-  if (!resident.exist) return resident;
-  allow_shared_memory(kernel, kPlanBytes + kMostRankBytes, op);
-  for (int size = 1; size <= kMaxCluster; ++size) {
-    resident.few[size - 1] =
-        max_active_clusters(kernel, few_threads(kind), kPlanBytes + kSharingRankBytes, size, op);
-    resident.many[size - 1] =
-        max_active_clusters(kernel, many_threads(kind), kPlanBytes + kMostRankBytes, size, op);
-  }
-  return resident;
+// Asks the current device, once: that is slow.
+template <int kNumWords, bool kNorms, KernelKind kKind>
+ResidentClusters resident_clusters(const char* op) {
+  static Memo<int, ResidentClusters> remembered;
+  return remembered.get(current_device(op), [&] {
+    const auto kernel = decode_step_kernel<kNumWords, kNorms, kKind>;
+    ResidentClusters resident{.exist = compiled_for_clusters(kernel, op)};
+    if (!resident.exist) return resident;
+    allow_shared_memory(kernel, kPlanBytes + kMostRankBytes, op);
+    for (int size = 1; size <= kMaxCluster; ++size) {
+      const auto ask = [&](int threads, int rank_bytes) {
+        return max_active_clusters(kernel, threads, kPlanBytes + rank_bytes, size, op);
+      };
+      resident.few[size - 1] = ask(few_threads(kKind), kSharingRankBytes);
+      resident.many[size - 1] = ask(many_threads(kKind), kMostRankBytes);
+    }
+    return resident;
+  });
 }
 
 // Chooses the plan with the most threads for which all clusters are resident at once: a second wave
@@ -124,32 +130,74 @@ inline LaunchPlan choose_plan(const ResidentClusters& resident, KernelKind kind,
   return best;
 }
 
+// The first cluster of a pair may have slices of twice kGridCost (shortest_for_grid()).
+static_assert(2 * kGridCost * 2 <= kSharingRankBytes);
+
+// A grid whose blocks share the pairs: clusters, the first of which serves a pair alone where its
+// sequence is short.
+struct GridPlan {
+  LaunchPlan plan;
+  int cluster_size;
+  int grid_from;  // as in Params
+};
+
+// Chooses the plan by which the blocks of the whole grid share the pairs; nothing where clusters
+// serve them better, or must.
+inline std::optional<GridPlan> choose_grid_plan(const ResidentClusters& resident,
+                                                const Params& params) {
+  const ScoreSelectParams& p = params.select;
+  const bool is_forced = p.algorithm == ScoreSelectAlgorithm::kGrid;
+  if (!is_forced && p.algorithm != ScoreSelectAlgorithm::kAuto) return std::nullopt;
+  const int64_t num_pairs = int64_t{p.table.batch} * p.num_kv_heads;
+  const int threads = many_threads(KernelKind::kGrid);
+  // On an H100 15 clusters of eight fit, and 31 of four.
+  for (const int size : {kMaxCluster, kMaxCluster / 2}) {
+    const int clusters = std::min(resident.many[size - 1], kMaxGridBlocks / size);
+    const int blocks = static_cast<int>(clusters / num_pairs) * size;
+    if (blocks <= kMaxCluster) continue;
+    const LaunchPlan plan{threads, rank_bytes_for(params, threads, false, blocks), blocks};
+    const int shortest = shortest_for_grid(blocks, kMaxCluster);
+    if (!all_ranks_fit(p, plan) || (!is_forced && p.table.capacity < shortest)) continue;
+    return GridPlan{plan, size, is_forced ? 0 : shortest_for_grid(blocks, size)};
+  }
+  return std::nullopt;
+}
+
 template <int kNumWords, bool kNorms>
 bool launch(Params& params, CudaStream stream) {
   constexpr const char* kOp = "hata::score_select";
-  const auto ranks_fit = decode_step_kernel<kNumWords, kNorms, KernelKind::kRanksFit>;
-  const auto one_token = decode_step_kernel<kNumWords, kNorms, KernelKind::kOneToken>;
-  const bool one = params.select.q_len == 1;
-  const auto kernel = one ? ranks_fit : decode_step_kernel<kNumWords, kNorms, KernelKind::kTokens>;
-  const KernelKind kind = one ? KernelKind::kRanksFit : KernelKind::kTokens;
-  // The device is asked once: that is slow.
-  static Memo<std::pair<int, KernelKind>, ResidentClusters> remembered;
-  const ResidentClusters resident = remembered.get(
-      {current_device(kOp), kind}, [&] { return ask_for_resident_clusters(kernel, kind, kOp); });
+  const ScoreSelectParams& p = params.select;
+  const bool one = p.q_len == 1;
+  const ResidentClusters resident =
+      one ? resident_clusters<kNumWords, kNorms, KernelKind::kRanksFit>(kOp)
+          : resident_clusters<kNumWords, kNorms, KernelKind::kTokens>(kOp);
   if (!resident.exist) return false;
-  const LaunchPlan plan = choose_plan(resident, kind, params);
-  params.bins = bins_for(params.select);
+  std::optional<GridPlan> grid;
+  if (one) {
+    grid = choose_grid_plan(resident_clusters<kNumWords, kNorms, KernelKind::kGrid>(kOp), params);
+  }
+  const LaunchPlan plan =
+      grid ? grid->plan
+           : choose_plan(resident, one ? KernelKind::kRanksFit : KernelKind::kTokens, params);
+  params.bins = bins_for(p);
+  params.blocks_per_pair = plan.blocks_per_pair;
+  params.grid_from = grid ? grid->grid_from : 0;
   params.rank_bytes = plan.rank_bytes;
   share_out_candidates(params, plan);
   params.row_end = kRowOffset + attend_row_bytes(plan.threads, params.attend.cache.head_dim);
-  launch_kernel(
-      kernel == ranks_fit && !all_ranks_fit(params.select, plan) ? one_token : kernel,
-      {.grid = dim3(params.select.table.batch * plan.cluster_size, params.select.num_kv_heads),
-       .threads = plan.threads,
-       .shared_bytes = kPlanBytes + plan.rank_bytes,
-       .cluster_size = plan.cluster_size,
-       .overlaps_previous = true},
-      stream, kOp, params);
+  const auto kernel = grid   ? decode_step_kernel<kNumWords, kNorms, KernelKind::kGrid>
+                      : !one ? decode_step_kernel<kNumWords, kNorms, KernelKind::kTokens>
+                      : all_ranks_fit(p, plan)
+                          ? decode_step_kernel<kNumWords, kNorms, KernelKind::kRanksFit>
+                          : decode_step_kernel<kNumWords, kNorms, KernelKind::kOneToken>;
+  launch_kernel(kernel,
+                {.grid = dim3(p.table.batch * plan.blocks_per_pair, p.num_kv_heads),
+                 .threads = plan.threads,
+                 .shared_bytes = kPlanBytes + plan.rank_bytes,
+                 .cluster_size = grid ? grid->cluster_size : plan.blocks_per_pair,
+                 .overlaps_previous = true,
+                 .is_cooperative = grid.has_value()},
+                stream, kOp, params);
   return true;
 }
 

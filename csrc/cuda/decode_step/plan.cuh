@@ -12,8 +12,9 @@
 // The plan of the fused step: what it is told, how it is cut, and what a block has in shared
 // memory.
 //
-// A cluster of up to eight blocks serves one (sequence, KV head), each block one slice of the
-// sequence. A block goes through these phases, each in a file of its own:
+// A cluster of up to eight blocks serves one (sequence, KV head), a pair, each block one slice of
+// the sequence; where pairs are few, the blocks of the whole grid share them. A block goes through
+// these phases, each in a file of its own:
 //
 //   encode      queries become bit planes, the new tokens' keys become codes
 //   scan        every code of the slice becomes a rank, counted in a histogram
@@ -21,6 +22,7 @@
 //   select      each block writes its part of the indices, in order
 //   attend      each block attends over them, and the cluster merges the results
 //   candidates  what scan and select do instead where ranks do not fit into shared memory
+//   exchange    what cut and attend do instead where the blocks of a pair are no cluster
 //
 // A rank is a 16-bit number with the order of the scores. With norms it is the float16 score as
 // ordered_rank_float16() maps it, otherwise the score's count of matches.
@@ -48,7 +50,8 @@ constexpr bool can_attend(const GatherAttentionParams& p) {
 enum class KernelKind {
   kRanksFit,  // one query token, and the ranks of a full cache fit into shared memory
   kOneToken,  // one query token, any cache
-  kTokens     // several query tokens, any cache
+  kTokens,    // several query tokens, any cache
+  kGrid       // as kRanksFit, and the blocks of the whole grid share the pairs
 };
 
 // Threads of a block where two blocks share a multiprocessor; one that has it to itself has twice
@@ -86,9 +89,11 @@ struct Params {
   int list_bytes, list_full;  // of CandidateList, for one query token
   bool attends;               // over what it selected, as `attend` says: one query token
   GatherAttentionParams attend;
+  int blocks_per_pair;
+  int grid_from;  // kGrid: the shortest sequence that all blocks of a pair share
 };
 
-// Where in the cluster a block is.
+// Which of the blocks of its pair a block is.
 struct Place {
   int block, num_blocks;
 };
@@ -105,10 +110,22 @@ struct Slice {
   int length;      // of all slices but the last
 };
 constexpr int kSliceAlignment = 32;  // positions: a word of ComparedRanks
+// Positions of a slice where the blocks of the grid share a sequence, as long as there are blocks:
+// with 2K to 4K an H100 was fastest, more of them have more to tell each other.
+constexpr int kGridSlice = 4096;
+// Positions that a block of an H100 serves in the time by which telling each other things takes
+// longer in a grid than in a cluster: at 105K tokens of one pair both were as fast.
+constexpr int kGridCost = 12 * 1024;
 
-// The bin that holds the `wanted`-th largest rank of the cluster, and what the ordered output
-// needs: how many ranks of the cluster lie in higher bins and in this one, and how many of each
-// belong to the blocks before this one.
+// Returns the shortest sequence that is served faster by so many blocks of the grid than by a
+// cluster.
+constexpr int shortest_for_grid(int blocks_per_pair, int cluster_size) {
+  return kGridCost * cluster_size * blocks_per_pair / (blocks_per_pair - cluster_size);
+}
+
+// The bin that holds the `wanted`-th largest rank of the pair, and what the ordered output needs:
+// how many ranks of the pair lie in higher bins and in this one, and how many of each belong to the
+// blocks before this one.
 struct Cut {
   uint32_t bin;
   uint32_t above, ties;
@@ -156,6 +173,34 @@ struct CutInbox {
   Bounds bounds;
 };
 
+// What the counts at one place in the histograms of a pair's blocks add up to.
+struct PairCount {
+  uint32_t total = 0;   // of all blocks
+  uint32_t before = 0;  // of the blocks before this one
+
+  __device__ PairCount& operator+=(const PairCount& other) {
+    total += other.total, before += other.before;
+    return *this;
+  }
+};
+
+// The same in kCounts places, to which the warps of a block add.
+template <int kCounts>
+struct PairSums {
+  uint32_t total[kCounts], before[kCounts];
+
+  __device__ PairCount of(int i) const { return {total[i], before[i]}; }
+};
+
+// What a block adds up of what the other blocks of its pair have told (kGrid): groups of bins, then
+// the bins of one group, of either histogram, and an upper bound of how many positions of one slice
+// are selected.
+struct PairInbox {
+  PairSums<kMaxGroups> groups;
+  PairSums<kGroupBins> bins[2];
+  uint32_t most_selected;
+};
+
 // What the attention needs from before the selection on.
 struct AttendInputs {
   RowList list;
@@ -177,6 +222,7 @@ constexpr int attend_row_bytes(int threads, int head_dim) {
 //   ..._arrived     initialized -------------------------------------------------------------
 //   attend          queries ---------------------------------------------------+- list ------
 //   { cut_inbox     .                bounds          group sums        .       |
+//   { pair_inbox    zero ----------- zero ---------- sums ------------ sums    |
 //   { results       .                .               .                 .       |  of all blocks
 //   histogram       zero ----------- counts ---------------- of low bits       +- rows, then
 //   { scan          planes --------- read            .                 .       |  what the
@@ -199,6 +245,7 @@ struct alignas(16) SharedPlan {
   AttendInputs attend;
   union {
     CutInbox cut_inbox;
+    PairInbox pair_inbox;
     alignas(16) char results[kMaxResultBytes];
   };
   alignas(16) uint32_t histogram[kHistogramBins];  // [q_len, bins]

@@ -238,11 +238,13 @@ struct RankSource {
 };
 
 // Writes this block's part of the indices of every query token, and of the last one also the first
-// num_kept entries to `kept`, by a whole block, after find_cuts() and a barrier. Returns which
-// entries of the last query token are this block's.
-template <typename Source>
+// num_kept entries to `kept`, by a whole block, after the cuts and a barrier. find_fine_cuts()
+// finds them within the bins of the first histogram, from the second one, between barriers. Returns
+// which entries of the last query token are this block's.
+template <typename Source, typename FindFineCuts>
 __device__ __forceinline__ IndexRange select_from(const Params& params, SharedPlan& shared,
-                                                  const Source& source, int repeats, int32_t* kept,
+                                                  const Source& source,
+                                                  const FindFineCuts& find_fine_cuts, int32_t* kept,
                                                   int num_kept) {
   const ScoreSelectParams& p = params.select;
   const Slice& slice = shared.slice;
@@ -267,7 +269,7 @@ __device__ __forceinline__ IndexRange select_from(const Params& params, SharedPl
                              });
     }
     __syncthreads();
-    find_cuts(params, shared, 1, repeats);
+    find_fine_cuts();
     __syncthreads();
   }
 

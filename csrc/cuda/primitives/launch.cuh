@@ -1,5 +1,7 @@
 #pragma once
 
+#include <cooperative_groups.h>
+
 #include <map>
 #include <mutex>
 #include <utility>
@@ -20,6 +22,8 @@ struct LaunchShape {
   // The kernel calls wait_for_previous_kernel() before it touches what the kernel before it in the
   // stream writes, so that its launch may overlap with that kernel's end.
   bool overlaps_previous = false;
+  // All blocks are resident at once, or the launch fails: they may wait for each other.
+  bool is_cooperative = false;
 };
 
 inline int current_device(const char* op) {
@@ -84,7 +88,7 @@ template <typename... Params, typename... Args>
 void launch_kernel(void (*kernel)(Params...), const LaunchShape& shape, CudaStream stream,
                    const char* op, Args&&... args) {
   allow_shared_memory(kernel, shape.shared_bytes, op);
-  cudaLaunchAttribute attributes[2];
+  cudaLaunchAttribute attributes[3];
   unsigned num_attributes = 0;
   if (shape.cluster_size > 0) {
     cudaLaunchAttribute& attribute = attributes[num_attributes++];
@@ -96,6 +100,11 @@ void launch_kernel(void (*kernel)(Params...), const LaunchShape& shape, CudaStre
     cudaLaunchAttribute& attribute = attributes[num_attributes++];
     attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attribute.val.programmaticStreamSerializationAllowed = 1;
+  }
+  if (shape.is_cooperative) {
+    cudaLaunchAttribute& attribute = attributes[num_attributes++];
+    attribute.id = cudaLaunchAttributeCooperative;
+    attribute.val.cooperative = 1;
   }
   cudaLaunchConfig_t config{};
   config.gridDim = shape.grid;
@@ -116,6 +125,17 @@ __device__ __forceinline__ void wait_for_previous_kernel() {
 // Lets the next kernel be launched while this one still runs.
 __device__ __forceinline__ void let_next_kernel_launch() {
   if constexpr (kIsSm90) asm volatile("griddepcontrol.launch_dependents;");
+}
+
+// The two halves of a barrier of all blocks of a cooperative launch, whose counter the driver
+// keeps, each by a whole block. What a block has written before it arrives is seen by those that
+// have waited; one that has nothing to wait for may end.
+using GridArrival = cooperative_groups::grid_group::arrival_token;
+__device__ __forceinline__ GridArrival arrive_at_grid_barrier() {
+  return cooperative_groups::this_grid().barrier_arrive();
+}
+__device__ __forceinline__ void wait_at_grid_barrier(GridArrival& arrival) {
+  cooperative_groups::this_grid().barrier_wait(std::move(arrival));
 }
 
 }  // namespace hata

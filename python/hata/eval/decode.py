@@ -1,7 +1,7 @@
 """Sparse decoding of known tokens, all in one forward pass."""
 
 import copy
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -213,15 +213,17 @@ class _Foresight:
         for hook in self._hooks:
             hook.remove()
 
-    def _before(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _before(self, module: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
         if kwargs.get(_TOLD) is self:  # the run that this has begun
             return
-        layer = module.layer_idx
-        self._inputs[layer] = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        if layer - 1 in self._inputs:
-            alone = {k: None if isinstance(v, Cache) else v for k, v in kwargs.items()}
-            alone |= {"hidden_states": self._inputs[layer - 1], _TOLD: self}
-            module(*args[1:], **alone)
+        alone = {k: None if isinstance(v, Cache) else v for k, v in kwargs.items()}
+        hidden_states = alone.pop("hidden_states", None)
+        if hidden_states is None:  # handed over by position
+            hidden_states, *args = args
+        self._inputs[module.layer_idx] = hidden_states
+        before = self._inputs.get(module.layer_idx - 1)
+        if before is not None:
+            module(before, *args, **{**alone, _TOLD: self})
 
 
 def _attend(

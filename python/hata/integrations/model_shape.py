@@ -9,6 +9,8 @@ from transformers.cache_utils import (
     LinearAttentionLayer,
 )
 
+from hata.window_cache import Window
+
 
 class ModelShape(TypedDict):
     """The sizes that hash weights depend on."""
@@ -44,17 +46,18 @@ def full_attention_layers(model: Any) -> tuple[int, ...]:
     return tuple(i for i, layer in enumerate(layers) if type(layer) is DynamicLayer)
 
 
-def sliding_window_layers(model: Any) -> dict[int, int]:
-    """Returns how many positions a token sees, by layer, in layers with a sliding window.
+def window_layers(model: Any) -> dict[int, Window]:
+    """Returns what tokens see, by layer, in layers with a sliding window or with chunks.
 
-    Layers with chunks have the same cache in transformers, and are told apart by the config.
+    Both have the same cache in transformers, and are told apart by the config.
     """
+    known = ("sliding_attention", "chunked_attention")
     kinds = getattr(model.config.get_text_config(decoder=True), "layer_types", None) or ()
     layers = own_cache_layers(model.config)
     return {
-        i: layer.sliding_window
+        i: Window(layer.sliding_window, is_chunk=kind == "chunked_attention")
         for i, (layer, kind) in enumerate(zip(layers, kinds, strict=False))
-        if type(layer) is DynamicSlidingWindowLayer and kind == "sliding_attention"
+        if type(layer) is DynamicSlidingWindowLayer and kind in known
     }
 
 

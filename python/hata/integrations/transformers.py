@@ -25,9 +25,9 @@ from hata.integrations.model_shape import (
     ModelShape,
     full_attention_layers,
     model_shape,
-    sliding_window_layers,
     state_layers,
     tensor_parallel_shard,
+    window_layers,
 )
 from hata.integrations.transformers_cache import CACHE_ARGUMENT, HataTransformersCache
 from hata.integrations.transformers_generate import stand_ins
@@ -94,9 +94,9 @@ def enable(
         model.generate(**inputs, max_new_tokens=100)  # with a cache of its own
         model.generate(**inputs, max_new_tokens=100, cache=cache)  # with one to go on from
 
-    Only layers that attend to the whole context decode sparsely. Those with a sliding window attend
-    to all of it, over a cache of hata's; those with chunks or with a recurrent state stay as they
-    are. A forward pass without a cache is dense, with
+    Only layers that attend to the whole context decode sparsely. Those with a sliding window or
+    with chunks attend to all of it, over a cache of hata's; those with a recurrent state stay as
+    they are. A forward pass without a cache is dense, with
     gradients. Layers on several GPUs (``device_map``), or KV heads split among them (``tp_plan``),
     are attended to where they lie. `disable` makes the model what it was. docs/transformers.md says
     more: which models there are, padding, chunks and drafts. transformers before 5.24 calls the
@@ -129,8 +129,8 @@ def enable(
             indices, num_selected)``: q ``[batch, q_len, num_heads, head_dim]``, cache the
             `hata.HataCache`, layer_idx its layer, the rest as `HataCache.last_selection` gives it.
         cuda_graphs: Whether passes that decode are captured in CUDA graphs and replayed. None does
-            it where it can be: on one GPU, where every layer has full, sliding-window or linear
-            attention, without an observer; and
+            it where it can be: on one GPU, where every layer has full, sliding-window, chunked or
+            linear attention, without an observer; and
             warns if the model's own code then turns out to forbid it. True raises in place of that.
 
     Returns:
@@ -165,7 +165,7 @@ def enable(
         top_k=tuple(budgets[layer] for layer in layers),
         num_dense_layers=sum(layer < config.num_dense_layers for layer in layers),
     )
-    windows = sliding_window_layers(model)
+    windows = window_layers(model)
     settings = CacheSettings(
         model_config=model.config,
         config=config,
@@ -309,7 +309,7 @@ def _check_capturable(function: str, model: PreTrainedModel, settings: CacheSett
         (
             len(settings.layers + settings.window_layers + state_layers(model))
             == model_shape(model)["num_layers"],
-            "have layers of full, sliding-window or linear attention alone",
+            "have layers of full, sliding-window, chunked or linear attention alone",
         ),
     ):
         check(holds, function, "model", f"{rule} for cuda_graphs=True", type(model).__name__)
@@ -340,7 +340,7 @@ def _try(function: str, model: PreTrainedModel, settings: CacheSettings) -> Hata
             model(token, use_cache=True, **{CACHE_ARGUMENT: cache})
         attended = [layer.seen for layer in cache.layers if isinstance(layer, AttendingLayer)]
         fits = attended == [cache.max_seq_len] * len(attended)
-        rule = "call its attention function in every layer of full or sliding-window attention"
+        rule = "call its attention function in every layer of full, windowed or chunked attention"
         check(fits, function, "model", rule, f"{name}, with {attended} calls")
     except torch.OutOfMemoryError:
         raise

@@ -1,7 +1,7 @@
 """The transformers cache of hata.
 
-The layers of a `HataTransformersCache` that attend to the whole context or to a sliding window are
-hata's (`hata.integrations.transformers_layers`), the others transformers' own.
+The layers of a `HataTransformersCache` that attend to the whole context, to a sliding window or in
+chunks are hata's (`hata.integrations.transformers_layers`), the others transformers' own.
 """
 
 import copy
@@ -34,11 +34,10 @@ CACHE_ARGUMENT = "cache" if "cache" in ALL_CACHE_NAMES else "past_key_values"
 class HataTransformersCache(Cache):
     """A transformers cache that keeps a model's keys and values in a `hata.HataCache`.
 
-    Layers with a sliding window have a `hata.window_cache.WindowCache` of their own; those with
-    chunks or a state have transformers' cache layers in it. Its memory is allocated at the first
-    forward pass, which tells batch, dtype and device. Like any transformers cache it continues
-    where it stands: `reset` it before an unrelated prompt. After a forward pass that failed
-    halfway, `reset` it too.
+    Layers with a sliding window or with chunks have a `hata.window_cache.WindowCache`; those with a
+    state have transformers' cache layers in it. Its memory is allocated at the first forward pass,
+    which tells batch, dtype and device. Like any transformers cache it continues where it stands:
+    `reset` it before an unrelated prompt. After a forward pass that failed halfway, `reset` it too.
 
     Attributes:
         config: The settings.
@@ -89,7 +88,7 @@ class HataTransformersCache(Cache):
 
     @property
     def window_caches(self) -> tuple[WindowCache, ...]:
-        """What layers with a sliding window have on each device, likewise."""
+        """What layers with a sliding window or chunks have on each device, likewise."""
         caches = self._group.window_caches
         return tuple(caches[rows] for rows in self._group.settings.window_devices if rows in caches)
 

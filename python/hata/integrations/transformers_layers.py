@@ -3,7 +3,7 @@
 Such a layer stores nothing when it is handed new keys; it hands them on as `NewKeys`, which only
 hata's attention function takes (`hata.integrations.transformers_attention`). That function then
 calls the layer's `attend`. A `HataLayer` attends to the whole context, a `WindowLayer` to a sliding
-window.
+window or a chunk of it.
 """
 
 import itertools
@@ -21,7 +21,7 @@ from hata.attention import decode_attention, prefill
 from hata.cache import HataCache
 from hata.integrations.transformers_mask import HERE, DeferredMask, Padding
 from hata.integrations.transformers_settings import CacheSettings
-from hata.window_cache import WindowCache
+from hata.window_cache import Window, WindowCache
 
 ATTENTION = "hata"  # transformers' name of the attention and mask functions
 
@@ -60,7 +60,7 @@ class LayerGroup:
         max_seq_len: Positions that a sequence of this cache can have, padding included.
         caches: The cache of each device, by its hata layers; made when the first keys tell batch,
             dtype and device.
-        window_caches: The same for layers with a window.
+        window_caches: The same for layers with a window or chunks.
         prompt_len: Tokens of the prompt, padding included, as `generate` has announced it, or None.
         croppable: Last tokens that are real in every sequence.
         drafting: Whether tokens are drafted, which are decoded sparsely where others are not.
@@ -150,7 +150,7 @@ class AttendingLayer(CacheLayerMixin):
 
     is_croppable = True
     supports_early_init = False
-    window: int | None = None  # positions that a token sees, where those are not all
+    window: Window | None = None  # what a token sees, where that is not all
 
     def __init__(
         self, group: LayerGroup, row: int, devices: tuple[tuple[int, ...], ...], *, is_first: bool
@@ -273,7 +273,7 @@ class HataLayer(AttendingLayer):
 
 
 class WindowLayer(AttendingLayer):
-    """A layer that attends to a sliding window, exactly."""
+    """A layer that attends to a sliding window, or in chunks, exactly."""
 
     is_sliding = True
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from hata.checks import check
+from hata.window_cache import Window
 
 HERE = "integrations.transformers"  # in messages
 
@@ -61,19 +62,23 @@ class DeferredMask:
         """The mask as "sdpa" takes it; None where "sdpa" needs none."""
         return sdpa_mask(**self.arguments)
 
-    def check_window(self, window: int | None) -> None:
-        """Raises ValueError unless tokens see all positions before them, or the last ``window``.
+    def check_window(self, window: Window | None) -> None:
+        """Raises ValueError unless tokens see all positions before them, or a sliding window.
 
         Args:
-            window: How many positions a token sees, itself among them; None for all.
+            window: What a token sees; None for everything. Chunks are not checked: where they begin
+                depends on padding, which is on the device.
         """
+        if window is not None and window.is_chunk:
+            return
         function = self.arguments["mask_function"]
         if window is None:
             fits, rule = function is causal_mask_function, "be causal over the whole context"
         else:
-            token, positions = torch.tensor([window]), torch.tensor([0, 1, window, window + 1])
+            size = window.size
+            token, positions = torch.tensor([size]), torch.tensor([0, 1, size, size + 1])
             seen = function(0, 0, token, positions).tolist()
-            fits, rule = seen == [False, True, True, False], f"be a causal window of {window}"
+            fits, rule = seen == [False, True, True, False], f"be a causal window of {size}"
         check(fits, HERE, "attention_mask", rule, "another mask")
 
     def padding(self, q_len: int) -> Padding | None:

@@ -13,6 +13,7 @@ from hata.checks import check, check_type
 from hata.config import HataConfig
 from hata.offload import PAGE_SIZE, OffloadedCache
 from hata.weights import HashWeights
+from hata.window_cache import Window
 
 # The HataCache's layer_idx, q [batch, q_len, num_heads, head_dim], it, indices, num_selected
 DecodeObserver = Callable[[int, Tensor, HataCache, Tensor, Tensor], None]
@@ -27,14 +28,14 @@ class CacheSettings:
         config: The budget, of the model's layers.
         weights: The hash weights as they were given.
         layers: The model's layers that decode sparsely, ``[num_layers]`` of a `HataCache`.
-        window_layers: Those with a sliding window.
-        windows: How many positions a token of each of them sees.
+        window_layers: Those with a sliding window or with chunks.
+        windows: What the tokens of each of them see.
         layer_config: The budget, of these layers.
         layer_weights: Their weights.
         max_seq_len: Positions that a sequence can have.
         page_size: Positions of a page; None for a contiguous cache.
-        host_memory: Bytes of host memory for keys and values of all devices together; None leaves
-            them on the devices.
+        host_memory: Bytes of host memory for keys and values of all devices and shards together;
+            None leaves them on the devices.
         observer: Called after each sparse decoding step, or None.
         num_draft_tokens: Tokens of a draft that a dense pass verifies; None: decoding is sparse.
         devices: The layers of each device, as indices of ``layers``; each device has a cache.
@@ -47,7 +48,7 @@ class CacheSettings:
     weights: HashWeights
     layers: tuple[int, ...]
     window_layers: tuple[int, ...]
-    windows: tuple[int, ...]
+    windows: tuple[Window, ...]
     layer_config: HataConfig
     layer_weights: HashWeights
     max_seq_len: int
@@ -108,7 +109,7 @@ class CacheSettings:
         }
         if self.host_memory is None:
             return HataCache(page_size=self.page_size, **arguments)
-        share = self.host_memory * len(rows) // len(self.layers)
+        share = self.host_memory * len(rows) // (len(self.layers) * self.shard[1])
         page_size = PAGE_SIZE if self.page_size is None else self.page_size
         return OffloadedCache(page_size=page_size, host_memory=share, **arguments)
 
