@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import decode, report, timing
+from bench import decode, generate, report, timing
 from bench.__main__ import app
 from bench.buffers import CodePool, KvPool
 from bench.cases import CONFIGS, Case, Shape
@@ -169,14 +169,20 @@ def test_a_failed_case_fails_the_run_but_not_the_others(tmp_path, monkeypatch, c
     assert "failed: 1 x 8/2 x 2K, A: 128 bits, query 1, norms: wrong" in capsys.readouterr().err
 
 
-def test_every_way_to_decode_a_whole_model_is_measured(device, tmp_path):
+@pytest.mark.parametrize(("model", "layers"), [("smollm2-135m", 1), ("gemma-3-270m", 6)])
+def test_every_way_to_decode_a_whole_model_is_measured(
+    device, tmp_path, model, layers, monkeypatch
+):
+    kind, sizes = generate.SHAPES[model]
+    monkeypatch.setitem(generate.SHAPES, model, (kind, sizes | {"vocab_size": 512}))
+    monkeypatch.setattr(generate, "NEW_TOKENS", 4)
     path = tmp_path / "generate.csv"
-    options = ["--device", device, "--model", "smollm2-135m", "--layers", "1", "--case", "2x40"]
+    options = ["--device", device, "--model", model, "--layers", str(layers), "--case", "2x40"]
     assert run("generate", *options, "--output", str(path)) == 0
     found = [(row["method"], row["dense_layers"]) for row in rows(path)]
     eager = [("hata-eager", "2"), ("hata-eager", "0")] if device == "cuda" else []
     hata = [("hata", "2"), ("hata", "0")]
-    assert found == [("dynamic", ""), ("static", ""), ("dense", "1"), *eager, *hata]
+    assert found == [("dynamic", ""), ("static", ""), ("dense", str(layers)), *eager, *hata]
     assert all(float(row["ms_per_token"]) > 0 for row in rows(path))
 
 

@@ -166,12 +166,12 @@ def test_a_picture_of_answers_is_of_the_tasks_that_count(tmp_path):
 
 def test_rows_and_a_report_are_written_and_a_run_continues(folder, tmp_path, capsys, monkeypatch):
     written = tmp_path / "not" / "there" / "yet"
-    args = ["--model", folder, "--csv", written / "rows.csv", "--report", written / "report"]
+    args = ["--model", folder, "--csv", written / "rows.csv"]
     args += ["--context", 900, "--top-k", 0.0355, "--top-k", 912]
     args += ["--num-samples", 2, "--depth", 0.5]
     args += ["--num-decoded", 8, "--device", "cpu", "--method", "exact", "--method", "quest"]
     args += ["--task", "likelihood", "--task", AT_DEPTHS]
-    code, out, err = run(capsys, *args)
+    code, out, err = run(capsys, *args, "--report", written / "report")
     assert code == 0, err
     assert "Likelihood of the last 8 of 900 tokens" in out
     rows = rows_of(written / "rows.csv")

@@ -225,6 +225,41 @@ def test_autocast_casts_queries_keys_and_values() -> None:
     assert cache.hata_cache.dtype == torch.bfloat16
 
 
+class Adapter(torch.nn.Module):
+    """A projection with a low-rank addition in float32, as PEFT's LoRA has it."""
+
+    def __init__(self, base: torch.nn.Module) -> None:
+        super().__init__()
+        self.base, self.active = base, True
+        self.down = torch.randn(base.in_features, 2)
+        self.up = torch.randn(2, base.out_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        added = (x.float() @ self.down @ self.up).to(x.dtype) if self.active else 0
+        return self.base(x) + added
+
+
+def test_adapters_of_a_model_in_bfloat16_are_switched_while_it_is_enabled() -> None:
+    model, prompt = make_model("llama-group4", dtype=torch.bfloat16), random_prompt(2, 21)
+    adapters = []
+    for layer in model.model.layers:
+        for name in ("q_proj", "k_proj", "v_proj"):
+            adapters.append(Adapter(getattr(layer.self_attn, name)))
+            setattr(layer.self_attn, name, adapters[-1])
+
+    def logits(active: bool) -> Tensor:
+        for adapter in adapters:
+            adapter.active = active
+        out = generate(model, prompt, 2, output_logits=True, return_dict_in_generate=True)
+        return torch.stack(out.logits)
+
+    dense = [logits(active) for active in (True, False)]
+    assert (dense[0] - dense[1]).abs().max() > 0.5
+    switch_on(model)
+    for active, expected in zip((True, False), dense, strict=True):
+        torch.testing.assert_close(logits(active), expected, rtol=0.05, atol=0.05)
+
+
 @pytest.mark.parametrize("config", [EVERYTHING, FEW], ids=["everything", "few"])
 @pytest.mark.parametrize("page_size", [None, 16])
 def test_each_row_of_a_padded_batch_is_its_solo_run(

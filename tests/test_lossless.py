@@ -15,7 +15,7 @@ from hata.integrations.model_shape import model_shape
 from hata.integrations.transformers import CACHE_ARGUMENT, disable, enable
 from tiny_models import FEW, generate, make_model, make_weights, random_prompt
 
-HYBRIDS = [x for x in FAMILIES if x.name in ("Llama 4 (text)", "Gemma 2", "Gemma 3 (text)")]
+HYBRIDS = [x for x in FAMILIES if x.name in ("Llama 4 (text)", "Gemma 3 (text)", "LFM 2")]
 
 
 def switch_on(model: PreTrainedModel, num_draft_tokens: int = 3, **settings: Any) -> Any:
@@ -61,12 +61,30 @@ def test_the_cache_holds_what_a_dense_model_puts_there() -> None:
 
 
 @pytest.mark.parametrize("family", HYBRIDS, ids=lambda family: family.name)
-def test_layers_with_windows_or_chunks_take_drafts_back_too(family: Family) -> None:
+def test_layers_of_other_kinds_take_drafts_back_too(family: Family) -> None:
     model, prompt = family.make(), random_prompt(1, 50)
     dense = generate(model, prompt, 60)
     cache = switch_on(model)
     assert_equal(generate(model, prompt, 60, **{CACHE_ARGUMENT: cache}), dense)
     assert cache.num_drafted > 0
+
+
+@pytest.mark.parametrize("family", HYBRIDS, ids=lambda family: family.name)
+@torch.no_grad()
+def test_a_draft_leaves_the_cache_as_it_was(family: Family) -> None:
+    model, prompt = family.make(), random_prompt(1, 50)
+    logits = []
+    for num_drafted in (0, 3):
+        cache = switch_on(model)
+        cache.announce_prompt(46)
+        cache.activate_past_recording()
+        model(prompt[:, :46], **{CACHE_ARGUMENT: cache})
+        cache.crop(0)
+        with cache.drafting():
+            for i in range(46, 46 + num_drafted):
+                model(prompt[:, i : i + 1], **{CACHE_ARGUMENT: cache})
+        logits.append(model(prompt[:, 49:], **{CACHE_ARGUMENT: cache}).logits)
+    torch.testing.assert_close(logits[1], logits[0])
 
 
 @pytest.mark.parametrize(

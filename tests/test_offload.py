@@ -239,26 +239,6 @@ def test_some_layer_must_be_sparse_and_nothing_is_copied(device: str) -> None:
 
 
 @gpu_only
-def test_cuda_refuses_to_pin() -> None:
-    """What is pinned already cannot be pinned again; the next launch does not see the error."""
-    memory = HostMemory("test", 1 << 21, torch.device("cuda", 0))
-    status = torch.cuda.cudart().cudaHostRegister(memory._address + (1 << 20), 1 << 20, 3)
-    assert status.value == 0
-    memory.pin("test", 1 << 20)
-    message = r"hata.test: host memory must be pinned .* for 1048576 bytes after 1048576"
-    with pytest.raises(RuntimeError, match=message):
-        memory.pin("test", 1 << 21)
-    assert memory.num_pinned == 1 << 20
-    torch.cuda.cudart().cudaHostUnregister(memory._address + (1 << 20))
-    memory.pin("test", 1 << 21)
-    tensor = memory.tensor()
-    assert tensor.is_cuda
-    assert tensor.data_ptr() == memory._address
-    tensor.fill_(7)
-    assert int(tensor.long().sum()) == 7 << 21
-
-
-@gpu_only
 def test_a_captured_step_reads_what_later_steps_fetch() -> None:
     """Replays find rows that others have put into the row cache, and put in their own."""
     twins = Twins("cuda", torch.bfloat16, SPARSE, num_slots=13)

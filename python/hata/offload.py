@@ -12,11 +12,13 @@ from hata.cache import HataCache
 from hata.checks import check, check_int
 from hata.config import HataConfig
 from hata.decode_buffers import DecodeBuffers
-from hata.host_memory import HostMemory
+from hata.host_memory import HostMemory, release_host_memory
 from hata.row_cache import RowCache
 from hata.sequences import PagePool
 from hata.storage import PageStorage
 from hata.weights import HashWeights
+
+__all__ = ["PAGE_SIZE", "OffloadedCache", "release_host_memory"]
 
 # Positions of a page. A page's keys of one layer are what prompts that go on read at a stretch.
 PAGE_SIZE = 64
@@ -38,6 +40,9 @@ class OffloadedCache(HataCache):
     The first ``config.num_dense_layers`` layers read everything in every step, so their keys and
     values stay on the GPU. Where ``config.min_sparse_len`` is None every length is decoded
     sparsely: a dense step would read as much as the sequence has, over PCIe.
+
+    What a cache has pinned is kept for the next one when it is deleted, and until
+    `release_host_memory`.
 
     Where the device is the CPU, host memory is all there is, and nothing is pinned. On a GPU pages
     of ``k_cache`` and ``v_cache`` that no sequence has had yet must not be touched: they may not be

@@ -15,8 +15,8 @@ class RowCache:
         num_slots: Rows of a layer, sequence and KV head.
         k_rows: Per layer ``[batch, num_slots, num_kv_heads, head_dim]``.
         v_rows: The same shapes.
-        num_missing: ``[num_layers, batch, num_kv_heads]``, int32: rows that the last step of a
-            layer has read from host memory.
+        num_missing: ``[num_layers, batch, num_kv_heads]``, int32: rows that the last query token of
+            a layer has had read from host memory.
 
     Args:
         k_cache: The keys in host memory, per layer.

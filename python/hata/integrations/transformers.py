@@ -79,7 +79,7 @@ def enable(
     page_size: int | None = None,
     offload: int | str | None = None,
     verify: str | None = None,
-    num_draft_tokens: int = 4,
+    num_draft_tokens: int = 3,
     observer: DecodeObserver | None = None,
     cuda_graphs: bool | None = None,
 ) -> HataTransformersCache:

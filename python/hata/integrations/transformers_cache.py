@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, LinearAttentionLayer
+from transformers.cache_utils import Cache, DynamicLayer, LinearAttentionLayer
 from transformers.generation.utils import ALL_CACHE_NAMES
 
 from hata.cache import HataCache
@@ -115,12 +115,12 @@ class HataTransformersCache(Cache):
     @property
     def capturable(self) -> bool:
         """Whether a CUDA graph can hold its decoding: one GPU, fixed buffers, no observer."""
-        states = self.states
+        states, drafting = self.states, self._group.drafting  # into other copies every time
         devices = {each.device for each in (*self._caches, *states)}
         on_gpu = [device.type for device in devices] == ["cuda"]
         fixed = all(
             isinstance(layer, AttendingLayer)
-            or (type(layer) is LinearAttentionLayer and not layer.record_past)
+            or (type(layer) is LinearAttentionLayer and not layer.record_past and not drafting)
             for layer in self.layers
         ) and not any(state.is_inference() for state in states)  # which only passes like it change
         return on_gpu and fixed and self._group.settings.observer is None
@@ -170,14 +170,11 @@ class HataTransformersCache(Cache):
     def drafting(self) -> Iterator[None]:
         """Decodes sparsely inside the block, whose tokens are removed from the cache at its end.
 
-        transformers' own layers put new tensors in place of the old ones, so that a copy of a layer
-        keeps what was in it. Not all versions can take back several passes otherwise.
+        Drafts go to copies of transformers' own layers, of which not all versions can take back
+        several passes.
         """
         group, layers = self._group, self.layers
-        own = {i: copy.copy(x) for i, x in enumerate(layers) if not isinstance(x, AttendingLayer)}
-        for layer in own.values():
-            layer.record_past = False
-        self.layers = [own.get(i, x) for i, x in enumerate(layers)]
+        self.layers = [x if isinstance(x, AttendingLayer) else _copy_of(x) for x in layers]
         seen, group.drafting = self.get_seq_length(), True
         try:
             yield
@@ -255,3 +252,13 @@ class HataTransformersCache(Cache):
     def batch_select_indices(self, indices: Tensor) -> None:
         """Not supported: the batch is fixed by the first forward pass."""
         raise ValueError(f"hata.{HERE}: the batch must stay as it is, got the selection {indices}")
+
+
+def _copy_of(layer: Any) -> Any:
+    """Returns a copy of one of transformers' layers, which stays as it is when the copy is used.
+
+    A layer of keys and values puts new tensors in place of its old ones; states are written over.
+    """
+    new: Any = copy.copy(layer) if isinstance(layer, DynamicLayer) else copy.deepcopy(layer)
+    new.record_past = False
+    return new
