@@ -110,11 +110,17 @@ def grid_case(monkeypatch: pytest.MonkeyPatch, seq_lens: list[int], **shape: Any
 
 @has_grid
 @pytest.mark.parametrize("key_norms", [False, True])
-@pytest.mark.parametrize("num_kv_heads", [1, 2, 5, 8, 16, 33, 66])
-def test_a_grid_of_any_number_of_blocks_for_a_pair(monkeypatch, num_kv_heads, key_norms):
-    """From all blocks of the card to two."""
+@pytest.mark.parametrize("num_kv_heads", [1, 2, 5, 8, 10])
+def test_a_grid_of_any_number_of_pairs(monkeypatch, num_kv_heads, key_norms):
+    """Of which each has a few clusters of eight blocks, or of four."""
     shape = {"num_kv_heads": num_kv_heads, "group": 2, "top_k": 150, "key_norms": key_norms}
     assert_steps(grid_case(monkeypatch, [1500], **shape))
+
+
+@has_grid
+def test_a_grid_whose_blocks_all_serve_one_pair(monkeypatch):
+    shape = {"group": 2, "head_dim": 64, "num_bits": 32, "top_k": 2000}
+    assert_steps(grid_case(monkeypatch, [600_000], **shape))
 
 
 @has_grid

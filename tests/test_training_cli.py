@@ -80,7 +80,7 @@ def test_a_model_with_windows_is_trained_for_the_layers_that_hata_decodes(texts,
     options = f"{SMALL} {FEW} --num-steps 2 --num-keys 32 --device cpu"
     code, said, _ = run(capsys, f"train {texts} --model {tmp_path / 'gemma'} --out {out} {options}")
     assert code == 0
-    assert re.search(r"32 queries each, 2 of\s+4 layers", said)
+    assert re.search(r"32\s+queries\s+each,\s+2\s+of\s+4\s+layers", said)
     assert re.findall(r"│\s+(\d|mean)\s+│", said) == ["1", "3", "mean"]
     weights = hata.load_weights(out)
     assert (weights.layers, weights.shape) == ((1, 3), (2, 1, 32, 64))

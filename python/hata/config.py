@@ -16,6 +16,12 @@ from hata.checks import check, check_int, check_type
 # (512). 32 bits cross here too, 128 with norms at twice as many.
 # Source: bench/results/decode_h100.csv, `python -m bench decode --grid crossover`.
 MEASURED_SPARSE_ROWS = 65536
+# The same for few (sequence, KV head) pairs, whose dense attention is far from the bandwidth: with
+# one pair at 32K tokens and two at 16K, the fewest measured, a step with 64 bits takes 13 and 12 us
+# and dense attention 22.
+# Source: bench/results/tuning_h100.csv, run 29.
+FEW_PAIRS = 2
+MEASURED_SPARSE_ROWS_OF_FEW = 32768
 
 
 class LayerBudget(NamedTuple):
@@ -123,7 +129,8 @@ class HataConfig:
     def resolve_min_sparse_len(self, batch: int, num_kv_heads: int, device: torch.device) -> int:
         """Returns ``min_sparse_len``, or where it is None the measured one.
 
-        On CUDA that is ``ceil(MEASURED_SPARSE_ROWS / (batch * num_kv_heads))``. Elsewhere it is 0:
+        On CUDA that is ``ceil(MEASURED_SPARSE_ROWS / (batch * num_kv_heads))``, or
+        ``MEASURED_SPARSE_ROWS_OF_FEW`` for up to ``FEW_PAIRS`` of them. Elsewhere it is 0:
         on a CPU a sparse step is the faster one at every length measured, 8 to 14 times at 2K
         tokens, the shortest (bench/results/decode_cpu.csv).
 
@@ -134,7 +141,11 @@ class HataConfig:
         """
         if self.min_sparse_len is not None:
             return self.min_sparse_len
-        return -(-MEASURED_SPARSE_ROWS // (batch * num_kv_heads)) if device.type == "cuda" else 0
+        if device.type != "cuda":
+            return 0
+        pairs = batch * num_kv_heads
+        rows = MEASURED_SPARSE_ROWS_OF_FEW if pairs <= FEW_PAIRS else MEASURED_SPARSE_ROWS
+        return -(-rows // pairs)
 
 
 def check_budget(function: str, argument: str, top_k: object) -> None:

@@ -100,6 +100,8 @@ __device__ __forceinline__ void run_step(const Params& params) {
     const int seq_len = seq_len_of(p.table, batch_idx);
     if constexpr (kGrid) {
       place.num_blocks = blocks_that_share(params, seq_len);
+      // A block that the sequence has no use for leaves, and lets the others of its cluster and of
+      // the grid pass their barriers.
       if (place.block >= place.num_blocks) {
         wait_at_cluster_barrier();
         cp_async_wait<0>();
@@ -154,7 +156,7 @@ __device__ __forceinline__ void run_step(const Params& params) {
       wait_at_grid_barrier(arrival);
       if (chooses) find_cut_of_pair(params, shared);
     } else {
-      if constexpr (kGrid) arrive_at_grid_barrier();  // others wait there
+      if constexpr (kGrid) arrive_at_grid_barrier();  // the blocks of other pairs wait there
       if (chooses) find_cuts(params, shared, 0);
     }
   } else {

@@ -150,7 +150,7 @@ inline std::optional<GridPlan> choose_grid_plan(const ResidentClusters& resident
   if (!is_forced && p.algorithm != ScoreSelectAlgorithm::kAuto) return std::nullopt;
   const int64_t num_pairs = int64_t{p.table.batch} * p.num_kv_heads;
   const int threads = many_threads(KernelKind::kGrid);
-  // On an H100 15 clusters of eight fit, and 31 of four.
+  // On an H100 there is no room for two clusters of eight for each of eight pairs.
   for (const int size : {kMaxCluster, kMaxCluster / 2}) {
     const int clusters = std::min(resident.many[size - 1], kMaxGridBlocks / size);
     const int blocks = static_cast<int>(clusters / num_pairs) * size;

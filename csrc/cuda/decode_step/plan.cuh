@@ -89,8 +89,8 @@ struct Params {
   int list_bytes, list_full;  // of CandidateList, for one query token
   bool attends;               // over what it selected, as `attend` says: one query token
   GatherAttentionParams attend;
-  int blocks_per_pair;
-  int grid_from;  // kGrid: the shortest sequence that all blocks of a pair share
+  int blocks_per_pair;  // kGrid
+  int grid_from;        // kGrid: the shortest sequence that all blocks of a pair share
 };
 
 // Which of the blocks of its pair a block is.
@@ -114,7 +114,8 @@ constexpr int kSliceAlignment = 32;  // positions: a word of ComparedRanks
 // with 2K to 4K an H100 was fastest, more of them have more to tell each other.
 constexpr int kGridSlice = 4096;
 // Positions that a block of an H100 serves in the time by which telling each other things takes
-// longer in a grid than in a cluster: at 105K tokens of one pair both were as fast.
+// longer in a grid than in a cluster. By the times at 64K and 128K tokens of one pair, both are as
+// fast at 105K (docs/kernels/score_select.md).
 constexpr int kGridCost = 12 * 1024;
 
 // Returns the shortest sequence that is served faster by so many blocks of the grid than by a
