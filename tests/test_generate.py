@@ -9,73 +9,19 @@ import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
-from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel, pipeline
+from transformers import AutoModelForCausalLM, DynamicCache, pipeline
 
-import hata
 from closeness import assert_equal
-from families import FAMILIES, Family
+from families import FAMILIES
+from generate_cases import answer, first_logits, padded, switch_on
 from hata import HashWeights, HataConfig
 from hata.integrations.model_shape import model_shape
 from hata.integrations.transformers import CACHE_ARGUMENT, disable, enable, enabled
 from tiny_folder import bytewise_tokenizer, save_tiny_llama
 from tiny_models import EVERYTHING, FEW, POSITIONS, generate, make_model, random_prompt
 
-pytestmark = pytest.mark.usefixtures("few_spare_rows")
-
-HYBRIDS = [family for family in FAMILIES if family.layers not in ((), (0, 1, 2))]
 # Their logits are capped or have sinks, for which torch's attention has no arguments.
 OWN_LOGITS = [f for f in FAMILIES if f.notes.startswith("logits ")]
-# States cannot be taken back, so transformers has no drafts for models that have them.
-WINDOWED = [f for f in HYBRIDS if "window" in f.notes or "chunks" in f.notes]
-
-
-class Steps:
-    """An observer: the q_len of each decoding step, as the last layer sees it."""
-
-    def __init__(self) -> None:
-        self.q_lens: list[int] = []
-
-    def __call__(self, layer_idx: int, q: Tensor, cache: hata.HataCache, *_: Tensor) -> None:
-        if layer_idx == cache.num_layers - 1:
-            self.q_lens.append(q.shape[1])
-
-
-def switch_on(
-    model: PreTrainedModel, config: HataConfig = EVERYTHING, **settings: Any
-) -> tuple[Any, Steps]:
-    steps = Steps()
-    weights = HashWeights.random(**model_shape(model))
-    return enable(model, config, weights=weights, observer=steps, **settings), steps
-
-
-def padded(rows: list[Tensor]) -> dict[str, Tensor]:
-    """Prompts of ``[1, length]``, padded on the left, and their mask."""
-    longest = max(row.shape[1] for row in rows)
-    pad = [(longest - row.shape[1], 0) for row in rows]
-    ids = [torch.nn.functional.pad(row, width) for row, width in zip(rows, pad, strict=True)]
-    mask = [
-        torch.nn.functional.pad(torch.ones_like(row), width)
-        for row, width in zip(rows, pad, strict=True)
-    ]
-    return {"inputs": torch.cat(ids), "attention_mask": torch.cat(mask)}
-
-
-def answer(model: PreTrainedModel, rows: list[Tensor], num_tokens: int, **settings: Any) -> Tensor:
-    """The new tokens alone, ``[batch, num_tokens]``, of a batch that is padded on the left."""
-    tokens = model.generate(
-        **padded(rows),
-        max_new_tokens=num_tokens,
-        pad_token_id=0,
-        eos_token_id=None,
-        **{"do_sample": False, **settings},
-    )
-    return tokens[:, -num_tokens:]
-
-
-def first_logits(model: PreTrainedModel, tokens: Tensor, **settings: Any) -> Tensor:
-    """The logits after the prompt."""
-    out = generate(model, tokens, 2, output_logits=True, return_dict_in_generate=True, **settings)
-    return out.logits[0]
 
 
 @pytest.mark.parametrize(
@@ -277,14 +223,6 @@ def test_each_row_of_a_padded_batch_is_its_solo_run(
         assert_equal(together, dense)
 
 
-@pytest.mark.parametrize("family", HYBRIDS, ids=lambda family: family.name)
-def test_padding_in_every_kind_of_layer(family: Family) -> None:
-    model, rows = family.make(), [random_prompt(1, n) for n in (40, 7, 20)]
-    dense = answer(model, rows, 15)
-    switch_on(model)
-    assert_equal(answer(model, rows, 15), dense)
-
-
 @pytest.mark.parametrize("num_beams", [1, 3])
 def test_padding_with_chunks_beams_and_a_second_turn(num_beams: int) -> None:
     model, rows = make_model("qwen2-group3"), [random_prompt(1, n) for n in (33, 5)]
@@ -337,14 +275,6 @@ def test_the_last_chunk_of_a_prompt_is_prompt_though_it_is_one_token(chunk: int)
     assert steps.q_lens == [1]
 
 
-def test_keys_that_later_layers_share_in_a_prompt_in_pieces() -> None:
-    model, prompt = next(f.make() for f in FAMILIES if f.model == "Gemma3n"), random_prompt(2, 61)
-    dense = first_logits(model, prompt)
-    switch_on(model)
-    found = first_logits(model, prompt, prefill_chunk_size=24)  # each takes the rows of a window
-    torch.testing.assert_close(found, dense, rtol=1e-3, atol=1e-4)
-
-
 @pytest.mark.parametrize("kind", ["lookup", "assistant"])
 def test_the_text_with_drafts_is_the_dense_one_where_everything_is_selected(kind: str) -> None:
     model, prompt = make_model("llama-group4"), random_prompt(1, 6).repeat(1, 6)
@@ -379,15 +309,6 @@ def test_a_draft_is_decoded_as_token_by_token() -> None:
     assert steps.q_lens == 8 * [1] + 4 * [2] + [8]
 
 
-@pytest.mark.parametrize("family", WINDOWED, ids=lambda family: family.name)
-def test_drafts_with_layers_of_the_models_own(family: Family) -> None:
-    model, prompt = family.make(), random_prompt(1, 6).repeat(1, 6)
-    dense = generate(model, prompt, 30, prompt_lookup_num_tokens=5)
-    _, steps = switch_on(model)
-    assert_equal(generate(model, prompt, 30, prompt_lookup_num_tokens=5), dense)
-    assert max(steps.q_lens) > 1
-
-
 def test_tokens_can_be_cropped_up_to_the_padding() -> None:
     model, rows = make_model("llama-group4"), [random_prompt(1, n) for n in (20, 6)]
     cache, _ = switch_on(model, FEW)
@@ -397,31 +318,6 @@ def test_tokens_can_be_cropped_up_to_the_padding() -> None:
     assert cache.get_seq_length() == 17
     with pytest.raises(ValueError, match=r"tokens_to_remove must be in -3\.\.0, got -4"):
         cache.crop(-4)
-
-
-@pytest.mark.parametrize("length", [12, 40])
-def test_tokens_can_be_cropped_in_windows(length: int) -> None:
-    family = next(family for family in WINDOWED if family.model == "Gemma3")
-    model, tokens = family.make(), random_prompt(2, length + 12)
-    cache, _ = switch_on(model, FEW)
-
-    @torch.no_grad()
-    def logits(start: int) -> Tensor:
-        parts = tokens[:, start:].split(1, 1)
-        return torch.cat([model(part, **{CACHE_ARGUMENT: cache}).logits for part in parts], 1)
-
-    with torch.no_grad():
-        model(tokens[:, :length], **{CACHE_ARGUMENT: cache})
-    expected = logits(length)
-    cache.crop(-12)
-    assert [each.seq_lens for each in cache.window_caches] == [[length, length]]
-    assert_equal(logits(length), expected)
-    # Of 32 rows the next token's window takes 15; a sequence that fits is there as a whole.
-    most = length + 12 if length + 12 <= 32 else 17
-    with pytest.raises(ValueError, match=rf"tokens_to_remove must be in -{most}\.\.0"):
-        cache.crop(-most - 1)
-    cache.crop(-9)
-    assert_equal(logits(length + 3), expected[:, 3:])
 
 
 def test_without_generate_one_token_is_decoded_and_more_are_prompt() -> None:
@@ -451,18 +347,3 @@ def test_a_compiled_model_is_compiled_for_the_prompt_and_for_a_token(config: Hat
     assert_equal(answer(model, rows, 20), found)
     assert counter.frame_count <= 3 + 3 + 3  # padded, and with layers of other caches
     assert steps.q_lens == 2 * 29 * [1] + 5 * 19 * [1]
-
-
-@pytest.mark.parametrize("name", ["Gemma2", "GptOss", "Llama4"])
-def test_a_compiled_model_has_its_own_logits_and_windows(name: str) -> None:
-    model = next(family.make() for family in FAMILIES if family.model == name)
-    prompt = random_prompt(2, 21)
-    settings = {"output_logits": True, "return_dict_in_generate": True}
-    switch_on(model, FEW)
-    eager = generate(model, prompt, 20, **settings)
-    torch._dynamo.reset()
-    counter = CompileCounterWithBackend("eager")
-    model.forward = torch.compile(model.forward, backend=counter)
-    compiled = generate(model, prompt, 20, **settings)
-    torch.testing.assert_close(compiled.logits, eager.logits, rtol=1e-4, atol=1e-5)
-    assert counter.frame_count <= 3  # prompts and tokens, with windows that fill meanwhile

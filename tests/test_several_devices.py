@@ -18,7 +18,7 @@ from hata.integrations import transformers
 from hata.integrations.model_shape import model_shape
 from hata.integrations.transformers import CACHE_ARGUMENT, enable
 from hata.integrations.transformers_settings import layers_by_device
-from hata.window_cache import Window
+from hata.window_attention import Window
 from tiny_folder import NUM_LAYERS, save_tiny_llama
 from tiny_models import EVERYTHING, FEW, generate, make_model, random_prompt
 

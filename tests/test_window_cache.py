@@ -10,7 +10,8 @@ from torch import Tensor
 from closeness import assert_equal, assert_no_worse_than_pytorch
 from devices import gpu_only
 from hata import window_cache
-from hata.window_cache import SPARE_ROWS, Window, WindowCache, window_attention
+from hata.window_attention import Window, window_attention
+from hata.window_cache import SPARE_ROWS, WindowCache
 
 BATCH, NUM_KV_HEADS, GROUP, HEAD_DIM, MAX_SEQ_LEN = 3, 2, 3, 64, 400
 # Layers 0 and 2 share what a step sees.
@@ -112,7 +113,7 @@ def sinks(device: str) -> Tensor:
 def test_every_token_sees_its_window(
     device: str, dtype: torch.dtype, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(window_cache, "MIN_BLOCK_LEN", 64)
+    monkeypatch.setattr("hata.window_attention.MIN_BLOCK_LEN", 64)
     logits = {} if kind == "plain" else {"softcap": 3.0, "sink_logits": sinks(device)}
     batch = Batch(device, dtype, logits)
     for q_len in (9, 50, 1):  # prompts shorter and longer than windows, and after others
@@ -179,7 +180,7 @@ def test_blocks_of_a_prompt_are_as_one(is_chunk: bool, monkeypatch: pytest.Monke
     settings: dict[str, Any] = {"window": Window(17, is_chunk), "softmax_scale": 0.3}
     settings["first_position"] = 34
     whole = window_attention(q, k, v, **settings)
-    monkeypatch.setattr(window_cache, "MIN_BLOCK_LEN", 1)
+    monkeypatch.setattr("hata.window_attention.MIN_BLOCK_LEN", 1)
     torch.testing.assert_close(window_attention(q, k, v, **settings), whole)
 
 

@@ -11,7 +11,7 @@ from transformers.cache_utils import (
     LinearAttentionLayer,
 )
 
-from hata.window_cache import Window
+from hata.window_attention import Window
 
 
 class ModelShape(TypedDict):

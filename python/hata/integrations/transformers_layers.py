@@ -22,7 +22,8 @@ from hata.cache import HataCache
 from hata.checks import check
 from hata.integrations.transformers_mask import HERE, DeferredMask, Padding
 from hata.integrations.transformers_settings import CacheSettings
-from hata.window_cache import Window, WindowCache
+from hata.window_attention import Window
+from hata.window_cache import WindowCache
 
 ATTENTION = "hata"  # transformers' name of the attention and mask functions
 

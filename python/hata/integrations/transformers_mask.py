@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from hata.checks import check
-from hata.window_cache import Window
+from hata.window_attention import Window
 
 HERE = "integrations.transformers"  # in messages
 

@@ -13,7 +13,7 @@ from hata.checks import check, check_type
 from hata.config import HataConfig
 from hata.offload import PAGE_SIZE, OffloadedCache
 from hata.weights import HashWeights
-from hata.window_cache import Window
+from hata.window_attention import Window
 
 # The HataCache's layer_idx, q [batch, q_len, num_heads, head_dim], it, indices, num_selected
 DecodeObserver = Callable[[int, Tensor, HataCache, Tensor, Tensor], None]
