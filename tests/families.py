@@ -255,9 +255,8 @@ FAMILIES = [
         "Gemma3n",
         {"num_kv_shared_layers": 2, **_GEMMA_3N},
         "Gemma3nTextConfig",
-        (),
-        "layers share their keys",
-        "one token fails",
+        (1,),
+        f"later layers share the keys; {_WINDOWED}",
     ),
     _refused(
         "Falcon H1",

@@ -337,6 +337,14 @@ def test_the_last_chunk_of_a_prompt_is_prompt_though_it_is_one_token(chunk: int)
     assert steps.q_lens == [1]
 
 
+def test_keys_that_later_layers_share_in_a_prompt_in_pieces() -> None:
+    model, prompt = next(f.make() for f in FAMILIES if f.model == "Gemma3n"), random_prompt(2, 61)
+    dense = first_logits(model, prompt)
+    switch_on(model)
+    found = first_logits(model, prompt, prefill_chunk_size=24)  # each takes the rows of a window
+    torch.testing.assert_close(found, dense, rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize("kind", ["lookup", "assistant"])
 def test_the_text_with_drafts_is_the_dense_one_where_everything_is_selected(kind: str) -> None:
     model, prompt = make_model("llama-group4"), random_prompt(1, 6).repeat(1, 6)

@@ -68,8 +68,11 @@ class Batch:
             q = self.vectors(q_len, NUM_KV_HEADS * GROUP)
             k, v = (self.vectors(q_len, NUM_KV_HEADS) for _ in range(2))
             attend = self.cache.decode if decodes else self.cache.prefill
-            settings = {} if new is None else {"new_seqlens": new}
-            out = attend(layer_idx, q, k, v, softmax_scale=SCALE, **settings, **self.logits)
+            settings: dict[str, Any] = {} if new is None else {"new_seqlens": new}
+            settings |= {"softmax_scale": SCALE, **self.logits}
+            out = attend(layer_idx, q, k, v, **settings)
+            self.cache.reopen_step(layer_idx)  # as for a layer that shares these keys
+            assert_equal(attend(layer_idx, q, k, v, **settings), out)
             for b, count in enumerate(new or [q_len] * BATCH):
                 real = slice(q_len - count, q_len)
                 assert (out[b, : q_len - count] == 0).all()

@@ -159,6 +159,16 @@ class HataCache:
         where = "HataCache.extend"
         self._sequences.open(where, self._sequences.counts(where, "new", new, self.max_seq_len))
 
+    def reopen_step(self, layer_idx: int) -> None:
+        """Lets a layer bring the tokens of the last step once more, which are written again.
+
+        For models whose later layers attend to the keys and values of an earlier one.
+
+        Args:
+            layer_idx: The layer, which has filled the step.
+        """
+        self._sequences.reopen(layer_idx)
+
     def close_step(self) -> None:
         """Says that every layer has filled the open step, as replays of a graph have."""
         self._sequences.close()

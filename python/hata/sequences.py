@@ -194,6 +194,10 @@ class Sequences:
                 raise
         (self._captured if capturing else self._filled).add(layer_idx)
 
+    def reopen(self, layer_idx: int) -> None:
+        """Lets a layer that has filled the last step bring the same tokens once more."""
+        self._filled.discard(layer_idx)
+
     def close(self) -> None:
         """Takes the open step for filled by every layer."""
         self._filled = set(range(self.num_layers))

@@ -94,6 +94,8 @@ class WindowCache:
         }
         self._rows: dict[int, tuple[Tensor, Tensor]] = {}  # of each layer
         self._seen: dict[Window, tuple[Tensor, Tensor]] = {}  # `_window_rows` of this step
+        self._past: dict[int, list[tuple[Tensor, Tensor]]] = {}  # what `_append` has read last
+        self._reopened: set[int] = set()  # layers whose rows hold the step's tokens already
 
     def _block_table(self, num_pages: int, max_seq_len: int) -> Tensor:
         pages = torch.arange(-(-max_seq_len // PAGE_SIZE), device=self.device) % num_pages
@@ -122,6 +124,11 @@ class WindowCache:
         """Opens a step of ``new`` tokens in every sequence, as `hata.HataCache.extend` does."""
         self._sequences.open("WindowCache.extend", [new] * self.batch)
         self._note_lengths()
+
+    def reopen_step(self, layer_idx: int) -> None:
+        """Lets a layer bring the tokens of the last step once more, as `hata.HataCache` does."""
+        self._sequences.reopen(layer_idx)
+        self._reopened.add(layer_idx)
 
     def close_step(self) -> None:
         """Says that every layer has filled the open step, as replays of a graph have."""
@@ -202,13 +209,19 @@ class WindowCache:
             before = [n - count for n, count in zip(self.seq_lens, new, strict=True)]
             alike = new == [q_len] * self.batch and len(set(before)) == 1
             parts = [slice(None)] if alike else [slice(b, b + 1) for b in range(self.batch)]
+            if layer_idx not in self._reopened:
+                self._past[layer_idx] = [
+                    self._read_past(layer_idx, k, part, before[part][0]) for part in parts
+                ]
+            self._reopened.discard(layer_idx)
             out = torch.empty_like(q) if alike else torch.zeros_like(q)
-            for part in parts:
+            for part, past in zip(parts, self._past[layer_idx], strict=True):
                 count = new[part][0]
                 if count == 0:
                     continue
                 chosen = (part, slice(q_len - count, q_len))
-                keys, values = self._append(layer_idx, k[chosen], v[chosen], part, before[part][0])
+                start = before[part][0]
+                keys, values = self._append(layer_idx, k[chosen], v[chosen], part, start, past)
                 attended = window_attention(
                     *(x.transpose(1, 2) for x in (q[chosen], keys, values)),
                     window=self.windows[layer_idx],
@@ -258,6 +271,8 @@ class WindowCache:
         check(q_len <= SPARE_ROWS, where, "q", f"have at most {SPARE_ROWS} tokens", q_len)
         with self._sequences.filling(where, layer_idx, [q_len] * self.batch):
             self._note_lengths()
+            self._past.pop(layer_idx, None)
+            self._reopened.discard(layer_idx)
             rows = self._rows_for(layer_idx, k)
             if layer_idx == self.windows.index(window):  # the first of those that share it
                 self._seen[window] = self._window_rows(window, q_len, k.shape[2])
@@ -293,24 +308,48 @@ class WindowCache:
         rows = (first + positions % num_rows).flatten()
         return rows, seen.expand(-1, -1, num_kv_heads, -1).contiguous()
 
-    def _append(
-        self, layer_idx: int, k: Tensor, v: Tensor, part: slice, before: int
+    def _read_past(
+        self, layer_idx: int, k: Tensor, part: slice, before: int
     ) -> tuple[Tensor, Tensor]:
-        """Stores new tokens of some sequences, which had ``before`` of them.
+        """Copies what the window of the next token of some sequences holds before it.
+
+        Args:
+            layer_idx: The layer.
+            k: Keys of new tokens, for their shape.
+            part: The sequences.
+            before: Their length.
 
         Returns:
-            Their keys and values, after those of the window's positions before them.
+            Keys and values, ``[batch, 0..window.size - 1, num_kv_heads, head_dim]``.
         """
         window = self.windows[layer_idx]
         num_rows = self._num_pages[window] * PAGE_SIZE
         first = max(0, window.first(before))
         past = torch.arange(first, before, device=self.device) % num_rows
+        rows = (self._by_sequence(cached)[part] for cached in self._rows_for(layer_idx, k))
+        keys, values = (each.index_select(1, past) for each in rows)
+        return keys, values
+
+    def _append(
+        self,
+        layer_idx: int,
+        k: Tensor,
+        v: Tensor,
+        part: slice,
+        before: int,
+        past: tuple[Tensor, Tensor],
+    ) -> tuple[Tensor, Tensor]:
+        """Stores new tokens of some sequences, which had ``before`` of them.
+
+        Returns:
+            Their keys and values, after those of ``past``.
+        """
+        num_rows = self._num_pages[self.windows[layer_idx]] * PAGE_SIZE
         new = torch.arange(before, before + k.shape[1], device=self.device)[-num_rows:] % num_rows
         found = []
-        for cached, x in zip(self._rows_for(layer_idx, k), (k, v), strict=True):
-            rows = self._by_sequence(cached)[part]
-            found.append(torch.cat([rows.index_select(1, past), x], 1) if len(past) else x)
-            rows.index_copy_(1, new, x[:, -num_rows:])
+        for cached, x, held in zip(self._rows_for(layer_idx, k), (k, v), past, strict=True):
+            self._by_sequence(cached)[part].index_copy_(1, new, x[:, -num_rows:])
+            found.append(torch.cat([held, x], 1) if held.shape[1] > 0 else x)
         return found[0], found[1]
 
     def _rows_for(self, layer_idx: int, k: Tensor) -> tuple[Tensor, Tensor]:

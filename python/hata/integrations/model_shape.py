@@ -3,9 +3,11 @@
 from typing import Any, TypedDict
 
 from transformers.cache_utils import (
+    CacheLayerMixin,
     DynamicCache,
     DynamicLayer,
     DynamicSlidingWindowLayer,
+    LinearAttentionCacheLayerMixin,
     LinearAttentionLayer,
 )
 
@@ -61,13 +63,19 @@ def window_layers(model: Any) -> dict[int, Window]:
     }
 
 
-def state_layers(model: Any) -> tuple[int, ...]:
-    """Returns the layers of linear attention, which keep a state of a fixed size and nothing else.
+def unlike_layers(model: Any) -> tuple[int, ...]:
+    """Returns the layers that keep something else than full, windowed or linear attention does.
 
-    transformers' cache layers update it in place.
+    transformers' cache layers of linear attention keep a state of a fixed size, which they update
+    in place, and those of layers that share another's keys nothing at all.
     """
-    layers = own_cache_layers(model.config)
-    return tuple(i for i, layer in enumerate(layers) if type(layer) is LinearAttentionLayer)
+    known = {*full_attention_layers(model), *window_layers(model)}
+    kinds = (CacheLayerMixin, LinearAttentionCacheLayerMixin)
+    return tuple(
+        i
+        for i, layer in enumerate(own_cache_layers(model.config))
+        if i not in known and isinstance(layer, kinds) and type(layer) is not LinearAttentionLayer
+    )
 
 
 def softmax_scale(model: Any) -> float:

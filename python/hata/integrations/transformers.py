@@ -25,8 +25,8 @@ from hata.integrations.model_shape import (
     ModelShape,
     full_attention_layers,
     model_shape,
-    state_layers,
     tensor_parallel_shard,
+    unlike_layers,
     window_layers,
 )
 from hata.integrations.transformers_cache import CACHE_ARGUMENT, HataTransformersCache
@@ -307,8 +307,7 @@ def _check_capturable(function: str, model: PreTrainedModel, settings: CacheSett
         (model.device.type == "cuda", "be on a GPU"),
         (not replaced and settings.shard[1] == 1, "run its own forward pass, on one GPU"),
         (
-            len(settings.layers + settings.window_layers + state_layers(model))
-            == model_shape(model)["num_layers"],
+            not unlike_layers(model),
             "have layers of full, sliding-window, chunked or linear attention alone",
         ),
     ):

@@ -90,16 +90,20 @@ def _attend(
     if attention_mask is not None and not compiling:  # `enable` has seen it
         attention_mask.check_window(key.layer.window)
     check(dropout == 0.0, HERE, "dropout", "be 0 (call model.eval())", dropout)
-    check(not key.taken, HERE, "the keys of a layer", "be attended to once", "another time")
+    again = key.taken
+    shared = getattr(module, "is_kv_shared_layer", False)  # transformers' word for such layers
+    rule = "be attended to once, or by a layer that shares them"
+    check(shared or not again, HERE, "the keys of a layer", rule, "another time")
     key.taken = True
     q, k, v = (x.transpose(1, 2) for x in (query, key.states, value))
     if torch.is_autocast_enabled(q.device.type):  # casts inputs of attention
         q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
     if not compiling:
-        return key.layer.attend(q, k, v, attention_mask, scaling, softcap, sink_logits), None
+        out = key.layer.attend(q, k, v, attention_mask, scaling, softcap, sink_logits, again)
+        return out, None
     padding, kv_len = (None, 0) if attention_mask is None else attention_mask.padded
     logits = (scaling, softcap, sink_logits)
-    return _attend_as_operator(q, k, v, padding, kv_len, *logits, key.layer.number), None
+    return _attend_as_operator(q, k, v, padding, kv_len, *logits, key.layer.number, again), None
 
 
 # What a layer does depends on lengths that change with every token. torch.compile sees none of it,
@@ -117,10 +121,12 @@ def _attend_as_operator(
     softcap: float | None,
     sink_logits: Tensor | None,
     number: int,
+    again: bool,
 ) -> Tensor:
     mask = DeferredMask({"attention_mask": padding, "kv_length": kv_len})
     layer = AttendingLayer.of_number(number)
-    return layer.attend(q, k, v, mask, softmax_scale, softcap, sink_logits).contiguous()
+    logits = (softmax_scale, softcap, sink_logits)
+    return layer.attend(q, k, v, mask, *logits, again).contiguous()
 
 
 @_attend_as_operator.register_fake

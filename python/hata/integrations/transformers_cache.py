@@ -11,7 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicLayer, LinearAttentionLayer
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    DynamicLayer,
+    LinearAttentionCacheLayerMixin,
+    LinearAttentionLayer,
+)
 from transformers.generation.utils import ALL_CACHE_NAMES
 
 from hata.cache import HataCache
@@ -121,6 +127,7 @@ class HataTransformersCache(Cache):
         fixed = all(
             isinstance(layer, AttendingLayer)
             or (type(layer) is LinearAttentionLayer and not layer.record_past and not drafting)
+            or not isinstance(layer, CacheLayerMixin | LinearAttentionCacheLayerMixin)  # is empty
             for layer in self.layers
         ) and not any(state.is_inference() for state in states)  # which only passes like it change
         return on_gpu and fixed and self._group.settings.observer is None

@@ -19,6 +19,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from hata.attention import decode_attention, prefill
 from hata.cache import HataCache
+from hata.checks import check
 from hata.integrations.transformers_mask import HERE, DeferredMask, Padding
 from hata.integrations.transformers_settings import CacheSettings
 from hata.window_cache import Window, WindowCache
@@ -36,12 +37,19 @@ class NewKeys:
     Attributes:
         layer: The layer that will store them.
         states: ``[batch, num_kv_heads, q_len, head_dim]``.
-        taken: Whether they have been attended to; once is all that a layer may.
+        taken: Whether they have been attended to; once is all that a layer may, but for later
+            layers that share them.
     """
 
     layer: "AttendingLayer"
     states: Tensor
     taken: bool = False
+
+    def to(self, device: torch.device) -> "NewKeys":
+        """Returns itself, where a layer that shares the keys asks for them on its device."""
+        fits = device == self.states.device
+        check(fits, HERE, "a layer", f"be on {self.states.device}, whose keys it shares", device)
+        return self
 
     def __getattr__(self, name: str) -> NoReturn:
         """Refuses any other attention function, and models that change cached keys."""
@@ -192,6 +200,7 @@ class AttendingLayer(CacheLayerMixin):
         softmax_scale: float | None,
         softcap: float | None,
         sink_logits: Tensor | None,
+        again: bool = False,
     ) -> Tensor:
         """Stores new tokens and attends, as its kind of layer does.
 
@@ -203,12 +212,15 @@ class AttendingLayer(CacheLayerMixin):
             softmax_scale: Factor of the logits; None is ``head_dim ** -0.5``.
             softcap: Cap of the logits, or None.
             sink_logits: ``[num_heads]``, or None.
+            again: Whether the tokens are those of the last call, whose keys a later layer shares.
 
         Returns:
             ``[batch, q_len, num_heads, head_dim]``.
         """
         group, q_len = self.group, q.shape[1]
-        if self.is_first:
+        if again:
+            self._reopen_step()
+        elif self.is_first:
             group.open_step(self.seen, q_len, mask)
         padding, new_seqlens = group.padding, None
         if padding is not None:
@@ -222,10 +234,15 @@ class AttendingLayer(CacheLayerMixin):
         )
         if padding is not None:
             out = padding.back(out)
-        self.seen += q_len
-        if self.is_first:
-            group.close_step(q_len)
+        if not again:
+            self.seen += q_len
+            if self.is_first:
+                group.close_step(q_len)
         return out
+
+    @abstractmethod
+    def _reopen_step(self) -> None:
+        """Lets the layer bring the tokens of the last step once more."""
 
     @abstractmethod
     def _attend(
@@ -254,6 +271,9 @@ class HataLayer(AttendingLayer):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocates the cache of the layer's device."""
         self.group.cache_for(self.rows, key_states.transpose(1, 2), self.seen)
+
+    def _reopen_step(self) -> None:
+        self.group.caches[self.rows].reopen_step(self.layer_idx)
 
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, new_seqlens: list[int] | None, **logits: Any
@@ -286,6 +306,9 @@ class WindowLayer(AttendingLayer):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocates the cache of the layer's device."""
         self.group.window_cache_for(self.rows, key_states.transpose(1, 2), self.seen)
+
+    def _reopen_step(self) -> None:
+        self.group.window_caches[self.rows].reopen_step(self.layer_idx)
 
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, new_seqlens: list[int] | None, **logits: Any
