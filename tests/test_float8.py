@@ -17,13 +17,20 @@ from closeness import (
 from decode_cases import make_decode_case
 from error_cases import Rejects
 from hata import (
+    HashWeights,
+    HataCache,
+    HataConfig,
     cache_append,
     cache_write,
+    decode_attention,
     dense_attention,
     encode_query,
     gather_attention,
+    prefill,
     reference,
 )
+from hata.integrations.transformers import CACHE_ARGUMENT, disable, enable
+from tiny_models import EVERYTHING, generate, make_model, make_weights, random_prompt
 
 FLOAT8 = torch.float8_e4m3fn
 
@@ -207,3 +214,88 @@ def test_opcheck(device):
     torch.library.opcheck(torch.ops.hata.cache_append.default, args, factors, test_utils=checks)
     args = (k, *caches.kv, random_indices([20, 7], 3, 2, 8, device=device))
     torch.library.opcheck(torch.ops.hata.gather_attention.default, args, factors, test_utils=checks)
+
+
+@pytest.mark.parametrize("page_size", [None, 16])
+def test_cache(device, page_size):
+    """Decodes and prefills as one of float16 does that holds what the float8 rows stand for."""
+    weights = HashWeights.random(num_layers=2, num_kv_heads=2, head_dim=64)
+    config = HataConfig(top_k=24, num_dense_layers=1, min_sparse_len=0)
+    shape = {"batch": 3, "max_seq_len": 80, "page_size": page_size, "device": device}
+    shape["dtype"] = torch.float16
+    plain = HataCache(weights, config, **shape)
+    small = HataCache(weights, config, **shape, kv_cache_dtype=FLOAT8)
+    factors = scales(2, device)
+    for layer_idx in (0, 1):
+        small.k_scale[layer_idx].copy_(factors["k_scale"])
+        small.v_scale[layer_idx].copy_(factors["v_scale"])
+
+    def new(q_len: int) -> tuple[Tensor, ...]:
+        heads = (8, 2, 2)
+        return tuple(
+            random_vectors(3, q_len, n, 64, dtype=torch.float16, device=device) for n in heads
+        )
+
+    def rounded(x: Tensor, scale: Tensor) -> Tensor:
+        rows = reference.as_rows(x, FLOAT8, scale)
+        return (rows.float() * reference.per_head(scale)).half()
+
+    def step(function: Any, q_len: int, layer_idx: int, **settings: Any) -> tuple[Tensor, Tensor]:
+        """Of both caches; the float16 one is given what the float8 one holds."""
+        q, k, v = new(q_len)
+        out = function(q, k, v, small, layer_idx, **settings)
+        k, v = rounded(k, factors["k_scale"]), rounded(v, factors["v_scale"])
+        return out, function(q, k, v, plain, layer_idx, **settings)
+
+    for layer_idx in (0, 1):  # a first prompt sees its own keys as they came
+        step(prefill, 40, layer_idx, new_seqlens=[40, 3, 22])
+    # A float16 key with its scale is rounded once more than a float8 one beside its scale.
+    close = {"rtol": 1e-2, "atol": 4e-3}
+    for layer_idx in (0, 1):
+        more = step(prefill, 5, layer_idx, new_seqlens=[0, 5, 3])
+        torch.testing.assert_close(*more, **close)
+    assert small.k_cache[0].dtype == FLOAT8
+    assert_equal(small.keys_values(1, 2)[0], plain.keys_values(1, 2)[0])
+    for cache in (plain, small):
+        cache.reorder([2, 2, 0])
+        cache.truncate([20, 22, 39])
+    for _ in range(2):
+        torch.testing.assert_close(*step(decode_attention, 1, 0), **close)  # a dense layer
+        with pytest.raises(ValueError, match="layer_idx"):
+            small.last_selection(0)
+        q, k, v = new(1)
+        out = decode_attention(q, k, v, small, 1)
+        indices, _ = small.last_selection(1)
+        cached = replace(
+            make_caches([1], device=device),
+            k_cache=small.k_cache[1],
+            v_cache=small.v_cache[1],
+            block_table=small.block_table,
+            cache_seqlens=small.cache_seqlens,
+        )
+        truth = reference.gather_attention(q.double(), *cached.kv, indices, **factors)[0]
+        torch.testing.assert_close(out.double(), truth, rtol=2e-3, atol=2e-3)
+        plain.append(1, k, v)
+    for b in range(3):
+        assert_equal(small.keys_values(0, b)[0], plain.keys_values(0, b)[0])
+
+
+def test_transformers_cache(device, few_spare_rows):
+    model = make_model("llama-group4", device, torch.bfloat16)
+    prompt = random_prompt(2, 30, device)
+    settings = {"output_logits": True, "return_dict_in_generate": True}
+    weights = make_weights(model)
+
+    def logits(**choice: Any) -> Tensor:
+        cache = enable(model, EVERYTHING, weights=weights, page_size=16, **choice)
+        out = generate(model, prompt, 4, **{CACHE_ARGUMENT: cache}, **settings)
+        kept = cache.hata_cache
+        assert {kept.k_cache[0].dtype, kept.v_cache[2].dtype} == {
+            choice.get("kv_cache_dtype", kept.dtype)
+        }
+        disable(model)
+        return torch.stack(out.logits)
+
+    exact, rounded = logits(), logits(kv_cache_dtype=FLOAT8)
+    assert not torch.equal(exact, rounded)
+    assert torch.cosine_similarity(rounded[0], exact[0]).min() > 0.99
