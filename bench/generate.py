@@ -255,13 +255,15 @@ def forward(model: Any, ids: Tensor, cache: Any) -> Tensor:
 
 
 class Clock(BaseStreamer):
-    """Notes when `generate` hands over each token."""
+    """Notes when `generate` hands over tokens, and how many it has handed over by then."""
 
     def __init__(self) -> None:
+        self.counts: list[int] = []
         self.times: list[float] = []
 
     def put(self, value: Tensor) -> None:
-        """Takes the prompt, then a token of each sequence; they are on the host."""
+        """Takes the prompt, which is counted as none, then tokens; they are on the host."""
+        self.counts.append(self.counts[-1] + value.numel() if self.counts else 0)
         self.times.append(time.perf_counter())
 
     def end(self) -> None:

@@ -9,7 +9,6 @@ as a share.
 """
 
 import statistics
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +19,6 @@ import transformers
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
-from transformers.generation.streamers import BaseStreamer
 from typer import Option
 
 from hata.checks import check_int
@@ -34,6 +32,7 @@ from hata.integrations.transformers import CACHE_ARGUMENT, enabled
 from hata.provenance import origin
 from hata.recall.options import chosen_budgets
 
+from .generate import Clock
 from .options import Output, check_output, repeated
 from .report import RESULTS, Report, Row, slug
 
@@ -77,29 +76,6 @@ class Options(Output, ModelOptions):
             *("--top-k", f"{self.top_k:g}", "--dense-layers", str(self.dense_layers)),
             *("--num-prompts", str(self.num_prompts), "--num-tokens", str(self.num_tokens)),
         ]
-
-
-class Clock(BaseStreamer):
-    """Notes when `generate` hands over tokens, and how many it has handed over by then."""
-
-    def __init__(self) -> None:
-        self.counts: list[int] = []
-        self.times: list[float] = []
-
-    def put(self, value: Tensor) -> None:
-        """Takes the prompt, which is counted as none, then tokens."""
-        self.counts.append(self.counts[-1] + value.numel() if self.counts else 0)
-        self.times.append(time.perf_counter())
-
-    def end(self) -> None:
-        """Takes the end of the text."""
-
-    @property
-    def ms_per_token(self) -> float:
-        """Milliseconds of a token, from the first that comes after `WARM_UP` of them."""
-        first = next(i for i, count in enumerate(self.counts) if count >= WARM_UP)
-        seconds = self.times[-1] - self.times[first]
-        return 1e3 * seconds / (self.counts[-1] - self.counts[first])
 
 
 @with_options()
@@ -161,7 +137,7 @@ def measure(model: Any, prompts: list[list[int]], options: Options) -> Iterator[
             if method == "dense":
                 texts.append(text)
             same = (text == texts[i]).cumprod(0).sum()
-            times.append(clock.ms_per_token)
+            times.append(ms_per_token(clock))
             equal.append(same.item() / len(text))
             drafted, accepted = drafted + cache.num_drafted, accepted + cache.num_accepted
         yield {
@@ -175,3 +151,10 @@ def measure(model: Any, prompts: list[list[int]], options: Options) -> Iterator[
             "tokens_equal": statistics.mean(equal),
             "ms_per_token": statistics.median(times),
         }
+
+
+def ms_per_token(clock: Clock) -> float:
+    """Returns the milliseconds of a token, from the first that comes after `WARM_UP` of them."""
+    first = next(i for i, count in enumerate(clock.counts) if count >= WARM_UP)
+    seconds = clock.times[-1] - clock.times[first]
+    return 1e3 * seconds / (clock.counts[-1] - clock.counts[first])
