@@ -42,7 +42,7 @@ class MagicPig(HostStep):
     overlaps = True
 
     def __init__(self, cache: OffloadedCache, num_heads: int) -> None:
-        rule = "be built: HATA_BUILD_TESTS=ON make extension"
+        rule = "be built: run make build-tests"
         check(LIBRARY.is_file(), "bench", "bench/lsh_tables.so", rule, "no such file")
         torch.ops.load_library(LIBRARY)
         super().__init__(cache, num_heads)
