@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench import decode, generate, report, timing
+from bench import decode, generate, random_model, report, timing
 from bench.__main__ import app
 from bench.buffers import CodePool, KvPool
 from bench.cases import CONFIGS, Case, Shape
@@ -174,8 +174,8 @@ def test_a_failed_case_fails_the_run_but_not_the_others(tmp_path, monkeypatch, c
 def test_every_way_to_decode_a_whole_model_is_measured(
     device, tmp_path, model, layers, monkeypatch
 ):
-    kind, sizes = generate.SHAPES[model]
-    monkeypatch.setitem(generate.SHAPES, model, (kind, sizes | {"vocab_size": 512}))
+    kind, sizes = random_model.SHAPES[model]
+    monkeypatch.setitem(random_model.SHAPES, model, (kind, sizes | {"vocab_size": 512}))
     monkeypatch.setattr(generate, "NEW_TOKENS", 4)
     path = tmp_path / "generate.csv"
     options = ["--device", device, "--model", model, "--layers", str(layers), "--case", "2x40"]
@@ -185,6 +185,24 @@ def test_every_way_to_decode_a_whole_model_is_measured(
     hata = [("hata", "2"), ("hata", "0")]
     assert found == [("dynamic", ""), ("static", ""), ("dense", str(layers)), *eager, *hata]
     assert all(float(row["ms_per_token"]) > 0 for row in rows(path))
+
+
+def test_similar_tokens_select_rows_that_the_row_cache_has(device, tmp_path, monkeypatch):
+    kind, sizes = random_model.SHAPES["smollm2-135m"]
+    small = {**sizes, "vocab_size": 8192, "hidden_size": 192, "intermediate_size": 64}
+    small |= {"num_attention_heads": 3, "num_key_value_heads": 1}
+    monkeypatch.setitem(random_model.SHAPES, "smollm2-135m", (kind, small))
+    path = tmp_path / "generate.csv"
+    options = ["--device", device, "--model", "smollm2-135m", "--layers", "2", "--case", "1x4000"]
+    options += ["--method", "hata-offload", "--dense-layers", "0", "--output", str(path)]
+    for similarity in ("0", "0.97"):
+        more = ["--kv-cache-dtype", "float8_e4m3fn", "--similarity", similarity, "--append"]
+        assert run("generate", *options, *more) == 0
+    found = rows(path)
+    assert {row["kv_cache_dtype"] for row in found} == {"float8_e4m3fn"}
+    apart, alike = (float(row["hit_rate"]) for row in found)
+    assert 0 < apart < 0.7 < 0.85 < alike < 1
+    assert run("generate", *options, "--similarity", "2") == 2
 
 
 def test_lossless_text_is_dense_text(device, tmp_path):
