@@ -24,7 +24,6 @@ from .timing import Call, Timing
 MIN_REPEATS, MAX_REPEATS = 3, 15
 STAGED_PIECES = 4  # a piece is copied to the GPU while the host gathers the next
 MIN_HEAD_DIM = 64  # of rows on a GPU
-
 ON_GPU = {"select", "meanwhile", "finish"}  # the parts that are captured
 
 
@@ -312,6 +311,7 @@ class Runner:
         self.run()  # warms up, and fills a row cache
         if self.on_gpu:
             self._capture()
+            self.run()
 
     def run(self) -> None:
         """Runs all calls, and waits for the last one."""
@@ -328,7 +328,6 @@ class Runner:
 
     def timed(self, budget_s: float) -> Timing:
         """Returns the time of one call."""
-        self.run()
         samples = [self._run_us()]
         repeats = math.ceil(1e6 * budget_s / (samples[0] * len(self.calls)))
         for _ in range(max(MIN_REPEATS, min(MAX_REPEATS, repeats)) - 1):

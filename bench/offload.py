@@ -23,6 +23,7 @@ from torch import Tensor
 from typer import Option
 
 import hata
+from hata.checks import check
 from hata.commands.options import with_options
 from hata.offload import OffloadedCache
 from hata.provenance import origin
@@ -41,7 +42,7 @@ HIDDEN, INTERMEDIATE, VOCABULARY = 4096, 14336, 128256
 NUM_STEPS = 16  # of one graph, each with queries of its own
 ROOM = 256  # positions of a sequence, for the steps
 CASES = ((1, 32 << 10), (1, 128 << 10), (1, 512 << 10), (8, 32 << 10))
-SIMILARITIES = (0.0, 0.5, 0.7, 0.9, 1.0)
+SIMILARITIES = (0.0, 0.5, 0.7, 0.8, 0.9, 1.0)
 MAX_LAYER_BYTES = 8 << 30  # of the host memory of a case
 FILL_CHUNK = 64 << 10  # tokens of all sequences
 TRANSFER_BYTES = 1 << 28
@@ -58,6 +59,7 @@ MODES = {
     "hybrid": "the CPU attends to the rows that the row cache lacks, and they follow behind",
     "magicpig": "MagicPIG: hash tables and attention on the CPU",
 }
+WITH_HOST = ("cpu", "staged", "hybrid", "magicpig")
 HOST_STEPS: tuple[type[HostStep], ...] = (OnCpu, Staged, MagicPig)
 COLUMNS = [
     "mode",
@@ -68,6 +70,7 @@ COLUMNS = [
     "seq_len",
     "layers",
     "top_k",
+    "kv_cache_dtype",
     "num_slots",
     "similarity",
 ]
@@ -89,6 +92,10 @@ class Options(Output):
     mode: Annotated[
         list[str], Option(help=f"{', '.join(MODES)}; may be repeated. By default all.")
     ] = field(default_factory=list)
+    kv_cache_dtype: Annotated[
+        str | None,
+        Option(help="float8_e4m3fn: keys and values in float8, where the GPU reads them."),
+    ] = None
 
 
 @with_options()
@@ -96,10 +103,14 @@ def measure_offload(options: Options) -> None:
     """Measures one layer's decoding step with keys and values in host memory."""
     device = checked_device(options.device)
     cases = [parsed(text) for text in options.case] or CASES
-    modes = checked_names("--mode", options.mode, MODES, list(MODES))
+    float8, rule = options.kv_cache_dtype, "be float8_e4m3fn"
+    check(float8 in (None, "float8_e4m3fn"), "bench", "--kv-cache-dtype", rule, float8)
+    known = [mode for mode in MODES if not float8 or mode not in WITH_HOST]
+    modes = checked_names("--mode", options.mode, known, known)
     path = options.output or RESULTS / f"offload_{slug(device)}.csv"
     check_output(path)
     words = [*repeated("--case", options.case), *repeated("--mode", options.mode)]
+    words += [f"--kv-cache-dtype {float8}"] if float8 else []
     command = " ".join([f"python -m bench offload --device {device.type}", *words])
     report = Report(path, COLUMNS, origin(device, command), options.append)
     console = Console(stderr=True)
@@ -112,7 +123,7 @@ def measure_offload(options: Options) -> None:
             products = products_us(timer, batch) if device.type == "cuda" else None
             row = common | {"batch": batch, "seq_len": seq_len}
             try:
-                for measured in measure(timer, batch, seq_len, modes):
+                for measured in measure(timer, batch, seq_len, modes, float8):
                     measured["pcie_floor_us"] = measured["pcie_bytes"] / bytes_per_us
                     if products is not None:
                         measured["linear_us"], head_us = products
@@ -154,12 +165,15 @@ def products_us(timer: Timer, batch: int) -> tuple[float, float]:
     return times[0], times[1]
 
 
-def measure(timer: Timer, batch: int, seq_len: int, modes: Sequence[str]) -> Iterator[Row]:
+def measure(
+    timer: Timer, batch: int, seq_len: int, modes: Sequence[str], float8: str | None
+) -> Iterator[Row]:
     """Yields the columns of every mode, and similarity where it matters."""
     device = timer.device
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     top_k = max(MIN_TOP_K, round(seq_len * PAPER_BUDGET))
-    row_bytes = 2 * HEAD_DIM * dtype.itemsize
+    kv_cache_dtype = torch.float8_e4m3fn if float8 else dtype
+    row_bytes = 2 * HEAD_DIM * kv_cache_dtype.itemsize
     layer_bytes = batch * seq_len * NUM_KV_HEADS * row_bytes
     layers = max(2, min(8, MAX_LAYER_BYTES // layer_bytes))
     weights = hata.HashWeights.random(
@@ -167,16 +181,18 @@ def measure(timer: Timer, batch: int, seq_len: int, modes: Sequence[str]) -> Ite
     )
     config = hata.HataConfig(top_k=top_k, num_dense_layers=0, min_sparse_len=0)
     max_seq_len = seq_len + ROOM
-    shape: dict[str, Any] = {"batch": batch, "max_seq_len": max_seq_len, "dtype": dtype}
+    shape: dict[str, Any] = {"batch": batch, "max_seq_len": max_seq_len}
+    shape |= {"dtype": dtype, "kv_cache_dtype": kv_cache_dtype, "device": device}
     host_memory = 2 * layers * layer_bytes
     queries = torch.randn(2, NUM_STEPS, layers, batch, 1, NUM_HEADS, HEAD_DIM).to(device, dtype)
     new = torch.randn(2, batch, 1, NUM_KV_HEADS, HEAD_DIM).to(device, dtype)
     row: Row = {"layers": layers, "top_k": top_k, "pcie_bytes": 0}
+    row["kv_cache_dtype"] = str(kv_cache_dtype).removeprefix("torch.")
     selected_bytes = batch * NUM_KV_HEADS * top_k * row_bytes
 
     on_gpu = {"resident", "resident_dense"}
     if on_gpu.intersection(modes):
-        cache = hata.HataCache(weights, config, page_size=64, device=device, **shape)
+        cache = hata.HataCache(weights, config, page_size=64, **shape)
         fill(cache, seq_len)
         if "resident" in modes:
             yield row | times(timed(timer, cache, queries[0], new)) | {"mode": "resident"}
@@ -186,7 +202,7 @@ def measure(timer: Timer, batch: int, seq_len: int, modes: Sequence[str]) -> Ite
         del cache
     if on_gpu.issuperset(modes):
         return
-    cache = OffloadedCache(weights, config, host_memory=host_memory, device=device, **shape)
+    cache = OffloadedCache(weights, config, host_memory=host_memory, **shape)
     fill(cache, seq_len)
     rows, cache.row_cache = cache.row_cache, None
     assert rows is not None  # which num_slots makes
