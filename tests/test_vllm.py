@@ -199,6 +199,23 @@ def test_padding_is_not_measured():
     torch.testing.assert_close(measured(REGISTRY, 7) - before, expected)
 
 
+def test_float8_caches(llama):
+    """With scales, one of them of each head: decoding is what dense attention in torch is.
+
+    vLLM's own kernels for a CPU cut numbers off to float8, where hata rounds them as a GPU does.
+    """
+    tokens_of = []
+    for num_dense_layers, code_bytes in ((NUM_LAYERS, 0), (1, 2 * 2 * 8)):
+        settings = hata(llama, num_dense_layers=num_dense_layers)
+        with engine(llama, kv_cache_dtype="fp8_e4m3", **settings) as llm:
+            blocks = llm.llm_engine.vllm_config.cache_config.num_gpu_blocks
+            assert blocks == 64 * MB // (BLOCK * (NUM_LAYERS * 2 * 128 + code_bytes))
+            attention_layer(llm, 1)._k_scale = torch.tensor([0.4, 0.9])
+            attention_layer(llm, 2)._v_scale.fill_(0.3)
+            tokens_of.append(scenario(llm))
+    assert tokens_of[0] == tokens_of[1]
+
+
 def test_codes_are_counted(llama):
     """A token has 64 float32 numbers of key and of value in each head, and 64 bits."""
     for settings, token_bytes in (({}, 512), (hata(llama, num_dense_layers=0), 512 + 8)):
@@ -207,8 +224,9 @@ def test_codes_are_counted(llama):
             assert blocks == 64 * MB // (NUM_LAYERS * 2 * BLOCK * token_bytes)
 
 
-def test_check_finds_a_code_that_is_not_its_keys(llama):
-    with engine(llama, **hata(llama)) as llm:
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", "fp8"])
+def test_check_finds_a_code_that_is_not_its_keys(llama, kv_cache_dtype):
+    with engine(llama, kv_cache_dtype=kv_cache_dtype, **hata(llama)) as llm:
         generate(llm, random_prompts(100))
         attention_layer(llm).impl.codes.code_cache.bitwise_xor_(1)
         with pytest.raises(RuntimeError, match=r"the code of position 0 of sequence 0 .* layer 1 "):
@@ -237,7 +255,7 @@ def test_wrong_settings_stop_the_engine(llama, tmp_path):
         ({**entry, "measure_every": -1}, {}, "measure_every must be at least 0"),
         ({**entry, "weights": str(other)}, {}, "weights must be for the model's"),
         (entry, {"block_size": 96}, "block_size must be a power of two, got 96"),
-        (entry, {"kv_cache_dtype": "fp8"}, "kv_cache_dtype must be one of"),
+        (entry, {"kv_cache_dtype": "fp8_e5m2"}, "kv_cache_dtype must be one of"),
     ]:
         additional = {} if settings is None else {"additional_config": {"hata": settings}}
         with (

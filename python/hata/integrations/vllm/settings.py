@@ -18,7 +18,7 @@ HERE = "integrations.vllm"
 RANDOM = "random"
 FULL, SLIDING = "full_attention", "sliding_attention"  # a config's layer_types
 
-_KV_CACHE_DTYPES = ("auto", "float16", "bfloat16", "float32")
+_KV_CACHE_DTYPES = ("auto", "float16", "bfloat16", "float32", "fp8", "fp8_e4m3")
 
 
 @dataclass(frozen=True)
