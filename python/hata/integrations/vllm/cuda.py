@@ -103,6 +103,7 @@ class HataImpl(HataLayer, FlashAttentionImpl):
         self, layer: torch.nn.Module, query: Tensor, kv_cache: Tensor, batch: Any, output: Tensor
     ) -> None:
         """Attends as vLLM does, with float8 queries to a float8 cache."""
-        if self.query_quant is not None:
-            query = self.query_quant(query.flatten(1), layer._q_scale)[0].view(query.shape)
+        if self.query_quant is not None:  # by its kernel: vLLM's compiler does not come here
+            float8, _ = self.query_quant.forward_cuda(query.flatten(1), layer._q_scale)
+            query = float8.view(query.shape)
         FlashAttentionImpl.forward(self, layer, query, query, query, kv_cache, batch, output)
