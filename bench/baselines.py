@@ -81,6 +81,8 @@ def dense_forms(
     """Yields column, name and constructor of every baseline that this machine has."""
     if baselines is Baselines.NONE:
         return
+    if kv.k_caches.dtype != kv.qs.dtype:
+        return  # dense attention over float8 caches multiplies float8 queries
     if kv.qs.device.type != "cuda":
         yield from sdpa_forms(kv, "sdpa_us", "SDPA", None)
         return

@@ -22,7 +22,10 @@ from .timing import Call, Timer
 def repeated_random(num_sets: int, size: tuple[int, ...], like: Tensor) -> Tensor:
     """Returns ``[num_sets, *size]`` with the same normal random numbers in every set."""
     pool = like.new_empty(num_sets, *size)
-    pool[0].normal_()
+    if like.dtype.itemsize == 1:  # torch draws no float8
+        pool[0] = torch.randn(size, dtype=torch.bfloat16, device=like.device)
+    else:
+        pool[0].normal_()
     pool[1:] = pool[0]
     return pool
 
@@ -58,8 +61,9 @@ class KvPool:
         like = torch.empty(0, dtype=shape.dtype, device=timer.device)
         token = (shape.batch, shape.q_len, shape.num_kv_heads, shape.head_dim)
         cache = (shape.batch, shape.seq_len, shape.num_kv_heads, shape.head_dim)
-        self.k_caches = repeated_random(self.num_sets, cache, like)
-        self.v_caches = repeated_random(self.num_sets, cache, like)
+        rows = like.to(shape.kv_cache_dtype or shape.dtype)
+        self.k_caches = repeated_random(self.num_sets, cache, rows)
+        self.v_caches = repeated_random(self.num_sets, cache, rows)
         self.ks = like.new_empty(num_sets, *token).normal_()
         self.vs = like.new_empty(num_sets, *token).normal_()
         if captured is None:

@@ -21,7 +21,8 @@ class Shape:
         seq_len: Tokens of each sequence, the new ones included.
         capacity: Tokens that block table, workspace and CUDA graph are made for; 0: ``seq_len``.
         budget: Share of a sequence that is selected.
-        dtype: Of queries, keys and values.
+        dtype: Of queries, new keys and new values.
+        kv_cache_dtype: Of cached ones; None: ``dtype``.
     """
 
     batch: int
@@ -33,6 +34,7 @@ class Shape:
     capacity: int = 0
     budget: float = PAPER_BUDGET
     dtype: torch.dtype = torch.bfloat16
+    kv_cache_dtype: torch.dtype | None = None
 
     @property
     def group(self) -> int:
@@ -53,7 +55,8 @@ class Shape:
     @property
     def token_bytes(self) -> int:
         """Size of one position's keys and values in all KV heads."""
-        return 2 * self.num_kv_heads * self.head_dim * self.dtype.itemsize
+        dtype = self.kv_cache_dtype or self.dtype
+        return 2 * self.num_kv_heads * self.head_dim * dtype.itemsize
 
     @property
     def kv_bytes(self) -> int:
@@ -78,7 +81,14 @@ class Shape:
             parts.append(f"top_k {self.top_k}")
         if self.dtype == torch.float16:
             parts.append("float16")
+        if self.kv_cache_dtype is not None:
+            parts.append(f"{name_of(self.kv_cache_dtype)} cache")
         return ", ".join(parts)
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """Returns the dtype's name in torch."""
+    return str(dtype).removeprefix("torch.")
 
 
 def tokens(count: int) -> str:

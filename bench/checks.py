@@ -90,7 +90,8 @@ def check_encode(pool: CodePool) -> None:
     new = torch.arange(shape.seq_len - shape.q_len, shape.seq_len, device=kv.qs.device)
     pages, rows = pool.slots(new)  # [batch, q_len], [q_len]
     for name, cache, tokens in (("k", pool.k_cache(0), kv.ks), ("v", pool.v_cache(0), kv.vs)):
-        require(torch.equal(cache[pages, rows], tokens[0]), f"cache_append wrote {name}")
+        written = reference.as_rows(tokens[0], cache.dtype, None)
+        require(torch.equal(cache[pages, rows], written), f"cache_append wrote {name}")
     codes = reference.hash_encode(kv.ks[0], pool.key_weights[0]).transpose(1, 2)
     require_same_bits(
         pool.codes[0][pages, :, rows], codes, "cache_append wrote the reference's codes"

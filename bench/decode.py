@@ -18,7 +18,7 @@ TITLE = "Decoding step of one layer"
 COLUMNS = (
     "dtype", *CASE_COLUMNS, "hata_us", *(f"{part}_us" for part in PARTS), *DENSE,
     "floor_us", "read_tbps", *DENSE_MORE, "spread_us", "bytes", "gbps", "percent_of_read",
-    "speedup", "portable_us", "host_us", "max_seq_len", "inputs",
+    "speedup", "portable_us", "host_us", "max_seq_len", "inputs", "kv_cache_dtype",
 )  # fmt: skip
 
 SHOWN = {

@@ -82,6 +82,11 @@ def million() -> list[Sweep]:
     return [Sweep((Shape(1, 4, 1, K * K), Shape(1, 32, 8, K * K)))]
 
 
+def fp8() -> list[Sweep]:
+    """The table over caches in float8."""
+    return [Sweep(tuple(replace(shape, kv_cache_dtype=torch.float8_e4m3fn) for shape in TABLE))]
+
+
 GRIDS = {
     "table": table,
     "figure5": figure5,
@@ -89,6 +94,7 @@ GRIDS = {
     "crossover": crossover,
     "few": few,
     "million": million,
+    "fp8": fp8,
 }
 
 

@@ -55,12 +55,13 @@ def read(path: Path) -> list[dict[str, str]]:
 
 
 def load_steps(path: Path) -> list[Step]:
-    """Returns the steps over contiguous caches; of rows that repeat a case, the last one."""
+    """Returns the steps over contiguous caches, but float8 ones; of repeated cases the last."""
     names = {(c.num_bits, c.query_bits, c.key_norms): c.name for c in CONFIGS}
     steps: dict[tuple[object, ...], Step] = {}
     for row in read(path):
         codes = (int(row["num_bits"]), int(row["query_bits"]), row["key_norms"] == "1")
-        if codes not in names or row["page_size"] != row["seq_len"]:
+        of_float8 = row.get("kv_cache_dtype", "").startswith("float8")
+        if codes not in names or row["page_size"] != row["seq_len"] or of_float8:
             continue
         step = Step(
             gpu=row["gpu"],

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from .baselines import Baselines, measure_dense
 from .buffers import CodePool, KvPool
-from .cases import PAPER_BUDGET, Case, CodeConfig, Shape
+from .cases import PAPER_BUDGET, Case, CodeConfig, Shape, name_of
 from .grids import Plan
 from .inputs import Captured
 from .report import Row
@@ -87,7 +87,8 @@ class Run:
     ) -> Row:
         """Returns the columns that describe a case; without a config no code is involved."""
         return {
-            "dtype": str(shape.dtype).removeprefix("torch."),
+            "dtype": name_of(shape.dtype),
+            "kv_cache_dtype": name_of(shape.kv_cache_dtype or shape.dtype),
             **{name: getattr(shape, name) for name in CASE_COLUMNS[:6]},
             "max_seq_len": shape.max_seq_len,
             "num_bits": config and config.num_bits,

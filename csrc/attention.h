@@ -14,13 +14,14 @@ namespace hata {
 struct AttentionParams {
   PageTable table;
   KvCache cache;
+  DType dtype;  // of q and out
   int q_len, num_heads;
   int num_splits;  // 1 needs no workspace
   float softmax_scale;
   float softcap;  // 0: none
 
   const void* q;       // [batch, q_len, num_heads, head_dim], last dimension contiguous
-  void* out;           // [batch, q_len, num_heads, head_dim], contiguous, dtype of q
+  void* out;           // [batch, q_len, num_heads, head_dim], contiguous
   float* lse;          // [batch, q_len, num_heads], contiguous
   float* out_partial;  // workspace [num_splits, batch, q_len, num_heads, head_dim]
   float* lse_partial;  // workspace [num_splits, batch, q_len, num_heads]

@@ -15,6 +15,7 @@ struct CacheAppendParams {
   PageTable table;
   KvCache cache;
   CodeCache code_cache;
+  DType dtype;  // of k, v and key_weights: the cache's, unless that is float8
   int q_len;
   const int32_t* new_seqlens;   // [batch], or null: all q_len tokens are new
   const int64_t* slot_mapping;  // [q_len] of cache_write, else null

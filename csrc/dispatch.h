@@ -9,6 +9,7 @@
 #ifdef __CUDACC__
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <cuda_fp8.h>
 #endif
 
 namespace hata {
@@ -37,7 +38,16 @@ void dispatch_dtype(DType dtype, Fn&& fn) {
       return fn.template operator()<__nv_bfloat16>();
     case DType::kFloat32:
       throw std::runtime_error("dtype must be float16 or bfloat16 on CUDA, got float32");
+    case DType::kFloat8E4M3:
+      throw std::runtime_error("dtype must be float16 or bfloat16 on CUDA, got float8");
   }
+}
+
+// The same for rows of K and V.
+template <typename Fn>
+void dispatch_row_dtype(DType dtype, Fn&& fn) {
+  if (dtype == DType::kFloat8E4M3) return fn.template operator()<__nv_fp8_e4m3>();
+  dispatch_dtype(dtype, fn);
 }
 #endif
 

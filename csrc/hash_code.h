@@ -10,7 +10,7 @@ namespace hata {
 
 using CudaStream = ::CUstream_st*;  // cudaStream_t, for headers that host-only code includes
 
-enum class DType { kFloat16, kBFloat16, kFloat32 };
+enum class DType { kFloat16, kBFloat16, kFloat32, kFloat8E4M3 };
 
 inline constexpr int kWordBits = 32;
 inline constexpr int kMaxWords = 8;  // 256 bits

@@ -15,11 +15,12 @@ STABLE_TORCH_LIBRARY(hata, m) {
   m.def(
       "cache_append(Tensor k, Tensor v, Tensor key_weights, Tensor(a!) k_cache, "
       "Tensor(b!) v_cache, Tensor(c!) code_cache, Tensor(d!)? norm_cache, Tensor block_table, "
-      "Tensor cache_seqlens, Tensor? new_seqlens=None) -> ()");
+      "Tensor cache_seqlens, Tensor? new_seqlens=None, *, Tensor? k_scale=None, "
+      "Tensor? v_scale=None) -> ()");
   m.def(
       "cache_write(Tensor k, Tensor v, Tensor key_weights, Tensor(a!) k_cache, "
-      "Tensor(b!) v_cache, Tensor(c!) code_cache, Tensor(d!)? norm_cache, Tensor slot_mapping) "
-      "-> ()");
+      "Tensor(b!) v_cache, Tensor(c!) code_cache, Tensor(d!)? norm_cache, Tensor slot_mapping, *, "
+      "Tensor? k_scale=None, Tensor? v_scale=None) -> ()");
 
   m.def(
       "hamming_score(Tensor planes, Tensor code_cache, Tensor? norm_cache, Tensor block_table, "
@@ -42,14 +43,14 @@ STABLE_TORCH_LIBRARY(hata, m) {
 
   m.def(
       "gather_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, "
-      "Tensor cache_seqlens, Tensor indices, float? softmax_scale=None, float? softcap=None) -> "
-      "(Tensor, Tensor)");
+      "Tensor cache_seqlens, Tensor indices, float? softmax_scale=None, float? softcap=None, *, "
+      "Tensor? k_scale=None, Tensor? v_scale=None) -> (Tensor, Tensor)");
 
   m.def(
       "dense_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, "
-      "Tensor cache_seqlens, float? softmax_scale=None, float? softcap=None, int? "
-      "min_sparse_len=None, *, "
-      "Tensor(a!) out, Tensor(b!) lse) -> ()");
+      "Tensor cache_seqlens, float? softmax_scale=None, float? softcap=None, "
+      "int? min_sparse_len=None, *, Tensor? k_scale=None, Tensor? v_scale=None, Tensor(a!) out, "
+      "Tensor(b!) lse) -> ()");
 
   m.def(
       "merge_attention_states(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b) "
@@ -60,8 +61,9 @@ STABLE_TORCH_LIBRARY(hata, m) {
       "Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor(c!) code_cache, Tensor(d!)? norm_cache, "
       "Tensor block_table, Tensor cache_seqlens, int query_bits, int top_k, int num_sink=0, "
       "int num_recent=0, float? top_k_share=None, int? min_top_k=None, float? softmax_scale=None, "
-      "float? softcap=None, *, Tensor(e!)? workspace=None, "
-      "Tensor(f!) indices, Tensor(g!) num_selected, Tensor(h!) out, Tensor(i!) lse) -> ()");
+      "float? softcap=None, *, Tensor? k_scale=None, Tensor? v_scale=None, Tensor(e!)? "
+      "workspace=None, Tensor(f!) indices, Tensor(g!) num_selected, Tensor(h!) out, "
+      "Tensor(i!) lse) -> ()");
 
   // Bytes of workspace that decode_step needs.
   m.def(

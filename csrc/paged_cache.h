@@ -21,6 +21,9 @@ struct PageTable {
   int64_t block_table_stride;
 };
 
+inline constexpr int kMaxHeadDim = 256;
+
+// Rows in float8 (e4m3, without infinities) hold what k and v are divided by their KV head's scale.
 struct KvCache {
   DType dtype;
   int num_kv_heads, head_dim;
@@ -28,7 +31,19 @@ struct KvCache {
   void* v;  // the same shape
   int64_t k_page_stride, k_token_stride, k_head_stride;
   int64_t v_page_stride, v_token_stride, v_head_stride;
+  // Of float8 rows, those of KV heads scale_stride apart: 0 where all have the same. Null: 1.
+  const float* k_scale;
+  const float* v_scale;
+  int64_t k_scale_stride, v_scale_stride;
 };
+
+// What a float8 row is multiplied with to be a key or a value of this KV head.
+constexpr float k_scale_of(const KvCache& cache, int kv_head_idx) {
+  return cache.k_scale == nullptr ? 1.0f : cache.k_scale[kv_head_idx * cache.k_scale_stride];
+}
+constexpr float v_scale_of(const KvCache& cache, int kv_head_idx) {
+  return cache.v_scale == nullptr ? 1.0f : cache.v_scale[kv_head_idx * cache.v_scale_stride];
+}
 
 struct CodeCache {
   int num_words;

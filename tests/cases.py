@@ -88,9 +88,10 @@ def make_caches(
     rows = (num_pages, page_size + gap, num_kv_heads, head_dim)
 
     def kv() -> Tensor:
-        cache = torch.randn(rows).to(dtype)
+        cache = torch.randn(rows)
         cache[:, :page_size][~used] = torch.nan
         cache[:, page_size:] = torch.nan
+        cache = cache.to(dtype)
         if layout == "hnd":
             cache = cache.transpose(1, 2).contiguous().to(device).transpose(1, 2)
         return cache.to(device)[:, :page_size]

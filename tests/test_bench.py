@@ -1,6 +1,7 @@
 import csv
 import itertools
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -235,7 +236,7 @@ def test_a_cache_over_the_memory_limit_is_reported(tmp_path, capsys):
     )
 
 
-def make_pool(page_size: int = 0, **options: int) -> CodePool:
+def make_pool(page_size: int = 0, **options: Any) -> CodePool:
     timer = timing.Timer(torch.device("cpu"), budget_s=0, cold=False)
     shape = Shape(2, 4, 2, 2048, dtype=torch.float32, **options)
     return CodePool(KvPool(shape, timer, 10**9), Case(shape, CONFIGS[1], page_size), timer)
@@ -249,6 +250,7 @@ def make_pool(page_size: int = 0, **options: int) -> CodePool:
         {"q_len": 4},
         {"page_size": 16, "q_len": 3, "capacity": 4096},
         {"capacity": 8192, "head_dim": 64},
+        {"kv_cache_dtype": torch.float8_e4m3fn},
     ],
 )
 def test_checks_accept_right_results(options):

@@ -10,7 +10,7 @@ import torch
 from bench import decode, generate, grids, offload, records, tables, vllm_arrivals
 from bench.__main__ import app
 from bench.capture import attention_inputs
-from bench.cases import CONFIGS, Case, Shape
+from bench.cases import CONFIGS, Case, Shape, name_of
 from bench.plot import TITLES
 from bench.report import RESULTS, Report
 from hata.cli import run_app
@@ -54,6 +54,7 @@ def results(tmp_path) -> Path:
                 "floor_us": case.num_bytes / 3.1e6,
                 "fa2_us": 8 + shape.kv_bytes / 3e6,
                 "inputs": "random",
+                "kv_cache_dtype": name_of(shape.kv_cache_dtype or shape.dtype),
             }
         )
     report = Report(tmp_path / "vllm_arrivals_x.csv", vllm_arrivals.COLUMNS, origin)

@@ -133,6 +133,10 @@ def test_reorder_without_pages_for_the_copies_changes_nothing(device: str) -> No
         ({"page_size": 16, "num_pages": 0}, "num_pages must be in 1..2147483647, got 0"),
         ({"dtype": torch.float64}, "dtype must be one of (torch.float16, torch.bfloat16"),
         (
+            {"kv_cache_dtype": torch.bfloat16},
+            "kv_cache_dtype must be None, torch.float16 or torch.float8_e4m3fn, got torch.bfloat16",
+        ),
+        (
             {"dtype": torch.float32, "device": "meta"},
             "dtype must be one of (torch.float16, torch.bfloat16) on meta, got torch.float32",
         ),

@@ -6,6 +6,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 
 from internal_codes import random_codes, unpack
@@ -56,6 +57,15 @@ def test_bfloat16_rounds_to_nearest_even(internals, rng):
 
 
 # --- the loops of every instruction set
+
+
+def test_every_isa_reads_every_float8(internals):
+    bits = np.arange(256, dtype=np.uint8)
+    expected = torch.from_numpy(bits).view(torch.float8_e4m3fn).float().numpy()
+    for isa in internals.supported_isas():
+        for n in (256, 21):
+            values = internals.float8_row(isa, bits[:n])
+            np.testing.assert_array_equal(values, expected[:n], err_msg=isa)
 
 
 @pytest.mark.parametrize("num_words", range(1, 9))

@@ -76,8 +76,11 @@ def test_encode_query(device):
 )
 def test_key_and_value_caches(device, op):
     r = Rejects(op, device)
-    floats = "Half, BFloat16 or Float" if device == "cpu" else "Half or BFloat16 on CUDA"
-    r(f"k_cache must be {floats}, got Long", k_cache=torch.int64)
+    floats = {
+        "cpu": "Half, BFloat16, Float or Float8_e4m3fn",
+        "cuda": "Half, BFloat16 or Float8_e4m3fn on CUDA",
+    }
+    r(f"k_cache must be {floats[device]}, got Long", k_cache=torch.int64)
     r(
         "k_cache must have shape [num_pages, page_size, num_kv_heads, head_dim], "
         "got [2, 16, 2, 2, 64]",

@@ -70,6 +70,7 @@ def test_rejects_a_model(make: Callable[[], Any], message: str) -> None:
         ({"max_seq_len": 0}, "max_seq_len must be in 1..160, got 0"),
         ({"max_seq_len": "8K"}, "max_seq_len must be an int, got str"),
         ({"page_size": 12}, "page_size must be a power of two, got 12"),
+        ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype must be None or torch.float8_e4m3fn, got fp8"),
         ({"observer": 1}, "observer must be callable, got int"),
     ],
 )

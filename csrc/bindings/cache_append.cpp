@@ -15,12 +15,13 @@ CacheAppendParams token_params(const ArgumentChecks& check, const PageTable& tab
                                const KvCache& cache, const Tensor& k, const Tensor& v,
                                const Tensor& key_weights, const Tensor& k_cache,
                                const Tensor& code_cache_, const std::optional<Tensor>& norm_cache) {
+  const DType dtype = dtype_beside(check, cache, k, "k");
   for (const auto& [t, name] : {std::pair{&k, "k"}, std::pair{&v, "v"}}) {
     check.last_dims_contiguous(*t, name, 1);
     check.rows_aligned(*t, name);
   }
-  const int words = check_hash_weights(check, key_weights, "key_weights", cache.dtype,
-                                       cache.num_kv_heads, cache.head_dim);
+  const int words = check_hash_weights(check, key_weights, "key_weights", dtype, cache.num_kv_heads,
+                                       cache.head_dim);
   check.tensor(code_cache_, "code_cache", ScalarType::Int,
                {{"num_pages", k_cache.size(0)},
                 {"num_kv_heads", cache.num_kv_heads},
@@ -31,6 +32,7 @@ CacheAppendParams token_params(const ArgumentChecks& check, const PageTable& tab
       .table = table,
       .cache = cache,
       .code_cache = code_cache(check, code_cache_, norm_cache),
+      .dtype = dtype,
       .q_len = static_cast<int>(k.size(token_dim)),
       .new_seqlens = nullptr,
       .slot_mapping = nullptr,
@@ -53,16 +55,19 @@ CacheAppendParams cache_append_params(const ArgumentChecks& check, const Tensor&
                                       const Tensor& v_cache, const Tensor& code_cache,
                                       const std::optional<Tensor>& norm_cache,
                                       const Tensor& block_table, const Tensor& cache_seqlens,
-                                      const std::optional<Tensor>& new_seqlens) {
-  const KvCache cache = kv_cache(check, k_cache, v_cache);
+                                      const std::optional<Tensor>& new_seqlens,
+                                      const std::optional<Tensor>& k_scale,
+                                      const std::optional<Tensor>& v_scale) {
+  const KvCache cache = kv_cache(check, k_cache, v_cache, k_scale, v_scale);
   const PageTable table =
       page_table(check, block_table, cache_seqlens, k_cache.size(0), k_cache.size(1));
-  check.tensor(k, "k", scalar_type(cache.dtype),
+  const ScalarType dtype = scalar_type(dtype_beside(check, cache, k, "k"));
+  check.tensor(k, "k", dtype,
                {{"batch", table.batch},
                 {"q_len"},
                 {"num_kv_heads", cache.num_kv_heads},
                 {"head_dim", cache.head_dim}});
-  check.tensor(v, "v", scalar_type(cache.dtype),
+  check.tensor(v, "v", dtype,
                {{"batch", table.batch},
                 {"q_len", k.size(1)},
                 {"num_kv_heads", cache.num_kv_heads},
@@ -82,11 +87,12 @@ namespace {
 void cache_append(const Tensor& k, const Tensor& v, const Tensor& key_weights, Tensor k_cache,
                   Tensor v_cache, Tensor code_cache, std::optional<Tensor> norm_cache,
                   const Tensor& block_table, const Tensor& cache_seqlens,
-                  std::optional<Tensor> new_seqlens) {
+                  std::optional<Tensor> new_seqlens, std::optional<Tensor> k_scale,
+                  std::optional<Tensor> v_scale) {
   const ArgumentChecks check("cache_append", k, "k");
   launch(k,
          cache_append_params(check, k, v, key_weights, k_cache, v_cache, code_cache, norm_cache,
-                             block_table, cache_seqlens, new_seqlens),
+                             block_table, cache_seqlens, new_seqlens, k_scale, v_scale),
          cache_append_cpu, cache_append_cuda);
 }
 
@@ -109,13 +115,15 @@ PageTable page_pool(const ArgumentChecks& check, int64_t num_pages, int64_t page
 
 void cache_write(const Tensor& k, const Tensor& v, const Tensor& key_weights, Tensor k_cache,
                  Tensor v_cache, Tensor code_cache, std::optional<Tensor> norm_cache,
-                 const Tensor& slot_mapping) {
+                 const Tensor& slot_mapping, std::optional<Tensor> k_scale,
+                 std::optional<Tensor> v_scale) {
   const ArgumentChecks check("cache_write", k, "k");
-  const KvCache cache = kv_cache(check, k_cache, v_cache);
+  const KvCache cache = kv_cache(check, k_cache, v_cache, k_scale, v_scale);
+  const ScalarType dtype = scalar_type(dtype_beside(check, cache, k, "k"));
   check.tensor(
-      k, "k", scalar_type(cache.dtype),
+      k, "k", dtype,
       {{"num_tokens"}, {"num_kv_heads", cache.num_kv_heads}, {"head_dim", cache.head_dim}});
-  check.tensor(v, "v", scalar_type(cache.dtype),
+  check.tensor(v, "v", dtype,
                {{"num_tokens", k.size(0)},
                 {"num_kv_heads", cache.num_kv_heads},
                 {"head_dim", cache.head_dim}});

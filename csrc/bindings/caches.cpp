@@ -41,6 +41,23 @@ void codes_aligned(const ArgumentChecks& check, const Tensor& codes) {
       "other strides or offset");
 }
 
+const float* scale_data(const ArgumentChecks& check, const std::optional<Tensor>& scale,
+                        const char* name, DType dtype, int64_t num_kv_heads) {
+  if (!scale) return nullptr;
+  check.rule(dtype == DType::kFloat8E4M3, name, "be None beside caches that are not Float8_e4m3fn",
+             "a tensor");
+  check.dtype_and_device(*scale, name, ScalarType::Float);
+  check.rule(
+      scale->numel() == 1 || (scale->dim() == 1 && scale->size(0) == num_kv_heads), name,
+      [&] { return "have one element or num_kv_heads=" + std::to_string(num_kv_heads); },
+      scale->numel());
+  return data<float>(*scale);
+}
+
+int64_t scale_stride(const std::optional<Tensor>& scale) {
+  return scale && scale->numel() > 1 ? scale->stride(0) : 0;
+}
+
 }  // namespace
 
 PageTable page_table(const ArgumentChecks& check, const Tensor& block_table,
@@ -72,8 +89,9 @@ PageTable page_table(const ArgumentChecks& check, const Tensor& block_table,
   return table;
 }
 
-KvCache kv_cache(const ArgumentChecks& check, const Tensor& k_cache, const Tensor& v_cache) {
-  const DType dtype = check.float_dtype(k_cache, "k_cache");
+KvCache kv_cache(const ArgumentChecks& check, const Tensor& k_cache, const Tensor& v_cache,
+                 const std::optional<Tensor>& k_scale, const std::optional<Tensor>& v_scale) {
+  const DType dtype = check.row_dtype(k_cache, "k_cache");
   check.tensor(k_cache, "k_cache", scalar_type(dtype),
                {{"num_pages"}, {"page_size"}, {"num_kv_heads"}, {"head_dim"}});
   check.tensor(v_cache, "v_cache", scalar_type(dtype),
@@ -98,7 +116,16 @@ KvCache kv_cache(const ArgumentChecks& check, const Tensor& k_cache, const Tenso
       .v_page_stride = v_cache.stride(0),
       .v_token_stride = v_cache.stride(1),
       .v_head_stride = v_cache.stride(2),
+      .k_scale = scale_data(check, k_scale, "k_scale", dtype, k_cache.size(2)),
+      .v_scale = scale_data(check, v_scale, "v_scale", dtype, k_cache.size(2)),
+      .k_scale_stride = scale_stride(k_scale),
+      .v_scale_stride = scale_stride(v_scale),
   };
+}
+
+DType dtype_beside(const ArgumentChecks& check, const KvCache& cache, const Tensor& t,
+                   const char* name) {
+  return cache.dtype == DType::kFloat8E4M3 ? check.float_dtype(t, name) : cache.dtype;
 }
 
 CodeCache code_cache(const ArgumentChecks& check, const Tensor& codes,

@@ -28,8 +28,7 @@ std::string device_name(const Tensor& t) {
 
 }  // namespace
 
-void ArgumentChecks::tensor(const Tensor& t, const char* name, ScalarType dtype,
-                            std::initializer_list<Dim> dims) const {
+void ArgumentChecks::dtype_and_device(const Tensor& t, const char* name, ScalarType dtype) const {
   const bool same_device =
       t.is_cuda() == on_cuda_ && (!on_cuda_ || t.get_device_index() == first_.get_device_index());
   rule(
@@ -42,6 +41,11 @@ void ArgumentChecks::tensor(const Tensor& t, const char* name, ScalarType dtype,
       t.scalar_type() == dtype, name,
       [&] { return std::string("be ") + torch::headeronly::toString(dtype); },
       [&] { return torch::headeronly::toString(t.scalar_type()); });
+}
+
+void ArgumentChecks::tensor(const Tensor& t, const char* name, ScalarType dtype,
+                            std::initializer_list<Dim> dims) const {
+  dtype_and_device(t, name, dtype);
   bool matches = t.dim() == static_cast<int64_t>(dims.size());
   bool fits = true;
   int64_t d = 0;
@@ -62,6 +66,18 @@ DType ArgumentChecks::float_dtype(const Tensor& t, const char* name) const {
   if (dtype == ScalarType::BFloat16) return DType::kBFloat16;
   rule(dtype == ScalarType::Float && !on_cuda(), name,
        on_cuda() ? "be Half or BFloat16 on CUDA" : "be Half, BFloat16 or Float",
+       torch::headeronly::toString(dtype));
+  return DType::kFloat32;
+}
+
+DType ArgumentChecks::row_dtype(const Tensor& t, const char* name) const {
+  const ScalarType dtype = t.scalar_type();
+  if (dtype == ScalarType::Float8_e4m3fn) return DType::kFloat8E4M3;
+  if (dtype == ScalarType::Half) return DType::kFloat16;
+  if (dtype == ScalarType::BFloat16) return DType::kBFloat16;
+  rule(dtype == ScalarType::Float && !on_cuda(), name,
+       on_cuda() ? "be Half, BFloat16 or Float8_e4m3fn on CUDA"
+                 : "be Half, BFloat16, Float or Float8_e4m3fn",
        torch::headeronly::toString(dtype));
   return DType::kFloat32;
 }
@@ -120,6 +136,8 @@ ScalarType scalar_type(DType dtype) {
       return ScalarType::Half;
     case DType::kBFloat16:
       return ScalarType::BFloat16;
+    case DType::kFloat8E4M3:
+      return ScalarType::Float8_e4m3fn;
     case DType::kFloat32:
       break;
   }

@@ -42,12 +42,17 @@ class ArgumentChecks {
 
   bool on_cuda() const { return on_cuda_; }
 
+  void dtype_and_device(const Tensor& t, const char* name, ScalarType dtype) const;
+
   // Device, dtype and shape. Every size fits an int32.
   void tensor(const Tensor& t, const char* name, ScalarType dtype,
               std::initializer_list<Dim> dims) const;
 
   // float16, bfloat16 or (on CPU) float32.
   DType float_dtype(const Tensor& t, const char* name) const;
+
+  // The same, or float8_e4m3fn.
+  DType row_dtype(const Tensor& t, const char* name) const;
 
   // The last `num_dims` dimensions lie densely, as in a contiguous tensor.
   void last_dims_contiguous(const Tensor& t, const char* name, int num_dims) const;

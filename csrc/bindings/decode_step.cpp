@@ -30,13 +30,15 @@ void decode_step(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor
                  const Tensor& cache_seqlens, int64_t query_bits, int64_t top_k, int64_t num_sink,
                  int64_t num_recent, std::optional<double> top_k_share,
                  std::optional<int64_t> min_top_k, std::optional<double> softmax_scale,
-                 std::optional<double> softcap, std::optional<Tensor> workspace, Tensor indices,
+                 std::optional<double> softcap, std::optional<Tensor> k_scale,
+                 std::optional<Tensor> v_scale, std::optional<Tensor> workspace, Tensor indices,
                  Tensor num_selected, Tensor out, Tensor lse) {
   const ArgumentChecks check("decode_step", q, "q");
   DecodeStepParams params{};
   auto& [append, encode, select, attend] = params;
   append = cache_append_params(check, k, v, key_weights, k_cache, v_cache, code_cache, norm_cache,
-                               block_table, cache_seqlens, std::nullopt);
+                               block_table, cache_seqlens, std::nullopt, k_scale, v_scale);
+  check.dtype_and_device(q, "q", k.scalar_type());
   const int capacity = append.table.capacity;
   const Budget budget =
       checked_budget(check, top_k, num_sink, num_recent, top_k_share, min_top_k, capacity);

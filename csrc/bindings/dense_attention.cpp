@@ -13,9 +13,10 @@ namespace {
 void dense_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
                      const Tensor& block_table, const Tensor& cache_seqlens,
                      std::optional<double> softmax_scale, std::optional<double> softcap,
-                     std::optional<int64_t> min_sparse_len, Tensor out, Tensor lse) {
+                     std::optional<int64_t> min_sparse_len, std::optional<Tensor> k_scale,
+                     std::optional<Tensor> v_scale, Tensor out, Tensor lse) {
   const ArgumentChecks check("dense_attention", q, "q");
-  const KvCache cache = kv_cache(check, k_cache, v_cache);
+  const KvCache cache = kv_cache(check, k_cache, v_cache, k_scale, v_scale);
   const PageTable table =
       page_table(check, block_table, cache_seqlens, k_cache.size(0), k_cache.size(1));
   DenseAttentionParams params{attention_params(check, q, cache, table, softmax_scale, softcap),

@@ -1,6 +1,7 @@
 #include "fetch_rows.h"
 
 #include <algorithm>
+#include <optional>
 #include <utility>
 
 #include "bindings/caches.h"
@@ -17,7 +18,8 @@ void fetch_rows(const Tensor& indices, const Tensor& k_cache, const Tensor& v_ca
                 Tensor v_rows, Tensor slot_of_row, Tensor position_of_slot, Tensor referenced,
                 Tensor hand, Tensor slots, Tensor missing, Tensor num_missing) {
   const ArgumentChecks check("fetch_rows", indices, "indices");
-  const KvCache cache = kv_cache(check, k_cache, v_cache);
+  check.float_dtype(k_cache, "k_cache");  // not float8
+  const KvCache cache = kv_cache(check, k_cache, v_cache, std::nullopt, std::nullopt);
   const PageTable table =
       page_table(check, block_table, cache_seqlens, k_cache.size(0), k_cache.size(1));
   const Dim batch{"batch", table.batch}, num_kv_heads{"num_kv_heads", cache.num_kv_heads};

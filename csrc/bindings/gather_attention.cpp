@@ -13,7 +13,8 @@ namespace hata {
 AttentionParams attention_params(const ArgumentChecks& check, const Tensor& q, const KvCache& cache,
                                  const PageTable& table, std::optional<double> softmax_scale,
                                  std::optional<double> softcap) {
-  check.tensor(q, "q", scalar_type(cache.dtype),
+  const DType dtype = dtype_beside(check, cache, q, "q");
+  check.tensor(q, "q", scalar_type(dtype),
                {{"batch", table.batch}, {"q_len"}, {"num_heads"}, {"head_dim", cache.head_dim}});
   check.last_dims_contiguous(q, "q", 1);
   check.rows_aligned(q, "q");
@@ -31,6 +32,7 @@ AttentionParams attention_params(const ArgumentChecks& check, const Tensor& q, c
   return AttentionParams{
       .table = table,
       .cache = cache,
+      .dtype = dtype,
       .q_len = static_cast<int>(q.size(1)),
       .num_heads = static_cast<int>(num_heads),
       .num_splits = 1,
@@ -63,14 +65,13 @@ GatherAttentionParams gather_attention_params(const ArgumentChecks& check, const
 
 namespace {
 
-std::tuple<Tensor, Tensor> gather_attention(const Tensor& q, const Tensor& k_cache,
-                                            const Tensor& v_cache, const Tensor& block_table,
-                                            const Tensor& cache_seqlens, const Tensor& indices,
-                                            std::optional<double> softmax_scale,
-                                            std::optional<double> softcap) {
+std::tuple<Tensor, Tensor> gather_attention(
+    const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const Tensor& block_table,
+    const Tensor& cache_seqlens, const Tensor& indices, std::optional<double> softmax_scale,
+    std::optional<double> softcap, std::optional<Tensor> k_scale, std::optional<Tensor> v_scale) {
   const ArgumentChecks check("gather_attention", q, "q");
   check.rule(indices.dim() == 4, "indices", "have 4 dimensions", indices.dim());
-  const KvCache cache = kv_cache(check, k_cache, v_cache);
+  const KvCache cache = kv_cache(check, k_cache, v_cache, k_scale, v_scale);
   const PageTable table =
       page_table(check, block_table, cache_seqlens, k_cache.size(0), k_cache.size(1));
   GatherAttentionParams params =

@@ -17,7 +17,9 @@ CacheAppendParams cache_append_params(const ArgumentChecks& check, const Tensor&
                                       const Tensor& v_cache, const Tensor& code_cache,
                                       const std::optional<Tensor>& norm_cache,
                                       const Tensor& block_table, const Tensor& cache_seqlens,
-                                      const std::optional<Tensor>& new_seqlens);
+                                      const std::optional<Tensor>& new_seqlens,
+                                      const std::optional<Tensor>& k_scale,
+                                      const std::optional<Tensor>& v_scale);
 
 // `planes` is left null: the caller's output or workspace.
 EncodeQueryParams encode_query_params(const ArgumentChecks& check, const Tensor& q,

@@ -45,9 +45,10 @@ void AttentionState::reset(int b, int first_token, int kv_head_idx) {
     const int64_t offset = b_ * p_.q_batch_stride +
                            (first_token_ + c / group_) * p_.q_token_stride +
                            (kv_head_idx_ * group_ + c % group_) * p_.q_head_stride;
-    loops_.to_float(element(p_.q, p_.cache.dtype, offset), p_.cache.dtype, head_dim,
+    loops_.to_float(element(p_.q, p_.dtype, offset), p_.dtype, head_dim,
                     q_.data() + static_cast<int64_t>(c) * head_dim);
   }
+  scale_ = p_.softmax_scale * k_scale_of(p_.cache, kv_head_idx);
   std::fill(acc_.begin(), acc_.end(), 0.0f);
   std::fill(largest_.begin(), largest_.end(), kMinusInfinity);
   std::fill(sum_.begin(), sum_.end(), 0.0f);
@@ -60,7 +61,7 @@ void AttentionState::weigh(int column, int n, int num_seen) {
   if (n <= 0) return;
   float largest = largest_[column];
   for (int r = 0; r < n; ++r) {
-    weights[r] *= p_.softmax_scale;
+    weights[r] *= scale_;
     if (p_.softcap != 0.0f) weights[r] = p_.softcap * std::tanh(weights[r] / p_.softcap);
     largest = std::max(largest, weights[r]);
   }
@@ -84,7 +85,8 @@ int64_t AttentionState::query_of_column(int column) const {
 const float* AttentionState::normalized(int column) {
   float* out = acc_.data() + static_cast<int64_t>(column) * p_.cache.head_dim;
   if (sum_[column] != 0.0f) {
-    for (int d = 0; d < p_.cache.head_dim; ++d) out[d] /= sum_[column];
+    const float v_scale = v_scale_of(p_.cache, kv_head_idx_);
+    for (int d = 0; d < p_.cache.head_dim; ++d) out[d] = out[d] / sum_[column] * v_scale;
   }
   return out;
 }
@@ -97,8 +99,8 @@ void AttentionState::store() {
   const int head_dim = p_.cache.head_dim;
   for (int c = 0; c < num_columns_; ++c) {
     const int64_t query_idx = query_of_column(c);
-    store_floats(normalized(c), head_dim, p_.cache.dtype,
-                 element(p_.out, p_.cache.dtype, query_idx * head_dim));
+    store_floats(normalized(c), head_dim, p_.dtype,
+                 element(p_.out, p_.dtype, query_idx * head_dim));
     p_.lse[query_idx] = lse(c);
   }
 }
@@ -135,8 +137,7 @@ void merge_parts(const AttentionParams& p, int num_parts, int64_t begin, int64_t
       for (float& value : sum) value /= total;
     }
     p.lse[query_idx] = total == 0.0f ? kMinusInfinity : largest + std::log(total);
-    store_floats(sum.data(), head_dim, p.cache.dtype,
-                 element(p.out, p.cache.dtype, query_idx * head_dim));
+    store_floats(sum.data(), head_dim, p.dtype, element(p.out, p.dtype, query_idx * head_dim));
   }
 }
 

@@ -56,7 +56,9 @@ class AttentionState {
   const HotLoops& loops_;
   const AttentionParams& p_;
   int group_, num_columns_;
-  int64_t b_ = 0, first_token_ = 0, kv_head_idx_ = 0;
+  int64_t b_ = 0, first_token_ = 0;
+  int kv_head_idx_ = 0;
+  float scale_ = 0;                   // of products with rows as they are
   std::vector<float> q_, acc_;        // [num_columns, head_dim]
   std::vector<float> weights_;        // [num_columns, kTile]: logits, then exp(logit - largest)
   std::vector<float> largest_, sum_;  // [num_columns]

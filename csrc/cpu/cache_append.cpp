@@ -10,10 +10,25 @@
 namespace hata {
 namespace {
 
+// Writes a new key or value to the cache, from element `to_idx` on.
+void store_row(const HotLoops& loops, const CacheAppendParams& p, const void* from, float scale,
+               void* cache, int64_t to_idx) {
+  const int head_dim = p.cache.head_dim;
+  void* to = element(cache, p.cache.dtype, to_idx);
+  if (p.cache.dtype == p.dtype) {
+    std::memcpy(to, from, static_cast<size_t>(head_dim) * dtype_size(p.dtype));
+    return;
+  }
+  float values[kMaxHeadDim];
+  loops.to_float(from, p.dtype, head_dim, values);
+  for (int d = 0; d < head_dim; ++d) values[d] /= scale;
+  store_floats(values, head_dim, p.cache.dtype, to);
+}
+
 // Appends tokens [first, last) of sequence b to KV head h; at most kEncodeTile of them.
 void append_tile(const HotLoops& loops, const CacheAppendParams& p, int64_t b, int64_t h, int first,
                  int last) {
-  const DType dtype = p.cache.dtype;
+  const DType dtype = p.dtype;
   const int head_dim = p.cache.head_dim, num_words = p.code_cache.num_words;
   const void* keys[kEncodeTile];
   int64_t pages[kEncodeTile], rows[kEncodeTile];
@@ -22,16 +37,16 @@ void append_tile(const HotLoops& loops, const CacheAppendParams& p, int64_t b, i
     const Slot slot = slot_of(p, static_cast<int>(b), j);
     if (slot.row < 0) continue;
     const int64_t page = slot.page, row = slot.row;
-    const auto copy = [&](const void* from, int64_t from_idx, void* to, int64_t to_idx) {
-      std::memcpy(element(to, dtype, to_idx), element(from, dtype, from_idx),
-                  static_cast<size_t>(head_dim) * dtype_size(dtype));
-    };
-    const int64_t k_idx = b * p.k_batch_stride + j * p.k_token_stride + h * p.k_head_stride;
-    copy(p.k, k_idx, p.cache.k,
-         page * p.cache.k_page_stride + row * p.cache.k_token_stride + h * p.cache.k_head_stride);
-    copy(p.v, b * p.v_batch_stride + j * p.v_token_stride + h * p.v_head_stride, p.cache.v,
-         page * p.cache.v_page_stride + row * p.cache.v_token_stride + h * p.cache.v_head_stride);
-    keys[n] = element(p.k, dtype, k_idx);
+    keys[n] =
+        element(p.k, dtype, b * p.k_batch_stride + j * p.k_token_stride + h * p.k_head_stride);
+    const void* value =
+        element(p.v, dtype, b * p.v_batch_stride + j * p.v_token_stride + h * p.v_head_stride);
+    store_row(
+        loops, p, keys[n], k_scale_of(p.cache, static_cast<int>(h)), p.cache.k,
+        page * p.cache.k_page_stride + row * p.cache.k_token_stride + h * p.cache.k_head_stride);
+    store_row(
+        loops, p, value, v_scale_of(p.cache, static_cast<int>(h)), p.cache.v,
+        page * p.cache.v_page_stride + row * p.cache.v_token_stride + h * p.cache.v_head_stride);
     pages[n] = page;
     rows[n++] = row;
   }

@@ -22,6 +22,16 @@ inline void with_type(const void* data, DType dtype, const Body& body) {
   }
 }
 
+// Calls body with a null pointer to the element type of cached rows.
+template <class Body>
+inline void with_row_type(DType dtype, const Body& body) {
+  if (dtype == DType::kFloat8E4M3) {
+    body(static_cast<const Float8*>(nullptr));
+  } else {
+    with_type(nullptr, dtype, body);
+  }
+}
+
 void to_float(const void* data, DType dtype, int n, float* values) {
   with_type(data, dtype, [&](const auto* typed) {
     for (int i = 0; i < n; i += kLanes) store_until(values, i, n, load_until(typed, i, n));
@@ -138,7 +148,7 @@ inline void prefetch_row(const void* row, int64_t size) {
 void dot_rows(const float* q, int group, int head_dim, const void* const* rows,
               const void* const* next_rows, int n, DType dtype, float* out, int out_stride) {
   constexpr int kAhead = 8;  // rows
-  with_type(nullptr, dtype, [&](const auto* typed) {
+  with_row_type(dtype, [&](const auto* typed) {
     using T = std::remove_cv_t<std::remove_pointer_t<decltype(typed)>>;
     const int64_t row_size = head_dim * static_cast<int64_t>(sizeof(T));
     for (int r = 0; r < n && r < kAhead; ++r) prefetch_row(rows[r], row_size);
@@ -198,7 +208,7 @@ inline void add_weighted(const float* weights, int weight_stride, int head_dim,
 
 void add_weighted_rows(const float* weights, int weight_stride, int group, int head_dim,
                        const void* const* rows, int n, DType dtype, float* acc) {
-  with_type(nullptr, dtype, [&](auto* typed) {
+  with_row_type(dtype, [&](auto* typed) {
     using T = std::remove_cv_t<std::remove_pointer_t<decltype(typed)>>;
     int g = 0;
     for (; g + 4 <= group; g += 4) {

@@ -23,6 +23,9 @@ struct Float16 {
 struct BFloat16 {
   uint16_t bits;
 };
+struct Float8 {
+  uint8_t bits;
+};
 
 #if defined(__AVX512F__)
 
@@ -46,6 +49,17 @@ inline FloatVec load(const Float16* data) {
 inline FloatVec load(const BFloat16* data) {
   const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(data));
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+}
+// A float8 with its bits where a float16 has those of the same meaning is 2^-8 times as large; all
+// bits of its magnitude set are NaN.
+inline FloatVec load(const Float8* data) {
+  const __m256i bits =
+      _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(data)));
+  const __m256i magnitude = _mm256_and_si256(bits, _mm256_set1_epi16(0x7f));
+  const __m256i sign = _mm256_slli_epi16(_mm256_xor_si256(bits, magnitude), 8);
+  const __m256i nan = _mm256_cmpeq_epi16(magnitude, _mm256_set1_epi16(0x7f));
+  const __m256i half = _mm256_or_si256(_mm256_slli_epi16(magnitude, 7), sign);
+  return _mm512_mul_ps(_mm512_cvtph_ps(_mm256_or_si256(half, nan)), broadcast(256.0f));
 }
 inline FloatVec load(const uint16_t* integers) {
   const __m256i values = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(integers));
@@ -82,6 +96,16 @@ inline FloatVec load(const BFloat16* data) {
   const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(data));
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
 }
+// A float8 with its bits where a float16 has those of the same meaning is 2^-8 times as large; all
+// bits of its magnitude set are NaN.
+inline FloatVec load(const Float8* data) {
+  const __m128i bits = _mm_cvtepu8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(data)));
+  const __m128i magnitude = _mm_and_si128(bits, _mm_set1_epi16(0x7f));
+  const __m128i sign = _mm_slli_epi16(_mm_xor_si128(bits, magnitude), 8);
+  const __m128i nan = _mm_cmpeq_epi16(magnitude, _mm_set1_epi16(0x7f));
+  const __m128i half = _mm_or_si128(_mm_slli_epi16(magnitude, 7), sign);
+  return _mm256_mul_ps(_mm256_cvtph_ps(_mm_or_si128(half, nan)), broadcast(256.0f));
+}
 inline FloatVec load(const uint16_t* integers) {
   const __m128i values = _mm_loadu_si128(reinterpret_cast<const __m128i*>(integers));
   return _mm256_cvtepi32_ps(_mm256_cvtepu16_epi32(values));
@@ -117,6 +141,10 @@ inline FloatVec load(const Float16* data) {
 inline FloatVec load(const BFloat16* data) {
   return FloatVec{bfloat16_to_float(data[0].bits), bfloat16_to_float(data[1].bits),
                   bfloat16_to_float(data[2].bits), bfloat16_to_float(data[3].bits)};
+}
+inline FloatVec load(const Float8* data) {
+  return FloatVec{float8_to_float(data[0].bits), float8_to_float(data[1].bits),
+                  float8_to_float(data[2].bits), float8_to_float(data[3].bits)};
 }
 inline FloatVec load(const uint16_t* integers) {
   return FloatVec{static_cast<float>(integers[0]), static_cast<float>(integers[1]),

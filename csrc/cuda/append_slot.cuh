@@ -5,11 +5,18 @@
 // Finds the key, value, code and norm of a row of the caches.
 namespace hata {
 
-template <typename T>
-__device__ __forceinline__ T* cache_row(void* cache, int64_t page_stride, int64_t token_stride,
-                                        int64_t head_stride, const Slot& slot, int kv_head_idx) {
-  return static_cast<T*>(cache) + slot.page * page_stride + slot.row * token_stride +
-         kv_head_idx * head_stride;
+// Rows of K and V of Element.
+template <typename Element>
+__device__ __forceinline__ Element* key_at(const KvCache& cache, const Slot& slot,
+                                           int kv_head_idx) {
+  return static_cast<Element*>(cache.k) + slot.page * cache.k_page_stride +
+         slot.row * cache.k_token_stride + kv_head_idx * cache.k_head_stride;
+}
+template <typename Element>
+__device__ __forceinline__ Element* value_at(const KvCache& cache, const Slot& slot,
+                                             int kv_head_idx) {
+  return static_cast<Element*>(cache.v) + slot.page * cache.v_page_stride +
+         slot.row * cache.v_token_stride + kv_head_idx * cache.v_head_stride;
 }
 
 __device__ __forceinline__ uint32_t* code_at(const CodeCache& cache, const Slot& slot,

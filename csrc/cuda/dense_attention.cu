@@ -27,10 +27,10 @@ struct DenseParams : DenseAttentionParams {
 // of the KV head's group, of query token c / group. Each warp takes every kWarps-th tile of 16 rows
 // and runs by itself; the block then merges its warps. Splits past the sequence's end leave.
 template <typename T, int kHeadDim, int kColumnTiles>
-__global__ void __launch_bounds__(kWarps* kWarpSize)
+__global__ void __launch_bounds__(kWarps* kWarpSize, kMinBlocks)
     dense_attention_kernel(const __grid_constant__ DenseParams p) {
   constexpr int kColumns = kColumnTiles * kTileHeads;
-  using Layout = GatherLayout<kHeadDim, kColumnTiles>;
+  using Layout = GatherLayout<T, kHeadDim, kColumnTiles>;
   extern __shared__ __align__(16) char shared[];
   wait_for_previous_kernel();
   let_next_kernel_launch();
@@ -50,9 +50,10 @@ __global__ void __launch_bounds__(kWarps* kWarpSize)
   const auto head_of = [&](int column) {
     return kv_head_idx * group + (first_column + column) % group;
   };
-  T* queries = reinterpret_cast<T*>(shared);
-  const T* q = static_cast<const T*>(p.q) + batch_idx * p.q_batch_stride;
-  load_queries<T, kHeadDim>(
+  using Query = Operand<T>;  // or as large
+  Query* queries = reinterpret_cast<Query*>(shared);
+  const Query* q = static_cast<const Query*>(p.q) + batch_idx * p.q_batch_stride;
+  load_queries<Query, kHeadDim>(
       queries,
       [&](int column) {
         return q + token_of(column) * p.q_token_stride + head_of(column) * p.q_head_stride;
@@ -74,7 +75,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize)
        .step = kWarps,
        .end = min(tiles, (split + 1) * tiles_per_split),
        .stages = reinterpret_cast<T*>(shared + Layout::kQueryBytes +
-                                      warp * p.stages * Tile<kHeadDim>::kStageBytes),
+                                      warp * p.stages * Tile<T, kHeadDim>::kStageBytes),
        .num_stages = p.stages});
   int seen[kColumnTiles][2];  // positions that this thread's columns see
 #pragma unroll
@@ -86,13 +87,14 @@ __global__ void __launch_bounds__(kWarps* kWarpSize)
   }
   stream.wait_for_earlier_copies();
   __syncthreads();  // every thread's part of the queries is there
+  prepare_queries<T, kHeadDim>(queries, kColumns, p.dtype);
   Accumulator<kHeadDim, kColumnTiles> acc;
-  stream.run(acc, queries, LogitScale(p),
+  stream.run(acc, queries, LogitScale(p, k_scale_of_rows<T>(p.cache, kv_head_idx)),
              [&](int position, int m, int i) { return position < seen[m][i]; });
   __syncthreads();  // every warp has read its tiles, whose place the results take
 
   const Partials<kHeadDim> partials(shared + Layout::kQueryBytes, kWarps, num_columns);
-  partials.store(acc);
+  partials.template store<T>(acc, v_scale_of_rows<T>(p.cache, kv_head_idx));
   __syncthreads();
   partials.weigh();
   __syncthreads();
@@ -102,7 +104,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize)
     const int64_t query_idx = token * p.num_heads + head_of(column);
     const AttentionState state = partials.state(column);
     if (used == 1) {
-      write_result<T, kHeadDim>(p, query_idx, d, state, partials.out(column, d));
+      write_result<kHeadDim>(p, query_idx, d, state, partials.out(column, d));
     } else {
       const int64_t part = split * num_queries_of(p) + query_idx;
       write_part<kHeadDim>(p, part, d, state, partials.out(column, d));
@@ -113,7 +115,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize)
 template <typename T, int kHeadDim, int kColumnTiles>
 void launch(const DenseAttentionParams& params, CudaStream stream) {
   constexpr const char* kOp = "hata::dense_attention";
-  using Layout = GatherLayout<kHeadDim, kColumnTiles>;
+  using Layout = GatherLayout<T, kHeadDim, kColumnTiles>;
   const auto kernel = dense_attention_kernel<T, kHeadDim, kColumnTiles>;
   if (num_queries_of(params) == 0) return;
   DenseParams p{params, kMaxStages};
@@ -128,14 +130,14 @@ void launch(const DenseAttentionParams& params, CudaStream stream) {
                  .shared_bytes = shared_bytes(),
                  .overlaps_previous = true},
                 stream, kOp, p);
-  if (p.num_splits > 1) combine_splits<T>(p, stream, kOp);
+  if (p.num_splits > 1) combine_splits(p, stream, kOp);
 }
 
 }  // namespace
 
 void dense_attention_cuda(const DenseAttentionParams& p, CudaStream stream) {
   const bool few_columns = p.q_len * group_of(p) <= kTileHeads;
-  dispatch_dtype(p.cache.dtype, [&]<typename T>() {
+  dispatch_row_dtype(p.cache.dtype, [&]<typename T>() {
     dispatch_int<64, 96, 128, 192, 256>("head_dim", p.cache.head_dim, [&](auto head_dim) {
       few_columns ? launch<T, head_dim, 1>(p, stream) : launch<T, head_dim, 2>(p, stream);
     });

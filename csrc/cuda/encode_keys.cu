@@ -4,6 +4,7 @@
 
 #include "cuda/append_slot.cuh"
 #include "cuda/codes/projection.cuh"
+#include "cuda/primitives/float8.cuh"
 #include "cuda/primitives/launch.cuh"
 #include "dispatch.h"
 
@@ -33,6 +34,16 @@ __device__ __forceinline__ void project(const Keys<kHeadDim>& keys, const uint16
 #pragma unroll
   for (int step = 0; step < Keys<kHeadDim>::kSteps; ++step) {
     project_step<T>(sums, keys.low[step], keys.high[step], weights + step * 32 * kWeightPitch);
+  }
+}
+
+// Writes a row of float8, by a quad.
+template <int kHeadDim, typename T>
+__device__ __forceinline__ void write_float8_row(const T* from, float scale, uint8_t* to) {
+#pragma unroll 1
+  for (int d = threadIdx.x % 4 * 8; d < kHeadDim; d += 32) {
+    *reinterpret_cast<uint2*>(to + d) =
+        to_float8<T>(*reinterpret_cast<const uint4*>(from + d), scale);
   }
 }
 
@@ -88,11 +99,19 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         if (slots[i].row < 0) continue;
-        const T* from = v_head + (first_token + i * 8) * p.v_token_stride + lane % 4 * 8;
-        T* k_row = cache_row<T>(p.cache.k, p.cache.k_page_stride, p.cache.k_token_stride,
-                                p.cache.k_head_stride, slots[i], kv_head_idx);
-        T* v_row = cache_row<T>(p.cache.v, p.cache.v_page_stride, p.cache.v_token_stride,
-                                p.cache.v_head_stride, slots[i], kv_head_idx);
+        const int token = first_token + i * 8;
+        const T* from = v_head + token * p.v_token_stride + lane % 4 * 8;
+        if (p.cache.dtype == DType::kFloat8E4M3) {
+          write_float8_row<kHeadDim>(k_head + token * p.k_token_stride,
+                                     k_scale_of(p.cache, kv_head_idx),
+                                     key_at<uint8_t>(p.cache, slots[i], kv_head_idx));
+          write_float8_row<kHeadDim>(v_head + token * p.v_token_stride,
+                                     v_scale_of(p.cache, kv_head_idx),
+                                     value_at<uint8_t>(p.cache, slots[i], kv_head_idx));
+          continue;
+        }
+        T* k_row = key_at<T>(p.cache, slots[i], kv_head_idx);
+        T* v_row = value_at<T>(p.cache, slots[i], kv_head_idx);
 #pragma unroll
         for (int step = 0; step < Keys<kHeadDim>::kSteps; ++step) {
           const int d = step * 32 + lane % 4 * 8;
@@ -157,7 +176,7 @@ void launch(const CacheAppendParams& p, const char* op, CudaStream stream) {
 
 void encode_keys(const CacheAppendParams& p, const char* op, CudaStream stream) {
   if (p.table.batch == 0 || p.q_len == 0 || p.cache.num_kv_heads == 0) return;
-  dispatch_dtype(p.cache.dtype, [&]<typename T>() {
+  dispatch_dtype(p.dtype, [&]<typename T>() {
     dispatch_int<64, 96, 128, 192, 256>("head_dim", p.cache.head_dim,
                                         [&](auto head_dim) { launch<T, head_dim>(p, op, stream); });
   });

@@ -26,11 +26,11 @@ struct GatherParams : GatherAttentionParams {
 // every kWarps-th tile of 16 rows and runs by itself; the block then merges its warps, and each
 // block of a cluster its share of what all of them send.
 template <typename T, int kHeadDim, int kWarps, int kHeadTiles>
-__global__ void __launch_bounds__(kWarps* kWarpSize)
+__global__ void __launch_bounds__(kWarps* kWarpSize, kMinBlocks)
     gather_attention_kernel(const __grid_constant__ GatherParams p) {
   constexpr int kThreads = kWarps * kWarpSize;
   constexpr int kHeads = kHeadTiles * kTileHeads;
-  using Layout = GatherLayout<kHeadDim, kHeadTiles>;
+  using Layout = GatherLayout<T, kHeadDim, kHeadTiles>;
   extern __shared__ __align__(16) char shared[];
   __shared__ ArrivalBarrier results_arrived;  // of a cluster
   if constexpr (kIsSm90) {
@@ -48,10 +48,11 @@ __global__ void __launch_bounds__(kWarps* kWarpSize)
   const int first_head = kv_head_idx * group_size + blockIdx.y * kHeads;
   const int num_heads = min(kHeads, (kv_head_idx + 1) * group_size - first_head);
 
-  T* queries = reinterpret_cast<T*>(shared);
-  const T* q = static_cast<const T*>(p.q) + batch_idx * p.q_batch_stride + j * p.q_token_stride +
-               first_head * p.q_head_stride;
-  load_queries<T, kHeadDim>(
+  using Query = Operand<T>;  // or as large
+  Query* queries = reinterpret_cast<Query*>(shared);
+  const Query* q = static_cast<const Query*>(p.q) + batch_idx * p.q_batch_stride +
+                   j * p.q_token_stride + first_head * p.q_head_stride;
+  load_queries<Query, kHeadDim>(
       queries, [&](int head) { return q + head * p.q_head_stride; }, num_heads, kHeads);
   cp_async_commit();
 
@@ -71,16 +72,17 @@ __global__ void __launch_bounds__(kWarps* kWarpSize)
        .step = kWarps,
        .end = min(tiles, (split + 1) * tiles_per_split),
        .stages = reinterpret_cast<T*>(shared + Layout::kQueryBytes +
-                                      warp * p.stages * Tile<kHeadDim>::kStageBytes),
+                                      warp * p.stages * Tile<T, kHeadDim>::kStageBytes),
        .num_stages = p.stages});
   stream.wait_for_earlier_copies();
   __syncthreads();  // every thread's part of the queries is there
+  prepare_queries<T, kHeadDim>(queries, kHeads, p.dtype);
   Accumulator<kHeadDim, kHeadTiles> acc;
-  stream.run(acc, queries, LogitScale(p));
+  stream.run(acc, queries, LogitScale(p, k_scale_of_rows<T>(p.cache, kv_head_idx)));
   __syncthreads();  // every warp has read its tiles, whose place the results take
 
   const Partials<kHeadDim> partials(shared + Layout::kQueryBytes, kWarps, num_heads);
-  partials.store(acc);
+  partials.template store<T>(acc, v_scale_of_rows<T>(p.cache, kv_head_idx));
   __syncthreads();
   partials.weigh();
   __syncthreads();
@@ -91,7 +93,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize)
       wait_at_cluster_barrier();  // every block has begun
       const Received received(results_arrived, shared + Layout::received_offset(kWarps, p.stages),
                               p.num_splits, num_heads);
-      merge_blocks<T>(p, split, p.num_splits, partials, received, first_query, num_heads);
+      merge_blocks(p, split, p.num_splits, partials, received, first_query, num_heads);
       return;
     }
   }
@@ -101,7 +103,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize)
     const AttentionState state = partials.state(head);
     const float out = partials.out(head, d);
     if (p.num_splits == 1) {
-      write_result<T, kHeadDim>(p, first_query + head, d, state, out);
+      write_result<kHeadDim>(p, first_query + head, d, state, out);
     } else {
       write_part<kHeadDim>(p, first_part + head, d, state, out);
     }
@@ -117,7 +119,7 @@ auto kernel_of(int warps) {
 template <typename T, int kHeadDim, int kHeadTiles>
 void launch(const GatherAttentionParams& params, CudaStream stream) {
   constexpr const char* kOp = "hata::gather_attention";
-  using Layout = GatherLayout<kHeadDim, kHeadTiles>;
+  using Layout = GatherLayout<T, kHeadDim, kHeadTiles>;
   const auto kernel_of_warps = kernel_of<T, kHeadDim, kHeadTiles>;
   GatherParams p{params};
   const int64_t pairs = int64_t{p.table.batch} * p.q_len * p.cache.num_kv_heads;
@@ -153,14 +155,14 @@ void launch(const GatherAttentionParams& params, CudaStream stream) {
                  .cluster_size = p.is_cluster ? p.num_splits : 0,
                  .overlaps_previous = true},
                 stream, kOp, p);
-  if (p.num_splits > 1 && !p.is_cluster) combine_splits<T>(p, stream, kOp);
+  if (p.num_splits > 1 && !p.is_cluster) combine_splits(p, stream, kOp);
 }
 
 }  // namespace
 
 void gather_attention_cuda(const GatherAttentionParams& p, CudaStream stream) {
   const bool few_heads = group_of(p) <= kTileHeads;
-  dispatch_dtype(p.cache.dtype, [&]<typename T>() {
+  dispatch_row_dtype(p.cache.dtype, [&]<typename T>() {
     dispatch_int<64, 96, 128, 192, 256>("head_dim", p.cache.head_dim, [&](auto head_dim) {
       few_heads ? launch<T, head_dim, 1>(p, stream) : launch<T, head_dim, 2>(p, stream);
     });

@@ -8,7 +8,6 @@ void hash_encode_cuda(const HashEncodeParams& p, CudaStream stream) {
   const int64_t head_norms = p.seq_len, head_codes = head_norms * p.num_words;
   CacheAppendParams params{};
   params.table.batch = p.batch;
-  params.cache.dtype = p.dtype;
   params.cache.num_kv_heads = p.num_kv_heads;
   params.cache.head_dim = p.head_dim;
   params.code_cache = {
@@ -20,6 +19,7 @@ void hash_encode_cuda(const HashEncodeParams& p, CudaStream stream) {
       .norm_page_stride = p.num_kv_heads * head_norms,
       .norm_head_stride = head_norms,
   };
+  params.dtype = p.dtype;
   params.q_len = p.seq_len;
   params.k = p.keys;
   params.key_weights = p.key_weights;

@@ -130,11 +130,18 @@ def decode_attention(
     scale, config = _scale(cache, softmax_scale), cache.config
     caches = (cache.k_cache[layer_idx], cache.v_cache[layer_idx])
     tables = (cache.block_table, cache.cache_seqlens)
+    k_scale, v_scale = cache.k_scale[layer_idx], cache.v_scale[layer_idx]
     if dense or layer_idx < config.num_dense_layers:
         check_queries(where, q, cache, k.shape[1])
         check_logits(where, q, softcap, sink_logits)
         cache.append(layer_idx, k, v)
-        attended = ops.dense_attention(q, *caches, *tables, softmax_scale=scale, softcap=softcap)
+        attended = ops.dense_attention(
+            *(q, *caches, *tables),
+            softmax_scale=scale,
+            softcap=softcap,
+            k_scale=k_scale,
+            v_scale=v_scale,
+        )
         if sink_logits is not None:
             add_sink_logits(*attended, sink_logits)
         return attended[0]
@@ -154,6 +161,8 @@ def decode_attention(
                 softmax_scale=scale,
                 softcap=softcap,
                 min_sparse_len=cache.min_sparse_len,
+                k_scale=k_scale,
+                v_scale=v_scale,
                 out=buffers.out,
                 lse=buffers.lse,
             )

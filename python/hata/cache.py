@@ -10,7 +10,7 @@ from hata.checks import check, check_int, check_type
 from hata.config import HataConfig
 from hata.decode_buffers import DecodeBufferPool, DecodeBuffers
 from hata.sequences import PagePool, Sequences, page_pool
-from hata.storage import PageStorage, check_dtype
+from hata.storage import PageStorage, check_dtype, check_kv_cache_dtype
 from hata.weights import HashWeights
 
 
@@ -22,10 +22,14 @@ class HataCache:
     for captured CUDA graphs. The device's buffers keep their addresses for the cache's whole life.
 
     Attributes:
-        k_cache: Per layer ``[num_pages, page_size, num_kv_heads, head_dim]``, ``dtype``.
+        k_cache: Per layer ``[num_pages, page_size, num_kv_heads, head_dim]``, ``kv_cache_dtype``.
         v_cache: The same shapes.
         code_cache: Per layer ``[num_pages, num_kv_heads, page_size, num_words]``, int32.
         norm_cache: Per layer ``[num_pages, num_kv_heads, page_size]``, float16; or None.
+        k_scale: Per layer ``[num_kv_heads]``, float32: keys of a float8 cache are what it holds
+            times this. Ones, until the caller writes others, before the first token. None where
+            the cache is not float8.
+        v_scale: The same for values.
         block_table: ``[batch, max_pages]``, int32; -1 where a sequence has no page yet.
         cache_seqlens: ``[batch]``, int32: positions in use, those of the last step included.
         layer_budgets: The `hata.config.LayerBudget` of each layer, ``[num_layers]``.
@@ -41,8 +45,10 @@ class HataCache:
             page of ``max_seq_len`` positions for each sequence.
         num_pages: Pages that the sequences share; None gives every sequence enough for
             ``max_seq_len``. Only for a paged cache.
-        dtype: float16, bfloat16 or (on the CPU) float32.
+        dtype: Of queries, new keys and new values: float16, bfloat16 or (on the CPU) float32.
         device: Where the cache lies.
+        kv_cache_dtype: Of the cached keys and values: ``dtype``, which None stands for, or
+            float8_e4m3fn, at half of float16's memory and traffic. Codes are of the keys as given.
 
     Raises:
         TypeError: An argument has another type.
@@ -60,6 +66,7 @@ class HataCache:
         num_pages: int | None = None,
         dtype: torch.dtype,
         device: torch.device | str,
+        kv_cache_dtype: torch.dtype | None = None,
     ) -> None:
         where = type(self).__name__
         check_type(isinstance(weights, HashWeights), where, "weights", "be HashWeights", weights)
@@ -68,19 +75,22 @@ class HataCache:
         check_int(where, "batch", batch, 1)
         check_int(where, "max_seq_len", max_seq_len, 1, 2**30)
         check_dtype(where, dtype, device)
+        check_kv_cache_dtype(where, kv_cache_dtype, dtype)
         num_layers, num_kv_heads, head_dim, _ = weights.shape
         self.layer_budgets = config.layer_budgets(num_layers, max_seq_len)
 
         self.weights, self.config = weights, config
         self.num_layers, self.num_kv_heads, self.head_dim = num_layers, num_kv_heads, head_dim
         self.batch, self.max_seq_len = batch, max_seq_len
+        self.dtype, self.kv_cache_dtype = dtype, kv_cache_dtype or dtype
         pool = page_pool(where, batch, max_seq_len, page_size, num_pages)
-        pool, self._storage = self._allocate(where, pool, dtype, torch.device(device))
+        pool, self._storage = self._allocate(where, pool, self.kv_cache_dtype, torch.device(device))
         self.num_pages, self.page_size = self._storage.k_cache[0].shape[:2]
         self.paged = pool is not None
         self.k_cache, self.v_cache = self._storage.k_cache, self._storage.v_cache
         self.code_cache, self.norm_cache = self._storage.code_cache, self._storage.norm_cache
-        self.dtype, self.device = dtype, self.k_cache[0].device
+        self.k_scale, self.v_scale = self._storage.k_scale, self._storage.v_scale
+        self.device = self.k_cache[0].device
         self.min_sparse_len = config.resolve_min_sparse_len(batch, num_kv_heads, self.device)
         self._sequences = Sequences(
             batch=batch,
@@ -221,6 +231,8 @@ class HataCache:
     def keys_values(self, layer_idx: int, batch_idx: int | None = None) -> tuple[Tensor, Tensor]:
         """Returns the keys and values of one layer: views of a contiguous cache, else copies.
 
+        Those of a float8 cache are multiplied with their scales and rounded to ``dtype``.
+
         Args:
             layer_idx: The layer.
             batch_idx: The sequence; None for all of them, which must then be of equal length.
@@ -244,7 +256,14 @@ class HataCache:
             k, v = self._storage.gather(layer_idx, pages)
         else:
             k, v = self.k_cache[layer_idx][sequences], self.v_cache[layer_idx][sequences]
-        return k[:, : lengths[0]], v[:, : lengths[0]]
+        k, v = (
+            rows if scale is None else (rows.float() * scale[:, None]).to(self.dtype)
+            for rows, scale in (
+                (k[:, : lengths[0]], self.k_scale[layer_idx]),
+                (v[:, : lengths[0]], self.v_scale[layer_idx]),
+            )
+        )
+        return k, v
 
     def last_selection(self, layer_idx: int) -> tuple[Tensor, Tensor]:
         """Returns the positions that the layer's last decoding step attended to.
@@ -292,6 +311,8 @@ class HataCache:
             self.block_table,
             self.cache_seqlens,
             new_seqlens=new_seqlens,
+            k_scale=self.k_scale[layer_idx],
+            v_scale=self.v_scale[layer_idx],
         )
 
     def _reordered(self, order: list[int], sources: list[int], copies: list[int]) -> None:
@@ -327,6 +348,8 @@ class HataCache:
             num_recent=self.config.num_recent,
             softmax_scale=softmax_scale,
             softcap=softcap,
+            k_scale=self.k_scale[layer_idx],
+            v_scale=self.v_scale[layer_idx],
             workspace=buffers.workspace,
             indices=buffers.indices,
             num_selected=buffers.num_selected,

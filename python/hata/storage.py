@@ -10,6 +10,7 @@ from hata.checks import check
 from hata.host_memory import HostMemory
 from hata.weights import HashWeights
 
+FLOAT8 = torch.float8_e4m3fn
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -23,12 +24,17 @@ class PageStorage:
         code_cache: Per layer ``[num_pages, num_kv_heads, page_size, num_words]``, int32; num_words
             is the layer's own.
         norm_cache: Per layer ``[num_pages, num_kv_heads, page_size]``, float16; or None.
+        k_scale: Per layer ``[num_kv_heads]``, float32, ones: a key is what its row holds times
+            this. None but for float8.
+        v_scale: The same for values.
     """
 
     k_cache: list[Tensor]
     v_cache: list[Tensor]
     code_cache: list[Tensor]
     norm_cache: list[Tensor | None]
+    k_scale: list[Tensor | None]
+    v_scale: list[Tensor | None]
 
     @classmethod
     def allocate(
@@ -63,6 +69,10 @@ class PageStorage:
         def pages(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 
+        def scales() -> list[Tensor | None]:
+            scaled = dtype == FLOAT8
+            return [torch.ones(num_kv_heads, device=device) if scaled else None for _ in bits]
+
         bits, norms = weights.layer_bits, weights.key_norms
         num_resident = len(bits) if host is None else num_resident_layers
         k_cache, v_cache = ([pages(rows, dtype) for _ in range(num_resident)] for _ in range(2))
@@ -77,6 +87,8 @@ class PageStorage:
             v_cache=v_cache,
             code_cache=[pages((*slots, num_bits // 32), torch.int32) for num_bits in bits],
             norm_cache=[pages(slots, torch.float16) if norms else None for _ in bits],
+            k_scale=scales(),
+            v_scale=scales(),
         )
 
     def gather(self, layer_idx: int, pages: Tensor) -> tuple[Tensor, Tensor]:
@@ -91,9 +103,12 @@ class PageStorage:
         """
         page_size, *row = self.k_cache[layer_idx].shape[1:]
         shape = (pages.shape[0], pages.shape[1] * page_size, *row)
-        k = self.k_cache[layer_idx].index_select(0, pages.flatten())
-        v = self.v_cache[layer_idx].index_select(0, pages.flatten())
-        return k.view(shape), v.view(shape)
+        k, v = (
+            _copyable(cache[layer_idx]).index_select(0, pages.flatten())
+            for cache in (self.k_cache, self.v_cache)
+        )
+        dtype = self.k_cache[layer_idx].dtype
+        return k.view(dtype).view(shape), v.view(dtype).view(shape)
 
     def copy_pages(self, sources: Tensor, copies: Tensor, used: int) -> None:
         """Copies pages onto others, in all layers at once.
@@ -103,14 +118,34 @@ class PageStorage:
             copies: Distinct pages to write, as many.
             used: Rows at the start of a page that are worth copying.
         """
-        pages = [cache[:, :used] for cache in (*self.k_cache, *self.v_cache)]
+        pages = [_copyable(cache)[:, :used] for cache in (*self.k_cache, *self.v_cache)]
         pages += [cache[:, :, :used] for cache in self.code_cache]
         pages += [cache[:, :, :used] for cache in self.norm_cache if cache is not None]
         for cache in pages:
             cache.index_copy_(0, copies.long(), cache.index_select(0, sources))
 
 
+def _copyable(rows: Tensor) -> Tensor:
+    """A view that torch can copy by index, which it does not do with float8."""
+    return rows.view(torch.uint8) if rows.dtype == FLOAT8 else rows
+
+
 def check_dtype(function: str, dtype: torch.dtype, device: torch.device | str) -> None:
     """Raises ValueError unless the operators take caches of this dtype on this device."""
     floats = _FLOATS if torch.device(device).type == "cpu" else _FLOATS[:2]
     check(dtype in floats, function, "dtype", f"be one of {floats} on {device}", dtype)
+
+
+def check_kv_cache_dtype(
+    function: str, kv_cache_dtype: torch.dtype | None, dtype: torch.dtype | None = None
+) -> None:
+    """Raises ValueError unless a cache for queries of this dtype can hold rows of that one.
+
+    Args:
+        function: Who asks, for the message.
+        kv_cache_dtype: Of keys and values; None is the queries'.
+        dtype: The queries'; None where it is not known yet.
+    """
+    fits = kv_cache_dtype in (None, dtype, FLOAT8)
+    rule = f"be None or {FLOAT8}" if dtype is None else f"be None, {dtype} or {FLOAT8}"
+    check(fits, function, "kv_cache_dtype", rule, kv_cache_dtype)

@@ -51,6 +51,17 @@ Array<float> to_float(const std::string& isa, const Array<uint16_t>& bits) {
   return values;
 }
 
+// float8 bits [n] -> [n], as rows of attention are read.
+Array<float> float8_row(const std::string& isa, const Array<uint8_t>& bits) {
+  Array<float> values(bits.shape(0));
+  std::fill_n(values.mutable_data(), bits.shape(0), 0.0f);
+  const float weight = 1.0f;
+  const void* row = bits.data();
+  hata::loops_of_isa(isa).add_weighted_rows(&weight, 1, 1, static_cast<int>(bits.shape(0)), &row, 1,
+                                            hata::DType::kFloat8E4M3, values.mutable_data());
+  return values;
+}
+
 // rows [n, head_dim], weights [head_dim, num_bits] -> [n, num_bits].
 Array<float> project(const std::string& isa, const Array<float>& rows,
                      const Array<float>& weights) {
@@ -86,6 +97,7 @@ void add_cpu_loops(py::module_& m) {
   m.def("count_matches", &count_matches);
   m.def("apply_norms", &apply_norms);
   m.def("to_float", &to_float);
+  m.def("float8_row", &float8_row);
   m.def("project", &project);
   m.def("pack_signs", &pack_signs);
   m.def("select_row16", [](const std::string& isa, const Array<uint16_t>& ranks, int top_k,

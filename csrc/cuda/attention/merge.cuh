@@ -28,10 +28,12 @@ class Partials {
         merged_max_(sum_ + warps * heads),
         merged_sum_(merged_max_ + heads) {}
 
-  // Stores what one warp has found, by the warps below `warps`.
-  template <int kHeadTiles>
-  __device__ void store(const Accumulator<kHeadDim, kHeadTiles>& acc) const {
+  // Stores what one warp has found in rows of T, whose values have a factor, by the warps below
+  // `warps`.
+  template <typename T, int kHeadTiles>
+  __device__ void store(const Accumulator<kHeadDim, kHeadTiles>& acc, float v_scale) const {
     const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
+    using Channels = OutputChannels<T>;
 #pragma unroll
     for (int m = 0; m < kHeadTiles; ++m) {
 #pragma unroll
@@ -44,11 +46,11 @@ class Partials {
           max_[entry] = acc.max[m][i];
           sum_[entry] = sum;
         }
-        float* out = out_ + entry * kPitch + lane / 4;
+        float* out = out_ + entry * kPitch + lane / 4 * Channels::kStep;
 #pragma unroll
         for (int n = 0; n < kHeadDim / 16; ++n) {
-          out[n * 16] = acc.out[m][n][i];
-          out[n * 16 + 8] = acc.out[m][n][i + 2];
+          out[n * 16] = acc.out[m][n][i] * v_scale;
+          out[n * 16 + Channels::kNext] = acc.out[m][n][i + 2] * v_scale;
         }
       }
     }
@@ -119,11 +121,21 @@ struct Received {
   float* out;  // [splits, share]
 };
 
+// Writes one element of the output. Its type is no template's: code that merges, the longest part
+// of a kernel, is there once for all of them.
+__device__ __forceinline__ void write_out(const AttentionParams& p, int64_t i, float out) {
+  if (p.dtype == DType::kBFloat16) {
+    static_cast<__nv_bfloat16*>(p.out)[i] = __float2bfloat16_rn(out);
+  } else {
+    static_cast<__half*>(p.out)[i] = __float2half_rn(out);
+  }
+}
+
 // Writes one channel of the finished result and, with d 0, its log-sum-exp.
-template <typename T, int kHeadDim>
+template <int kHeadDim>
 __device__ __forceinline__ void write_result(const AttentionParams& p, int64_t query_idx, int d,
                                              const AttentionState& state, float out) {
-  static_cast<T*>(p.out)[query_idx * kHeadDim + d] = static_cast<T>(state.finish(out));
+  write_out(p, query_idx * kHeadDim + d, state.finish(out));
   if (d == 0) p.lse[query_idx] = state.lse();
 }
 
@@ -139,7 +151,7 @@ __device__ __forceinline__ void write_part(const AttentionParams& p, int64_t par
 // grid: batch * q_len * num_heads, one thread an element: merges the first p.num_parts(query_idx)
 // parts of a query, if there is more than one. Lane l of each warp weighs part l of 32, and each
 // thread asks for its element of all of them at once.
-template <typename T, typename Params>
+template <typename Params>
 __global__ void combine_splits_kernel(const __grid_constant__ Params p) {
   wait_for_previous_kernel();
   let_next_kernel_launch();
@@ -171,14 +183,13 @@ __global__ void combine_splits_kernel(const __grid_constant__ Params p) {
       out += share * values[i];
     }
   }
-  static_cast<T*>(p.out)[query_idx * p.cache.head_dim + threadIdx.x] =
-      static_cast<T>(sum == 0.0f ? 0.0f : out / sum);
+  write_out(p, query_idx * p.cache.head_dim + threadIdx.x, sum == 0.0f ? 0.0f : out / sum);
   if (threadIdx.x == 0) p.lse[query_idx] = sum == 0.0f ? -INFINITY : max + logf(sum);
 }
 
-template <typename T, typename Params>
+template <typename Params>
 void combine_splits(const Params& p, CudaStream stream, const char* op) {
-  launch_kernel(combine_splits_kernel<T, Params>,
+  launch_kernel(combine_splits_kernel<Params>,
                 {.grid = dim3(static_cast<unsigned>(num_queries_of(p))),
                  .threads = p.cache.head_dim,
                  .overlaps_previous = true},
@@ -189,7 +200,7 @@ void combine_splits(const Params& p, CudaStream stream, const char* op) {
 // results, and writes the union of what all of them sent this block. The results from first_query
 // on are those of the `heads` queries. A block may end after that: all that is sent to it has
 // arrived.
-template <typename T, int kHeadDim>
+template <int kHeadDim>
 __device__ __forceinline__ void merge_blocks(const AttentionParams& p, int rank, int splits,
                                              const Partials<kHeadDim>& partials,
                                              const Received& received, int64_t first_query,
@@ -229,7 +240,7 @@ __device__ __forceinline__ void merge_blocks(const AttentionParams& p, int rank,
       sum += weight * received.sum[block * heads + head];
       out += weight * received.out[block * share + j];
     }
-    write_result<T, kHeadDim>(p, first_query + head, d, {max, sum}, out);
+    write_result<kHeadDim>(p, first_query + head, d, {max, sum}, out);
   }
 }
 

@@ -2,6 +2,7 @@
 
 #include <type_traits>
 
+#include "cuda/attention/operands.cuh"
 #include "cuda/attention/tile.cuh"
 #include "cuda/primitives/cp_async.cuh"
 
@@ -18,8 +19,18 @@ __device__ __forceinline__ void load_queries(T* to, const Query& q, int heads, i
   for (int i = threadIdx.x; i < padded_heads * kPieces; i += blockDim.x) {
     const int head = i / kPieces, piece = i % kPieces;
     const T* from = q(head < heads ? head : 0);
-    cp_async_16(to + head * Tile<kHeadDim>::kPitch + piece * 8, from + piece * 8, head < heads);
+    cp_async_16(to + head * Tile<T, kHeadDim>::kPitch + piece * 8, from + piece * 8, head < heads);
   }
+}
+
+// What the products of T rows, and the sums of their values, are multiplied with.
+template <typename T>
+__device__ __forceinline__ float k_scale_of_rows(const KvCache& cache, int kv_head_idx) {
+  return kIsFloat8<T> ? k_scale_of(cache, kv_head_idx) : 1.0f;
+}
+template <typename T>
+__device__ __forceinline__ float v_scale_of_rows(const KvCache& cache, int kv_head_idx) {
+  return kIsFloat8<T> ? v_scale_of(cache, kv_head_idx) : 1.0f;
 }
 
 // The rows of one KV head that some queries attend to. They see positions below `visible`; the page
@@ -113,11 +124,11 @@ class RowStream {
   // Waits for the copies that this thread started before the first tile's.
   __device__ void wait_for_earlier_copies() const { wait_for_all_but(2 * tiles_.num_stages); }
 
-  // In each tile, query heads 2 (lane % 4) + i of tile of heads m attend to the rows that exist and
-  // of which sees(row of the list, m, i) is true.
+  // Queries are prepare_queries()'s. In each tile, query heads 2 (lane % 4) + i of tile of heads m
+  // attend to the rows that exist and of which sees(row of the list, m, i) is true.
   template <typename Scale, typename Sees>
-  __device__ void run(Accumulator<kHeadDim, kHeadTiles>& acc, const T* queries, const Scale& scale,
-                      const Sees& sees) {
+  __device__ void run(Accumulator<kHeadDim, kHeadTiles>& acc, const Operand<T>* queries,
+                      const Scale& scale, const Sees& sees) {
     const int pending = 2 * tiles_.num_stages - 1;
     for (int tile = tiles_.first, stage = 0; tile < tiles_.end; tile += tiles_.step) {
       T* keys = tiles_.stages + 2 * stage * Tile::kElements;
@@ -147,14 +158,14 @@ class RowStream {
     cp_async_wait<0>();
   }
   template <typename Scale>
-  __device__ void run(Accumulator<kHeadDim, kHeadTiles>& acc, const T* queries,
+  __device__ void run(Accumulator<kHeadDim, kHeadTiles>& acc, const Operand<T>* queries,
                       const Scale& scale) {
     run(acc, queries, scale, [](int, int, int) { return true; });
   }
 
  private:
-  using Tile = Tile<kHeadDim>;
-  using ValidRows = std::conditional_t<kStages == 1, uint32_t, uint64_t>;  // 16 bits a stage
+  using Tile = Tile<T, kHeadDim>;
+  using ValidRows = std::conditional_t<kStages <= 2, uint32_t, uint64_t>;  // 16 bits a stage
 
   // Which of a tile's 16 rows exist, and in lane r and r + 16 where row r is.
   struct Rows {
@@ -177,14 +188,19 @@ class RowStream {
   // Starts the copies of the valid rows of a tile, one group; the others become zero. `from` is
   // lane r's row r.
   __device__ static void fetch(T* to, const T* from, unsigned valid) {
-    constexpr int kPieces = kHeadDim / 8;  // 16-byte pieces of a row
+    constexpr int kPiece = 16 / sizeof(T);  // elements of 16 bytes
+    constexpr int kPieces = kHeadDim / kPiece;
+    // Registers are scarcer beside float8: fewer addresses at once, and no lane kept for them.
+    constexpr int kUnrolled = kIsFloat8<T> ? 2 : 4;
+    const int lane = kIsFloat8<T> ? lane_here() : threadIdx.x % kWarpSize;
     if (valid != 0) {
-#pragma unroll 4
-      for (int i = threadIdx.x % kWarpSize; i < kTileRows * kPieces; i += kWarpSize) {
+#pragma unroll kUnrolled
+      for (int i = lane; i < kTileRows * kPieces; i += kWarpSize) {
         const int row = i / kPieces, piece = i % kPieces;
         const auto row_from = reinterpret_cast<const T*>(
             __shfl_sync(kFullMask, reinterpret_cast<uint64_t>(from), row));
-        cp_async_16(to + row * Tile::kPitch + piece * 8, row_from + piece * 8, valid >> row & 1u);
+        cp_async_16(to + row * Tile::kPitch + piece * kPiece, row_from + piece * kPiece,
+                    valid >> row & 1u);
       }
     }
     cp_async_commit();

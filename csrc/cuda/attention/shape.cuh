@@ -16,6 +16,10 @@ struct GatherShape {
   int splits;  // at most kMaxCluster: they are one cluster
 };
 
+// Blocks of a multiprocessor that a kernel's registers are cut for, 0 where the compiler chooses.
+// For older devices it would choose a few registers less than some kernels have values.
+constexpr int kMinBlocks = kIsSm90 ? 0 : 1;
+
 constexpr int kFewWarps = 4, kManyWarps = 8;
 constexpr int kMinRowsPerWarp = kTileRows;
 
@@ -26,13 +30,13 @@ constexpr int stages_for(int top_k, const GatherShape& shape) {
 
 // Shared memory of a block: the queries, then for each warp its stages, whose place the partial
 // results take at the end; behind them what the blocks of a cluster send each other.
-template <int kHeadDim, int kHeadTiles>
+template <typename T, int kHeadDim, int kHeadTiles>
 struct GatherLayout {
   static constexpr int kHeads = kHeadTiles * kTileHeads;
-  static constexpr int kQueryBytes = kHeads * Tile<kHeadDim>::kPitch * 2;
+  static constexpr int kQueryBytes = kHeads * Tile<Operand<T>, kHeadDim>::kPitch * 2;
 
   static constexpr int received_offset(int warps, int stages) {
-    return kQueryBytes + std::max(warps * stages * Tile<kHeadDim>::kStageBytes,
+    return kQueryBytes + std::max(warps * stages * Tile<T, kHeadDim>::kStageBytes,
                                   Partials<kHeadDim>::bytes(warps, kHeads));
   }
   static constexpr int bytes(int warps, int stages, int splits, int heads) {

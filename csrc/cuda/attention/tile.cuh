@@ -3,6 +3,7 @@
 #include <cmath>
 
 #include "attention.h"
+#include "cuda/attention/operands.cuh"
 #include "cuda/primitives/attention_state.cuh"
 #include "cuda/primitives/mma.cuh"
 #include "cuda/primitives/warp.cuh"
@@ -12,21 +13,12 @@
 // up to eight heads pays for eight.
 namespace hata {
 
-constexpr int kTileRows = 16;  // rows of one step of a warp
 constexpr int kTileHeads = 8;  // query heads of one matrix product
-
-// Tiles of keys, of values and of queries in shared memory. Their rows are padded by 16 bytes, an
-// odd multiple of 16 in all, so that ldmatrix meets no bank conflict.
-template <int kHeadDim>
-struct Tile {
-  static constexpr int kPitch = kHeadDim + 8;
-  static constexpr int kElements = kTileRows * kPitch;
-  static constexpr int kStageBytes = 2 * kElements * 2;  // keys and values
-};
 
 // A warp's running softmax over its rows: for query heads 2c and 2c + 1 (c = lane % 4) of each tile
 // of heads the maximum in base 2 and this thread's part of the sum, and the unnormalized output,
-// transposed: d = 16 n + r and + 8 (r = lane / 4) in the layout of a matrix product's result.
+// transposed: of each block n of 16 channels rows r and r + 8 (r = lane / 4) in the layout of a
+// matrix product's result, which OutputChannels tells apart.
 template <int kHeadDim, int kHeadTiles>
 struct Accumulator {
   float max[kHeadTiles][2];
@@ -38,7 +30,7 @@ struct Accumulator {
   }
 };
 
-// The probabilities of a tile's rows, rounded to pairs of T, as operands of the second product, and
+// The probabilities of a tile's rows, rounded to pairs, as operands of the second product, and
 // what the output so far is to be multiplied by.
 template <int kHeadTiles>
 struct TileWeights {
@@ -57,8 +49,11 @@ struct PlainScale {
 // the logit of softcap.
 class LogitScale {
  public:
-  explicit __device__ LogitScale(const AttentionParams& p)
-      : p_(p), scale_(p.softmax_scale * kLog2E * (p.softcap == 0.0f ? 1.0f : 2.0f / p.softcap)) {}
+  // `k_scale` is the keys' own factor.
+  __device__ LogitScale(const AttentionParams& p, float k_scale)
+      : p_(p),
+        scale_(p.softmax_scale * k_scale * kLog2E * (p.softcap == 0.0f ? 1.0f : 2.0f / p.softcap)) {
+  }
 
   __device__ float operator()(float x) const {
     const float scaled = x * scale_;
@@ -75,24 +70,21 @@ class LogitScale {
 // of tile m attends to the valid rows of which sees(row, m, i) is true.
 template <typename T, int kHeadDim, int kHeadTiles, typename Scale, typename Sees>
 __device__ __forceinline__ TileWeights<kHeadTiles> score_tile(
-    Accumulator<kHeadDim, kHeadTiles>& acc, const T* q, const T* k, unsigned valid_rows,
+    Accumulator<kHeadDim, kHeadTiles>& acc, const Operand<T>* q, const T* k, unsigned valid_rows,
     const Scale& scale, const Sees& sees) {
-  constexpr int kPitch = Tile<kHeadDim>::kPitch;
+  constexpr int kPitch = Tile<Operand<T>, kHeadDim>::kPitch;
   const int lane = threadIdx.x % kWarpSize;
   float scores[kHeadTiles][4] = {};
 #pragma unroll
   for (int step = 0; step < kHeadDim / 16; step += 2) {
     uint32_t a[2][4];
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      load_matrix_x4(a[i], k + lane % 16 * kPitch + (step + i) * 16 + lane / 16 * 8);
-    }
+    load_keys<kHeadDim>(a, k, step);
 #pragma unroll
     for (int m = 0; m < kHeadTiles; ++m) {
       uint32_t b[4];  // of both steps
       load_matrix_x4(b, q + (m * kTileHeads + lane % 8) * kPitch + step * 16 + lane / 8 * 8);
-      mma_m16n8k16(scores[m], a[0], {b[0], b[1]}, T{});
-      mma_m16n8k16(scores[m], a[1], {b[2], b[3]}, T{});
+      mma_m16n8k16(scores[m], a[0], {b[0], b[1]}, Operand<T>{});
+      mma_m16n8k16(scores[m], a[1], {b[2], b[3]}, Operand<T>{});
     }
   }
 
@@ -121,8 +113,8 @@ __device__ __forceinline__ TileWeights<kHeadTiles> score_tile(
         acc.sum[m][i] += score;
       }
     }
-    weights.pairs[m][0] = transpose_matrix(pack(s[0], s[1], T{}));
-    weights.pairs[m][1] = transpose_matrix(pack(s[2], s[3], T{}));
+    weights.pairs[m][0] = transpose_matrix(pack(s[0], s[1], Operand<T>{}));
+    weights.pairs[m][1] = transpose_matrix(pack(s[2], s[3], Operand<T>{}));
   }
   return weights;
 }
@@ -132,18 +124,21 @@ __device__ __forceinline__ TileWeights<kHeadTiles> score_tile(
 template <typename T, int kHeadDim, int kHeadTiles>
 __device__ __forceinline__ void add_values(Accumulator<kHeadDim, kHeadTiles>& acc, const T* v,
                                            const TileWeights<kHeadTiles>& weights) {
-  constexpr int kPitch = Tile<kHeadDim>::kPitch;
+  constexpr int kBlocks = kValueBlocks<T>;
   const int lane = lane_here();
 #pragma unroll
-  for (int n = 0; n < kHeadDim / 16; ++n) {
-    uint32_t a[4];
-    load_matrix_x4_transposed(a,
-                              v + (lane % 8 + lane / 16 * 8) * kPitch + n * 16 + lane / 8 % 2 * 8);
+  for (int block = 0; block < kHeadDim / 16; block += kBlocks) {
+    uint32_t a[kBlocks][4];
+    load_values<kHeadDim>(a, v, block, lane);
 #pragma unroll
-    for (int m = 0; m < kHeadTiles; ++m) {
+    for (int n = 0; n < kBlocks; ++n) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) acc.out[m][n][i] *= weights.rescale[m][i % 2];
-      mma_m16n8k16(acc.out[m][n], a, {weights.pairs[m][0], weights.pairs[m][1]}, T{});
+      for (int m = 0; m < kHeadTiles; ++m) {
+        float (&out)[4] = acc.out[m][block + n];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) out[i] *= weights.rescale[m][i % 2];
+        mma_m16n8k16(out, a[n], {weights.pairs[m][0], weights.pairs[m][1]}, Operand<T>{});
+      }
     }
   }
 }

@@ -5,6 +5,7 @@
 #include "cuda/codes/token_sums.cuh"
 #include "cuda/decode_step/plan.cuh"
 #include "cuda/primitives/cp_async.cuh"
+#include "cuda/primitives/float8.cuh"
 
 // The first phase. Each block of a cluster encodes the queries of its KV head for itself, and
 // between them they encode and append the new tokens: the words of their codes are spread over the
@@ -273,12 +274,16 @@ __device__ __forceinline__ void write_new_tokens(const CacheAppendParams& p, int
   uint4 piece = {};
   if (d < p.cache.head_dim) {
     piece = *reinterpret_cast<const uint4*>(rows.k[token] + d);
-    T* k_row = cache_row<T>(p.cache.k, p.cache.k_page_stride, p.cache.k_token_stride,
-                            p.cache.k_head_stride, slot, kv_head_idx);
-    T* v_row = cache_row<T>(p.cache.v, p.cache.v_page_stride, p.cache.v_token_stride,
-                            p.cache.v_head_stride, slot, kv_head_idx);
-    *reinterpret_cast<uint4*>(k_row + d) = piece;
-    *reinterpret_cast<uint4*>(v_row + d) = *reinterpret_cast<const uint4*>(rows.v[token] + d);
+    const uint4 value_piece = *reinterpret_cast<const uint4*>(rows.v[token] + d);
+    if (p.cache.dtype == DType::kFloat8E4M3) {
+      *reinterpret_cast<uint2*>(key_at<uint8_t>(p.cache, slot, kv_head_idx) + d) =
+          to_float8<T>(piece, k_scale_of(p.cache, kv_head_idx));
+      *reinterpret_cast<uint2*>(value_at<uint8_t>(p.cache, slot, kv_head_idx) + d) =
+          to_float8<T>(value_piece, v_scale_of(p.cache, kv_head_idx));
+    } else {
+      *reinterpret_cast<uint4*>(key_at<T>(p.cache, slot, kv_head_idx) + d) = piece;
+      *reinterpret_cast<uint4*>(value_at<T>(p.cache, slot, kv_head_idx) + d) = value_piece;
+    }
   }
   if (p.code_cache.norms == nullptr) return;
   const float squares = sum_of_squares<T>(piece);

@@ -253,7 +253,7 @@ __device__ __forceinline__ IndexRange even_share(const Params& params, const Sli
 }
 
 // Writes this block's share of the pair's result, by a whole block.
-template <typename T, int kHeadDim>
+template <int kHeadDim>
 __device__ __forceinline__ void merge_pair(const Params& params, SharedPlan& shared,
                                            const Partials<kHeadDim>& partials, int64_t first_query,
                                            int group) {
@@ -308,8 +308,8 @@ __device__ __forceinline__ void merge_pair(const Params& params, SharedPlan& sha
       float out = 0.0f, sum = 0.0f;
 #pragma unroll 4
       for (int w = 0; w < num_warps; ++w) out += outs[w * kWarpSize + lane], sum += sums[w];
-      write_result<T, kHeadDim>(params.attend, first_query + head,
-                                piece * kWarpSize % kHeadDim + lane, {max, sum}, out);
+      write_result<kHeadDim>(params.attend, first_query + head, piece * kWarpSize % kHeadDim + lane,
+                             {max, sum}, out);
     }
     __syncthreads();
   }

@@ -200,15 +200,13 @@ __device__ __forceinline__ void run_step(const Params& params) {
                                            : p.indices + slice.first_list * p.top_k + range.first};
   }
   __syncthreads();  // the positions are written
-  attend_selected(params.attend, shared,
-                  [&]<typename T, int kHeadDim>(const Partials<kHeadDim>& partials,
-                                                int64_t first_query, int group) {
-                    if (shares) {
-                      merge_pair<T>(params, shared, partials, first_query, group);
-                    } else {
-                      merge_cluster<T>(params.attend, shared, partials, first_query, group);
-                    }
-                  });
+  attend_selected(params.attend, shared, [&](const auto& partials, int64_t first_query, int group) {
+    if (shares) {
+      merge_pair(params, shared, partials, first_query, group);
+    } else {
+      merge_cluster(params.attend, shared, partials, first_query, group);
+    }
+  });
 }
 
 // grid: (batch clusters, num_kv_heads), or with kGrid (batch blocks_per_pair, num_kv_heads). Each

@@ -32,7 +32,8 @@ inline int rank_bytes_for(const Params& params, int threads, bool shares, int bl
   if (p.algorithm == ScoreSelectAlgorithm::kCandidates) return kMostRankBytes;
   int64_t bytes = int64_t{slice_of(p, blocks_per_pair)} * p.q_len * 2;
   if (params.attends) {
-    const int row_bytes = attend_row_bytes(threads, params.attend.cache.head_dim);
+    const KvCache& cache = params.attend.cache;
+    const int row_bytes = attend_row_bytes(threads, cache.head_dim, cache.dtype);
     bytes = std::max<int64_t>(bytes, kRowOffset + row_bytes - kPlanBytes) + kKeptBytes;
   }
   return static_cast<int>(std::clamp<int64_t>(bytes, kSharingRankBytes, kMostRankBytes));
@@ -184,7 +185,8 @@ bool launch(Params& params, CudaStream stream) {
   params.grid_from = grid ? grid->grid_from : 0;
   params.rank_bytes = plan.rank_bytes;
   share_out_candidates(params, plan);
-  params.row_end = kRowOffset + attend_row_bytes(plan.threads, params.attend.cache.head_dim);
+  params.row_end = kRowOffset + attend_row_bytes(plan.threads, params.attend.cache.head_dim,
+                                                 params.attend.cache.dtype);
   const auto kernel = grid   ? decode_step_kernel<kNumWords, kNorms, KernelKind::kGrid>
                       : !one ? decode_step_kernel<kNumWords, kNorms, KernelKind::kTokens>
                       : all_ranks_fit(p, plan)

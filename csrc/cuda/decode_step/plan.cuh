@@ -28,8 +28,7 @@
 // ordered_rank_float16() maps it, otherwise the score's count of matches.
 namespace hata::step {
 
-constexpr int kMaxTokens = 8;     // query tokens: one product encodes their keys
-constexpr int kMaxHeadDim = 256;  // of the new keys and values
+constexpr int kMaxTokens = 8;  // query tokens: one product encodes their keys
 // Positions of a thread: half a word of a CandidateList says which of them an entry is of.
 constexpr int kMostPlaces = 1 << 16;
 
@@ -211,8 +210,14 @@ struct AttendInputs {
 
 // What the other blocks send of their results, and the rows of K and V that a block attends over.
 constexpr int kMaxResultBytes = Received::bytes(kMaxCluster, kMaxAttendHeads, kMaxAttendHeadDim);
-constexpr int attend_row_bytes(int threads, int head_dim) {
-  return threads / kWarpSize * 2 * kTileRows * (head_dim + 8) * 2;
+// Tiles in flight a warp: of float8 rows two, in the place of one.
+constexpr int attend_stages(int element_size) {
+  return element_size == 1 ? 2 : 1;
+}
+constexpr int attend_row_bytes(int threads, int head_dim, DType dtype) {
+  const int element_size = dtype == DType::kFloat8E4M3 ? 1 : 2;
+  return threads / kWarpSize * attend_stages(element_size) * 2 * kTileRows *
+         (head_dim * element_size + 16);
 }
 
 // Shared memory of a block. Addresses run down, time runs to the right; members on one line with a
@@ -277,12 +282,12 @@ constexpr int kSharingRankBytes = 113 * 1024 - kStaticBytes - kPlanBytes;
 constexpr int kMostRankBytes = 227 * 1024 - kStaticBytes - kPlanBytes;
 constexpr int kKeptBytes = 4 * 1024;  // for the positions that a block selects
 
-// The rows of all warps fit.
-static_assert(kRowOffset +
-                  attend_row_bytes(few_threads(KernelKind::kRanksFit), kMaxAttendHeadDim) <=
+// The rows of all warps fit, float8 rows and their padding too.
+static_assert(kRowOffset + attend_row_bytes(few_threads(KernelKind::kRanksFit), kMaxAttendHeadDim,
+                                            DType::kFloat8E4M3) <=
               kPlanBytes + kSharingRankBytes);
-static_assert(kRowOffset +
-                  attend_row_bytes(many_threads(KernelKind::kRanksFit), kMaxAttendHeadDim) <=
+static_assert(kRowOffset + attend_row_bytes(many_threads(KernelKind::kRanksFit), kMaxAttendHeadDim,
+                                            DType::kFloat8E4M3) <=
               kPlanBytes + kMostRankBytes);
 
 // Positions that a token selects which sees more of them.

@@ -42,6 +42,7 @@ from hata.integrations.transformers_settings import (
 )
 from hata.pretrained import find_pretrained
 from hata.sequences import check_page_size
+from hata.storage import check_kv_cache_dtype
 from hata.weights import HashWeights, load_weights
 
 
@@ -77,6 +78,7 @@ def enable(
     weights: HashWeights | str | PathLike[str] | None = None,
     max_seq_len: int | None = None,
     page_size: int | None = None,
+    kv_cache_dtype: torch.dtype | None = None,
     offload: int | str | None = None,
     verify: str | None = None,
     num_draft_tokens: int = 3,
@@ -118,6 +120,10 @@ def enable(
             model's ``max_position_embeddings``; None is that number. The memory for all of them is
             taken at the first forward pass; the caches of `generate` are as short as they can be.
         page_size: Positions of a page, a power of two; None for a contiguous cache.
+        kv_cache_dtype: Of the keys and values in the cache: None for the model's, or
+            ``torch.float8_e4m3fn``, with scales of 1, which halves the memory of 16-bit ones. A
+            prompt sees its own keys and values as they came, all that follows as the cache has
+            them. Not with ``offload``.
         offload: Keeps keys and values in pinned host memory, of which each cache takes at most as
             many bytes as this, or as "64GB" says (`hata.offload.OffloadedCache`). None keeps them
             on the GPU.
@@ -154,6 +160,9 @@ def enable(
     check_int(where, "max_seq_len", max_seq_len, 1, positions)
     if page_size is not None:
         check_page_size(where, page_size)
+    check_kv_cache_dtype(where, kv_cache_dtype)
+    rule = "be None where keys and values are offloaded"
+    check(offload is None or kv_cache_dtype is None, where, "kv_cache_dtype", rule, kv_cache_dtype)
     callable_observer = observer is None or callable(observer)
     check_type(callable_observer, where, "observer", "be callable", observer)
     check(verify in (None, "dense"), where, "verify", 'be None or "dense"', verify)
@@ -177,6 +186,7 @@ def enable(
         layer_weights=chosen.for_model(where, **shape, layers=layers),
         max_seq_len=max_seq_len,
         page_size=page_size,
+        kv_cache_dtype=kv_cache_dtype,
         host_memory=checked_host_memory(where, offload, len(layers), layer_config),
         observer=observer,
         devices=tuple((row,) for row in range(len(layers))),

@@ -34,6 +34,7 @@ class CacheSettings:
         layer_weights: Their weights.
         max_seq_len: Positions that a sequence can have.
         page_size: Positions of a page; None for a contiguous cache.
+        kv_cache_dtype: Of cached keys and values; None for the model's.
         host_memory: Bytes of host memory for keys and values of all devices and shards together;
             None leaves them on the devices.
         observer: Called after each sparse decoding step, or None.
@@ -53,6 +54,7 @@ class CacheSettings:
     layer_weights: HashWeights
     max_seq_len: int
     page_size: int | None
+    kv_cache_dtype: torch.dtype | None
     host_memory: int | None
     observer: DecodeObserver | None
     devices: tuple[tuple[int, ...], ...]
@@ -108,7 +110,8 @@ class CacheSettings:
             "device": k.device,
         }
         if self.host_memory is None:
-            return HataCache(page_size=self.page_size, **arguments)
+            dtype = self.kv_cache_dtype
+            return HataCache(page_size=self.page_size, kv_cache_dtype=dtype, **arguments)
         share = self.host_memory * len(rows) // (len(self.layers) * self.shard[1])
         page_size = PAGE_SIZE if self.page_size is None else self.page_size
         return OffloadedCache(page_size=page_size, host_memory=share, **arguments)

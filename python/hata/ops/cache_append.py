@@ -19,6 +19,8 @@ def cache_append(
     cache_seqlens: Tensor,
     *,
     new_seqlens: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> None:
     """Writes new keys and values, the keys' codes and their norms to the last positions.
 
@@ -27,13 +29,17 @@ def cache_append(
     1 and 3). Tokens with a negative position are the left padding of a ragged batch: they are not
     written.
 
+    A float8 cache (e4m3 without infinities, as vLLM and FlashInfer write it) gets ``k / k_scale``
+    and ``v / v_scale``, rounded to nearest even and at most 448 in magnitude; the codes are of
+    ``k`` as it was before.
+
     Args:
         k: New keys after position embedding, ``[batch, q_len, num_kv_heads, head_dim]``, dtype of
-            the caches; any strides, last dimension contiguous.
+            the caches, or any float's beside float8 caches; any strides, last dimension contiguous.
         v: New values, the same.
-        key_weights: ``[num_kv_heads, head_dim, num_bits]``, dtype of the caches, contiguous.
-        k_cache: ``[num_pages, page_size, num_kv_heads, head_dim]``, float16 or bfloat16 (float32
-            too on CPU). Written.
+        key_weights: ``[num_kv_heads, head_dim, num_bits]``, dtype of ``k``, contiguous.
+        k_cache: ``[num_pages, page_size, num_kv_heads, head_dim]``, float16, bfloat16 (float32 too
+            on CPU) or float8_e4m3fn. Written.
         v_cache: The same. Written.
         code_cache: ``[num_pages, num_kv_heads, page_size, num_bits // 32]``, int32. Written.
         norm_cache: ``[num_pages, num_kv_heads, page_size]``, float16, written; or None.
@@ -41,6 +47,9 @@ def cache_append(
         cache_seqlens: ``[batch]``, int32: lengths after this call.
         new_seqlens: ``[batch]``, int32: only the last ``new_seqlens[b]`` of the ``q_len`` tokens
             are new, the others are padding. Default: all are new.
+        k_scale: Of a float8 cache: a key is what its row holds times this. ``[num_kv_heads]`` or
+            one number for all, float32, on the device. None: 1.
+        v_scale: The same for values.
 
     Raises:
         ValueError: A tensor requires a gradient while autograd is on.
@@ -58,6 +67,8 @@ def cache_append(
         block_table,
         cache_seqlens,
         new_seqlens,
+        k_scale=k_scale,
+        v_scale=v_scale,
     )
 
 
@@ -73,5 +84,8 @@ def _(
     block_table: Tensor,
     cache_seqlens: Tensor,
     new_seqlens: Tensor | None = None,
+    *,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> None:
     return None

@@ -47,6 +47,8 @@ def decode_step(
     min_top_k: int | None = None,
     softmax_scale: float | None = None,
     softcap: float | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
     workspace: Tensor | None = None,
     indices: Tensor | None = None,
     num_selected: Tensor | None = None,
@@ -66,13 +68,15 @@ def decode_step(
 
     Args:
         q: Queries after position embedding, ``[batch, q_len, num_heads, head_dim]``, dtype of the
-            caches; any strides, last dimension contiguous.
-        k: New keys after position embedding, ``[batch, q_len, num_kv_heads, head_dim]``, the same.
+            caches, or any float's beside float8 caches (see ``cache_append`` and
+            ``gather_attention``); any strides, last dimension contiguous.
+        k: New keys after position embedding, ``[batch, q_len, num_kv_heads, head_dim]``, the same,
+            dtype of ``q``.
         v: New values, the same.
-        key_weights: ``[num_kv_heads, head_dim, num_bits]``, dtype of the caches, contiguous.
+        key_weights: ``[num_kv_heads, head_dim, num_bits]``, dtype of ``q``, contiguous.
         query_weights: The same; may be ``key_weights`` itself.
-        k_cache: ``[num_pages, page_size, num_kv_heads, head_dim]``, float16 or bfloat16 (float32
-            too on CPU). Written.
+        k_cache: ``[num_pages, page_size, num_kv_heads, head_dim]``, float16, bfloat16 (float32 too
+            on CPU) or float8_e4m3fn. Written.
         v_cache: The same. Written.
         code_cache: ``[num_pages, num_kv_heads, page_size, num_bits // 32]``, int32. Written.
         norm_cache: ``[num_pages, num_kv_heads, page_size]``, float16, written and used in the
@@ -92,6 +96,9 @@ def decode_step(
         softmax_scale: Default: ``head_dim ** -0.5``.
         softcap: Turns each logit into ``softcap * tanh(logit / softcap)``, as Gemma 2 has it; above
             0. None: logits stay.
+        k_scale: Of a float8 cache: a key is what its row holds times this. ``[num_kv_heads]`` or
+            one number for all, float32, on the device. None: 1.
+        v_scale: The same for values.
         workspace: uint8, 1-D, contiguous, at least ``workspace_size(batch, q_len, num_heads,
             num_kv_heads, head_dim, max_pages * page_size, top_k)`` bytes; allocated where missing.
         indices: Where to write the output of that name, contiguous; allocated where missing.
@@ -138,6 +145,8 @@ def decode_step(
         min_top_k,
         softmax_scale,
         softcap,
+        k_scale=k_scale,
+        v_scale=v_scale,
         workspace=workspace,
         indices=indices,
         num_selected=num_selected,
@@ -169,6 +178,8 @@ def _(
     softmax_scale: float | None = None,
     softcap: float | None = None,
     *,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
     workspace: Tensor | None = None,
     indices: Tensor,
     num_selected: Tensor,

@@ -17,6 +17,8 @@ def dense_attention(
     softmax_scale: float | None = None,
     softcap: float | None = None,
     min_sparse_len: int | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
     out: Tensor | None = None,
     lse: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -32,11 +34,12 @@ def dense_attention(
     take. Keys and values are read once for each 16 query tokens and heads of a KV head.
 
     Args:
-        q: ``[batch, q_len, num_heads, head_dim]``, dtype of the caches; any strides, last dimension
+        q: ``[batch, q_len, num_heads, head_dim]``, dtype of the caches, or any float's beside
+            float8 caches, where it is multiplied as float16 on CUDA; any strides, last dimension
             contiguous. Query head ``i`` belongs to KV head ``i // group``,
             ``group = num_heads // num_kv_heads``.
-        k_cache: ``[num_pages, page_size, num_kv_heads, head_dim]``, float16 or bfloat16 (float32
-            too on CPU).
+        k_cache: ``[num_pages, page_size, num_kv_heads, head_dim]``, float16, bfloat16 (float32 too
+            on CPU) or float8_e4m3fn.
         v_cache: The same.
         block_table: ``[batch, max_pages]``, int32.
         cache_seqlens: ``[batch]``, int32, the ``q_len`` query tokens included.
@@ -46,6 +49,9 @@ def dense_attention(
         min_sparse_len: Sequences of so many positions or more are left as they are in ``out`` and
             ``lse``, for ``decode_step`` to have attended to them sparsely; None: none are. At
             least 0.
+        k_scale: Of a float8 cache: a key is what its row holds times this. ``[num_kv_heads]`` or
+            one number for all, float32, on the device. None: 1.
+        v_scale: The same for values.
         out: Where to write the output of that name, contiguous; allocated where missing, with 0 for
             sequences that are left.
         lse: The same, with -infinity.
@@ -75,6 +81,8 @@ def dense_attention(
         softmax_scale,
         softcap,
         min_sparse_len,
+        k_scale=k_scale,
+        v_scale=v_scale,
         out=out,
         lse=lse,
     )
@@ -92,6 +100,8 @@ def _(
     softcap: float | None = None,
     min_sparse_len: int | None = None,
     *,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
     out: Tensor,
     lse: Tensor,
 ) -> None:

@@ -17,6 +17,8 @@ def gather_attention(
     *,
     softmax_scale: float | None = None,
     softcap: float | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attends to the positions in ``indices`` alone, whoever selected them.
 
@@ -27,11 +29,12 @@ def gather_attention(
     ``out`` is 0 and ``lse`` -infinity.
 
     Args:
-        q: ``[batch, q_len, num_heads, head_dim]``, dtype of the caches; any strides, last dimension
+        q: ``[batch, q_len, num_heads, head_dim]``, dtype of the caches, or any float's beside
+            float8 caches, where it is multiplied as float16 on CUDA; any strides, last dimension
             contiguous. Query head ``i`` belongs to KV head ``i // group``,
             ``group = num_heads // num_kv_heads``.
-        k_cache: ``[num_pages, page_size, num_kv_heads, head_dim]``, float16 or bfloat16 (float32
-            too on CPU).
+        k_cache: ``[num_pages, page_size, num_kv_heads, head_dim]``, float16, bfloat16 (float32 too
+            on CPU) or float8_e4m3fn.
         v_cache: The same.
         block_table: ``[batch, max_pages]``, int32.
         cache_seqlens: ``[batch]``, int32, the ``q_len`` query tokens included.
@@ -40,6 +43,9 @@ def gather_attention(
         softmax_scale: Default: ``head_dim ** -0.5``.
         softcap: Turns each logit into ``softcap * tanh(logit / softcap)``, as Gemma 2 has it; above
             0. None: logits stay.
+        k_scale: Of a float8 cache: a key is what its row holds times this. ``[num_kv_heads]`` or
+            one number for all, float32, on the device. None: 1.
+        v_scale: The same for values.
 
     Returns:
         ``out`` ``[batch, q_len, num_heads, head_dim]``, dtype of ``q``; and ``lse`` ``[batch,
@@ -51,7 +57,16 @@ def gather_attention(
             out of range.
     """
     return torch.ops.hata.gather_attention.default(
-        q, k_cache, v_cache, block_table, cache_seqlens, indices, softmax_scale, softcap
+        q,
+        k_cache,
+        v_cache,
+        block_table,
+        cache_seqlens,
+        indices,
+        softmax_scale,
+        softcap,
+        k_scale=k_scale,
+        v_scale=v_scale,
     )
 
 
@@ -65,5 +80,8 @@ def _(
     indices: Tensor,
     softmax_scale: float | None = None,
     softcap: float | None = None,
+    *,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), q.new_empty(q.shape[:-1], dtype=torch.float32)

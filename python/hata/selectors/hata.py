@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from hata.checks import check
-from hata.reference import MAX_NORM, quantize, scale_by_norm
+from hata.reference import MAX_NORM, scale_by_norm
+from hata.reference.bits import quantize
 from hata.selectors.selector import Queries, Score, Selector
 from hata.selectors.softmax import Softmax
 from hata.weights import HashWeights

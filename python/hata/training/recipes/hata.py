@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hata.checks import check, check_int
-from hata.reference import quantize
+from hata.reference.bits import quantize
 from hata.training.data import TrainingData
 from hata.training.recipes.fit import Fit, Recipe, generator_of, orthogonal, sign
 

@@ -10,6 +10,9 @@ import math
 import torch
 from torch import Tensor
 
+from hata.reference.bits import pack_bits, pack_planes, quantize, unpack_bits, unpack_planes
+from hata.reference.float8 import as_rows, per_head
+
 MAX_NORM = 65504.0  # the largest float16
 INT32_MIN = -(2**31)
 
@@ -39,15 +42,6 @@ def encode_query(q: Tensor, query_weights: Tensor, *, query_bits: int) -> Tensor
     return pack_planes(level, weight_sum)
 
 
-def quantize(z: Tensor, weight_sum: int) -> Tensor:
-    """Levels 0..weight_sum of ``[..., num_bits]`` projections; every step rounds to float32."""
-    z = z.float()
-    largest = z.abs().amax(-1, keepdim=True)
-    x = z / largest.expand_as(z) * weight_sum
-    x = torch.where(largest == 0, 1.0, x)  # c = +1
-    return ((x + weight_sum) * 0.5 + 0.5).floor().clamp(0, weight_sum).long()
-
-
 def cache_append(
     k: Tensor,
     v: Tensor,
@@ -60,6 +54,8 @@ def cache_append(
     cache_seqlens: Tensor,
     *,
     new_seqlens: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> None:
     """Writes k, v, codes and norms of each new token at its position."""
     batch, q_len, _, _ = k.shape
@@ -72,8 +68,8 @@ def cache_append(
             if position < 0:
                 continue
             page, row = int(block_table[b, position // page_size]), position % page_size
-            k_cache[page, row] = k[b, j]
-            v_cache[page, row] = v[b, j]
+            k_cache[page, row] = as_rows(k[b, j], k_cache.dtype, k_scale)
+            v_cache[page, row] = as_rows(v[b, j], v_cache.dtype, v_scale)
             code_cache[page, :, row] = codes[b, :, j]
             if norm_cache is not None:
                 norm_cache[page, :, row] = norms[b, :, j]
@@ -88,14 +84,17 @@ def cache_write(
     code_cache: Tensor,
     norm_cache: Tensor | None,
     slot_mapping: Tensor,
+    *,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> None:
     """Writes k, v, codes and norms of each token to its row."""
     codes, norms = hash_encode(k[None], key_weights, key_norms=True)
     written = slot_mapping >= 0
     slots = slot_mapping[written]
     page, row = slots // k_cache.shape[1], slots % k_cache.shape[1]
-    k_cache[page, row] = k[written]
-    v_cache[page, row] = v[written]
+    k_cache[page, row] = as_rows(k[written], k_cache.dtype, k_scale)
+    v_cache[page, row] = as_rows(v[written], v_cache.dtype, v_scale)
     code_cache[page, :, row] = codes[0].transpose(0, 1)[written]
     if norm_cache is not None:
         norm_cache[page, :, row] = norms[0].T[written]
@@ -260,6 +259,8 @@ def gather_attention(
     *,
     softmax_scale: float | None = None,
     softcap: float | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention over the named rows in float64; float64 too for a float64 q."""
     batch, q_len, num_heads, head_dim = q.shape
@@ -274,8 +275,10 @@ def gather_attention(
             for i in range(num_heads):
                 t = indices[b, j, i // group].long()
                 t = t[(t >= 0) & (t < visible)]
-                k = k_cache[page[t], row[t], i // group].double()  # [selected, head_dim]
-                v = v_cache[page[t], row[t], i // group].double()
+                k, v = (  # [selected, head_dim]
+                    (cache[page[t], row[t]].double() * per_head(factor))[:, i // group]
+                    for cache, factor in ((k_cache, k_scale), (v_cache, v_scale))
+                )
                 logits = scale * (k @ q[b, j, i].double())
                 if softcap is not None:
                     logits = softcap * torch.tanh(logits / softcap)
@@ -294,6 +297,8 @@ def dense_attention(
     softmax_scale: float | None = None,
     softcap: float | None = None,
     min_sparse_len: int | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """gather_attention over all positions; 0 and -infinity for long sequences, which it leaves."""
     batch, q_len, num_kv_heads = *q.shape[:2], k_cache.shape[2]
@@ -304,7 +309,14 @@ def dense_attention(
         is_long = cache_seqlens[:, None, None, None] >= min_sparse_len
         indices = indices.masked_fill(is_long, -1)
     tensors = (q, k_cache, v_cache, block_table, cache_seqlens)
-    return gather_attention(*tensors, indices, softmax_scale=softmax_scale, softcap=softcap)
+    return gather_attention(
+        *tensors,
+        indices,
+        softmax_scale=softmax_scale,
+        softcap=softcap,
+        k_scale=k_scale,
+        v_scale=v_scale,
+    )
 
 
 def merge_attention_states(
@@ -340,10 +352,13 @@ def decode_step(
     min_top_k: int | None = None,
     softmax_scale: float | None = None,
     softcap: float | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Appends, encodes, scores, selects and attends, one after the other."""
     codes = (code_cache, norm_cache, block_table, cache_seqlens)
-    cache_append(k, v, key_weights, k_cache, v_cache, *codes)
+    new = (k, v, key_weights, k_cache, v_cache)
+    cache_append(*new, *codes, k_scale=k_scale, v_scale=v_scale)
     group = q.shape[2] // k.shape[2]
     indices, num_selected = score_select(
         encode_query(q, query_weights, query_bits=query_bits),
@@ -355,9 +370,17 @@ def decode_step(
         top_k_share=top_k_share,
         min_top_k=min_top_k,
     )
-    settings = {"softmax_scale": softmax_scale, "softcap": softcap}
     out, lse = gather_attention(
-        q, k_cache, v_cache, block_table, cache_seqlens, indices, **settings
+        q,
+        k_cache,
+        v_cache,
+        block_table,
+        cache_seqlens,
+        indices,
+        softmax_scale=softmax_scale,
+        softcap=softcap,
+        k_scale=k_scale,
+        v_scale=v_scale,
     )
     return out, lse, indices, num_selected
 
@@ -366,35 +389,3 @@ def locate(pages: Tensor, page_size: int, seq_len: int) -> tuple[Tensor, Tensor]
     """The page and the row in it of each of a sequence's positions."""
     t = torch.arange(seq_len, device=pages.device)
     return pages[t // page_size].long(), t % page_size
-
-
-def unpack_bits(codes: Tensor) -> Tensor:
-    """``[..., num_words]`` int32 to ``[..., num_words * 32]`` of 0 and 1, lowest bit first."""
-    return ((codes.unsqueeze(-1) >> torch.arange(32, device=codes.device)) & 1).flatten(-2)
-
-
-def pack_bits(bits: Tensor) -> Tensor:
-    """``[..., num_bits]`` of 0 and 1 to ``[..., num_bits // 32]`` int32, lowest bit first."""
-    words = bits.unflatten(-1, (-1, 32)).long() << torch.arange(32, device=bits.device)
-    return words.sum(-1).to(torch.int32)  # keeps the low 32 bits
-
-
-def plane_weights(weight_sum: int) -> list[int]:
-    """1, 2, 4, ... and a last weight that brings their sum to weight_sum."""
-    powers = [2**p for p in range(weight_sum.bit_length() - 1)]
-    return [*powers, weight_sum - sum(powers)]
-
-
-def pack_planes(level: Tensor, weight_sum: int) -> Tensor:
-    """``[..., num_bits]`` levels to ``[..., num_planes, num_words]``, the last plane set first."""
-    *powers, last = plane_weights(weight_sum)
-    rest = torch.where(level >= last, level - last, level)
-    planes = [(rest // power) % 2 for power in powers]
-    return torch.stack([pack_bits(plane) for plane in [*planes, level >= last]], -2)
-
-
-def unpack_planes(planes: Tensor, weight_sum: int) -> Tensor:
-    """``[..., num_planes, num_words]`` to the integer vector c, ``[..., num_bits]``."""
-    signs = 2 * unpack_bits(planes) - 1  # [..., num_planes, num_bits]
-    weights = torch.tensor(plane_weights(weight_sum), device=planes.device)
-    return (signs * weights[:, None]).sum(-2)
