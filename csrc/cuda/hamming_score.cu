@@ -109,7 +109,8 @@ __device__ __forceinline__ void score_chunk(const HammingScoreParams& p, int bat
 }
 
 // grid: batch * num_kv_heads * blocks_per_pair. A block takes every blocks_per_pair-th run of
-// positions_per_block positions, a chunk a warp, and shares the planes of the query tokens.
+// positions_per_block positions, a chunk a warp, and shares the planes of the query tokens. The
+// codes of the next run, and of the first while the planes are read, are brought into L2.
 template <int kNumWords, bool kNorms>
 __global__ void __launch_bounds__(kThreads, kMinBlocks)
     hamming_score_kernel(const __grid_constant__ HammingScoreParams p, int blocks_per_pair) {
@@ -119,7 +120,6 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
   const int pair = blockIdx.x / blocks_per_pair;
   const int batch_idx = pair / p.num_kv_heads, kv_head_idx = pair % p.num_kv_heads;
   const int block_position = blockIdx.x % blocks_per_pair * positions_per_block<kNumWords>();
-  const int64_t stride = int64_t{blocks_per_pair} * positions_per_block<kNumWords>();
   const int seq_len = min(seq_len_of(p.table, batch_idx), p.max_seq_len);
   const int end = p.kind == ScoreKind::kRank16 ? seq_len : p.max_seq_len;
   if (block_position >= end) return;
@@ -128,6 +128,9 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
                                      only_page(p.table, batch_idx));
   const int token_words = num_planes(p.weight_sum) * kNumWords;
   const int warp = threadIdx.x / kWarpSize;
+  const int warp_position = block_position + warp * Chunk::kPositions;
+  const int stride = blocks_per_pair * positions_per_block<kNumWords>();
+  reader.template prefetch<kNorms, Chunk::kPositions>(warp_position, seq_len);
   planes.weights.set(p.weight_sum, threadIdx.x);
   if (threadIdx.x < kMaxPlanes * kNumWords) planes.zeros[threadIdx.x] = 0;
   for (int token = 0; token < p.q_len; token += kMaxTokens) {
@@ -148,20 +151,26 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
     }
     __syncthreads();
 #pragma unroll 1
-    for (int64_t next = block_position + warp * Chunk::kPositions; next < end; next += stride) {
-      const int first = static_cast<int>(next);
+    for (int first = warp_position; first < end;) {
+      const bool is_last = first >= end - stride;
+      if (!is_last) {
+        reader.template prefetch<kNorms, Chunk::kPositions>(first + stride, seq_len);
+      }
       if (reader.has_whole_units() && first <= seq_len - Chunk::kPositions) {
         Chunk chunk;
         reader.load_whole(chunk, first);
         score_chunk(p, batch_idx, kv_head_idx, planes, token, chunk, first);
-        continue;
-      }
+      } else {
 #pragma unroll 1
-      for (int part = first; part < min(first + Chunk::kPositions, end); part += Part::kPositions) {
-        Part chunk;
-        reader.load_part(chunk, part, seq_len);
-        score_chunk(p, batch_idx, kv_head_idx, planes, token, chunk, part);
+        for (int part = first; part < min(first + Chunk::kPositions, end);
+             part += Part::kPositions) {
+          Part chunk;
+          reader.load_part(chunk, part, seq_len);
+          score_chunk(p, batch_idx, kv_head_idx, planes, token, chunk, part);
+        }
       }
+      if (is_last) break;  // positions go up to the largest int
+      first += stride;
     }
   }
 }

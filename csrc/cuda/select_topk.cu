@@ -165,17 +165,17 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
   using Stored = typename Rank::Stored;
   __shared__ SelectCounts counts;
   __shared__ Totals groups, bins;
-  const int64_t list_idx = blockIdx.x / blocks_per_list;
-  const int block = blockIdx.x % blocks_per_list;
+  const int list_idx = blockIdx.x / blocks_per_list, block = blockIdx.x % blocks_per_list;
   const int kv_head_idx = list_idx % p.num_kv_heads;
   const int j = list_idx / p.num_kv_heads % p.q_len;
   const int batch_idx = list_idx / p.num_kv_heads / p.q_len;
   const int seq_len = min(max(p.cache_seqlens[batch_idx], 0), p.max_seq_len);
   const int visible = visible_len(seq_len, p.q_len, j);
-  int32_t* indices = p.indices + list_idx * p.top_k;
+  int32_t* indices = p.indices + int64_t{list_idx} * p.top_k;
   const int budget = budget_of(visible, p.top_k, p.min_top_k, p.top_k_share);
   const int num_selected = min(budget, visible);
   if (block == 0 && threadIdx.x == 0) p.num_selected[list_idx] = num_selected;
+#pragma unroll 1
   for (int i = num_selected + block * kThreads + threadIdx.x; i < p.top_k;
        i += blocks_per_list * kThreads) {
     indices[i] = -1;
@@ -205,8 +205,10 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
   for (int bits = rank_bits; bits > 0; is_odd = !is_odd) {
     const int digit_bits = min(bits, kDigitBits);
     bits -= digit_bits;
+    const uint32_t num_bins = 1u << digit_bits;
     __syncthreads();  // all have read what the last digit left
-    for (int i = threadIdx.x; i < SelectCounts::kBins; i += kThreads) counts.bins[i] = 0;
+#pragma unroll
+    for (int i = 0; i < SelectCounts::kBins; i += kThreads) counts.bins[i + threadIdx.x] = 0;
     if (threadIdx.x < kWarpSize) {
       groups.all[threadIdx.x] = groups.before[threadIdx.x] = 0;
       bins.all[threadIdx.x] = bins.before[threadIdx.x] = 0;
@@ -218,7 +220,9 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
 #pragma unroll
         for (int i = 0; i < kPositions; ++i) {
           const uint32_t bin = (Rank::of(of_thread[i]) >> bits) - (prefix << digit_bits);
-          if (competing >> i & 1 && bin >> digit_bits == 0) atomicAdd(&counts.bins[bin], 1u);
+          const bool is_counted = competing & 1u << i && bin < num_bins;
+          // What is not counted goes where a sum will be written: sooner done than a branch.
+          atomicAdd(is_counted ? &counts.bins[bin] : &counts.groups[0], 1u);
         }
       });
     }
@@ -226,13 +230,15 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
     const bool is_shared = blocks_per_list > 1;
     SelectCounts* const of_list =
         p.workspace + (is_odd ? gridDim.x : 0) + list_idx * blocks_per_list;
-    for (int i = threadIdx.x; i < SelectCounts::kBins; i += kThreads) {
-      const uint32_t count = counts.bins[i];
+#pragma unroll
+    for (int i = 0; i < SelectCounts::kBins; i += kThreads) {
+      const int bin = i + static_cast<int>(threadIdx.x);
+      const uint32_t count = counts.bins[bin];
       const uint32_t sum = __reduce_add_sync(kFullMask, count);
-      if (i % kGroupBins == 0) counts.groups[i / kGroupBins] = sum;
+      if (bin % kGroupBins == 0) counts.groups[bin / kGroupBins] = sum;
       if (!is_shared) continue;
-      of_list[block].bins[i] = count;
-      if (i % kGroupBins == 0) of_list[block].groups[i / kGroupBins] = sum;
+      of_list[block].bins[bin] = count;
+      if (bin % kGroupBins == 0) of_list[block].groups[bin / kGroupBins] = sum;
     }
     if (is_shared) {
       GridArrival arrival = arrive_at_grid_barrier();
@@ -258,15 +264,17 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
 
   uint32_t written = above_before + (max(ties_seen, ties_to_skip) - ties_to_skip);
   slice.for_tiles(scores, [&](int t, const Scores<Stored>& of_thread) {
-    const uint32_t competing = bits_of_range(t, first, last);
-    uint32_t above = bits_of_range(t, 0, visible) & ~competing, tied = 0;
+    const uint32_t between = bits_of_range(t, first, last);
+    uint32_t above = 0, tied = 0;
 #pragma unroll
     for (int i = 0; i < kPositions; ++i) {
       const uint32_t rank = Rank::of(of_thread[i]);
-      const uint32_t bit = competes ? competing & 1u << i : 0;
-      above |= rank > prefix ? bit : 0;
-      tied |= rank == prefix ? bit : 0;
+      above |= rank > prefix ? 1u << i : 0;
+      tied |= rank == prefix ? 1u << i : 0;
     }
+    const uint32_t competing = competes ? between : 0;
+    above = (above & competing) | (bits_of_range(t, 0, visible) & ~between);
+    tied &= competing;
     uint32_t total;
     const uint32_t before = block_exclusive_scan(
         static_cast<uint32_t>(__popc(tied)) << 16 | static_cast<uint32_t>(__popc(above)), total);
@@ -284,17 +292,16 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
   });
 }
 
-// Lists of that many tiles are shared by blocks, at least that many each: what blocks gain by it,
-// telling each other what they have counted costs shorter lists and fewer blocks.
-constexpr int kTilesToShare = 8;
-constexpr int kBlocksToShare = 2;
+// Blocks share a list where each then has that many tiles less: to tell each other what they have
+// counted takes about as long.
+constexpr int kTilesToSave = 4;
 
 // Returns how many blocks share each list.
 template <typename Kernel>
 int choose_blocks_per_list(Kernel kernel, const SelectTopkParams& p, int64_t lists,
                            const char* op) {
   const int tiles = ceil_div(p.max_seq_len, kTile);
-  if (tiles < kTilesToShare) return 1;
+  if (tiles <= kTilesToSave) return 1;
   // The device is asked once: that is slow.
   static Memo<std::pair<int, const void*>, int> remembered;
   const int device = current_device(op);
@@ -303,8 +310,11 @@ int choose_blocks_per_list(Kernel kernel, const SelectTopkParams& p, int64_t lis
     cuda_check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, kThreads, 0), op);
     return std::min(blocks, kMinBlocks) * device_attribute(cudaDevAttrMultiProcessorCount, op);
   });
-  const int64_t blocks = std::min<int64_t>(std::min(resident, kMaxSelectBlocks) / lists, tiles);
-  return blocks < kBlocksToShare ? 1 : static_cast<int>(blocks);
+  const int64_t available = std::min(resident, kMaxSelectBlocks) / lists;
+  if (available == 0) return 1;
+  const int tiles_per_block =
+      ceil_div(tiles, static_cast<int>(std::min<int64_t>(available, tiles)));
+  return tiles - tiles_per_block < kTilesToSave ? 1 : ceil_div(tiles, tiles_per_block);
 }
 
 template <SelectDType kDType>
