@@ -11,15 +11,18 @@ namespace hata {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kMinBlocks = 3;  // of a multiprocessor, so that much is asked for at a time
 constexpr int kMaxTokens = 8;  // query tokens whose planes are in shared memory at a time
-// Four rounds of blocks for each of an H100's 132 multiprocessors: few, because each reads the
-// planes before its first codes, and enough to share sequences of unequal length evenly.
-constexpr int kTargetBlocks = 4 * kMinBlocks * 132;
+// A dozen blocks for each of an H100's 132 multiprocessors: few, because each reads the planes
+// before its first codes, and enough to share sequences of unequal length evenly.
+constexpr int kTargetBlocks = 12 * 132;
 
 // Units that a thread scores at a time: as many as fit its registers.
 constexpr int units_per_thread(int num_words) {
   return num_words >= 2 && num_words <= 4 ? 2 : 1;
+}
+// Blocks of a multiprocessor at least, as many as have enough registers.
+constexpr int min_blocks(int num_words) {
+  return num_words <= 2 ? 3 : 2;
 }
 template <int kNumWords>
 constexpr int positions_per_block() {
@@ -112,7 +115,7 @@ __device__ __forceinline__ void score_chunk(const HammingScoreParams& p, int bat
 // positions_per_block positions, a chunk a warp, and shares the planes of the query tokens. The
 // codes of the next run, and of the first while the planes are read, are brought into L2.
 template <int kNumWords, bool kNorms>
-__global__ void __launch_bounds__(kThreads, kMinBlocks)
+__global__ void __launch_bounds__(kThreads, min_blocks(kNumWords))
     hamming_score_kernel(const __grid_constant__ HammingScoreParams p, int blocks_per_pair) {
   using Chunk = CodeChunk<kNumWords, kNorms, units_per_thread(kNumWords)>;
   using Part = CodeChunk<kNumWords, kNorms, 1>;
