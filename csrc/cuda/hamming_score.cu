@@ -184,9 +184,10 @@ void hamming_score_cuda(const HammingScoreParams& p, CudaStream stream) {
   dispatch_int<1, 2, 3, 4, 5, 6, 7, 8>("num_words", p.code_cache.num_words, [&](auto num_words) {
     const int64_t pairs = int64_t{p.table.batch} * p.num_kv_heads;
     if (pairs == 0 || p.q_len == 0 || p.max_seq_len == 0) return;
-    const int blocks_per_pair = static_cast<int>(
-        std::min<int64_t>(ceil_div(p.max_seq_len, positions_per_block<num_words>()),
-                          std::max<int64_t>(kTargetBlocks / pairs, 1)));
+    const int runs = ceil_div(p.max_seq_len, positions_per_block<num_words>());
+    const int64_t wanted = std::clamp<int64_t>(kTargetBlocks / pairs, 1, runs);
+    const int runs_per_block = ceil_div(runs, static_cast<int>(wanted));
+    const int blocks_per_pair = ceil_div(runs, runs_per_block);
     const auto kernel = p.code_cache.norms != nullptr ? hamming_score_kernel<num_words, true>
                                                       : hamming_score_kernel<num_words, false>;
     kernel<<<static_cast<unsigned>(pairs * blocks_per_pair), kThreads, 0, stream>>>(
