@@ -87,6 +87,13 @@ def fp8() -> list[Sweep]:
     return [Sweep(tuple(replace(shape, kv_cache_dtype=torch.float8_e4m3fn) for shape in TABLE))]
 
 
+def wide() -> list[Sweep]:
+    """Head_dim 256, as Gemma 3 has it, and groups of sixteen, each of few and of many pairs."""
+    heads_256 = (Shape(1, 4, 1, 32 * K, head_dim=256), Shape(8, 16, 8, 32 * K, head_dim=256))
+    groups_of_16 = (Shape(1, 64, 4, 128 * K), Shape(8, 64, 4, 128 * K))
+    return [Sweep((*heads_256, *groups_of_16), configs=CONFIGS[1:2])]
+
+
 GRIDS = {
     "table": table,
     "figure5": figure5,
@@ -95,6 +102,7 @@ GRIDS = {
     "few": few,
     "million": million,
     "fp8": fp8,
+    "wide": wide,
 }
 
 

@@ -60,7 +60,7 @@ constexpr int64_t rank_list_bytes(int64_t capacity) {
 // of a cluster send each other, whatever the shape, so that the workspace of a large one serves all
 // smaller ones. A multiprocessor has one of the blocks: an H100 132, a B200 148.
 inline constexpr int kMaxGridBlocks = 160;
-inline constexpr int64_t kExchangeBytesPerBlock = 22 * 1024;
+inline constexpr int64_t kExchangeBytesPerBlock = 34 * 1024;
 inline constexpr int64_t kExchangeBytes = kMaxGridBlocks * kExchangeBytesPerBlock;
 
 // The scan of score_select: ranks to the workspace.

@@ -1,4 +1,4 @@
-"""Every operator in eight settings, by every selection algorithm, against the CPU's operators.
+"""Every operator in nine settings, by every selection algorithm, against the CPU's operators.
 
 Run by itself or, on a GPU, under compute-sanitizer (test_sanitizer.py). Inputs are made and results
 compared on the CPU, so that nearly all kernels that a tool has to watch are hata's.
@@ -19,6 +19,7 @@ HALF, BFLOAT = torch.float16, torch.bfloat16
 SETTINGS: list[tuple[list[int], dict[str, Any]]] = [
     ([90, 1, 0], {"dtype": HALF, "group": 1, "num_bits": 32, "page_size": 1}),
     ([700, 33, 5], {"dtype": BFLOAT, "group": 4, "head_dim": 128, "top_k": 300}),
+    ([500, 41], {"dtype": BFLOAT, "group": 12, "head_dim": 192, "top_k": 200}),
     (
         [150, 64, 2],
         {

@@ -86,18 +86,31 @@ def test_any_budget(device, algorithm, top_k):
     assert_steps(make_decode_case([300, 90], device=device, top_k=top_k))
 
 
+# Groups and head_dims that teams of one to four warps attend over in the fused step.
+TEAMS = [(12, 64), (16, 96), (9, 128), (1, 192), (4, 256), (16, 256)]
+
+
+@pytest.mark.parametrize(("group", "head_dim"), TEAMS)
+def test_wide_groups_and_rows(device, algorithm, group, head_dim):
+    shape = {"group": group, "head_dim": head_dim, "dtype": torch.bfloat16, "top_k": 300}
+    assert_steps(make_decode_case([1100, 0, 305, 5], device=device, **shape))
+
+
 @gpu_only
 @pytest.mark.parametrize("key_norms", [False, True])
+@pytest.mark.parametrize(("group", "head_dim"), [(2, 128), (16, 128), (3, 256)])
 @pytest.mark.parametrize("num_kv_heads", [1, 9, 12, 20, 30, 40, 50, 70, 140])
-def test_any_cluster(num_kv_heads, key_norms):
+def test_any_cluster(num_kv_heads, group, head_dim, key_norms):
     """More heads, fewer blocks for each: clusters of eight to one."""
-    shape = {"num_kv_heads": num_kv_heads, "group": 2, "head_dim": 128, "dtype": torch.bfloat16}
-    assert_steps(make_decode_case([1500], device="cuda", top_k=150, key_norms=key_norms, **shape))
+    shape = {"group": group, "head_dim": head_dim, "dtype": torch.bfloat16, "key_norms": key_norms}
+    shape |= {"num_kv_heads": num_kv_heads, "top_k": 150}
+    assert_steps(make_decode_case([1500], device="cuda", **shape))
 
 
 @gpu_only
-def test_more_positions_than_a_block_keeps():
-    shape = {"num_kv_heads": 140, "group": 1, "head_dim": 128, "dtype": torch.bfloat16}
+@pytest.mark.parametrize("head_dim", [128, 256])
+def test_more_positions_than_a_block_keeps(head_dim):
+    shape = {"num_kv_heads": 140, "group": 1, "head_dim": head_dim, "dtype": torch.bfloat16}
     assert_steps(make_decode_case([9000], device="cuda", top_k=7000, page_size=None, **shape))
 
 
@@ -125,9 +138,11 @@ def test_a_grid_whose_blocks_all_serve_one_pair(monkeypatch):
 
 @has_grid
 @pytest.mark.parametrize("key_norms", [False, True])
-def test_a_grid_of_sequences_of_any_lengths(monkeypatch, key_norms):
+@pytest.mark.parametrize(("group", "head_dim"), [(3, 128), (16, 128), (4, 256)])
+def test_a_grid_of_sequences_of_any_lengths(monkeypatch, group, head_dim, key_norms):
     lengths = [20_001, 33, 9000, 1, 0, 700]
-    assert_steps(grid_case(monkeypatch, lengths, top_k=300, key_norms=key_norms))
+    shape = {"group": group, "head_dim": head_dim, "top_k": 300, "key_norms": key_norms}
+    assert_steps(grid_case(monkeypatch, lengths, **shape))
 
 
 @has_grid
@@ -142,9 +157,11 @@ def test_a_grid_gives_ties_to_the_most_recent(monkeypatch, key_norms):
 
 @has_grid
 @pytest.mark.parametrize("key_norms", [False, True])
-@pytest.mark.parametrize("num_recent", [4, 2900])
-def test_a_grid_evens_out_a_selection_that_lies_in_a_few_slices(monkeypatch, num_recent, key_norms):
-    shape = {"num_recent": num_recent, "top_k": 3000, "key_norms": key_norms}
+@pytest.mark.parametrize(("num_recent", "head_dim"), [(4, 128), (2900, 128), (4, 256)])
+def test_a_grid_evens_out_a_selection_that_lies_in_a_few_slices(
+    monkeypatch, num_recent, head_dim, key_norms
+):
+    shape = {"num_recent": num_recent, "head_dim": head_dim, "top_k": 3000, "key_norms": key_norms}
     case = grid_case(monkeypatch, [40_000], **shape)
     codes = case.caches.code_cache
     few = case.caches.block_table[0, 300:350].long()

@@ -69,7 +69,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, kMinBlocks)
                      .num_positions = visible,
                      .positions = nullptr};
   const int tiles = ceil_div(visible, kTileRows), tiles_per_split = pieces * kPieceTiles;
-  RowStream<T, kHeadDim, kColumnTiles, kMaxStages, true> stream(
+  RowStream<T, kHeadDim, kColumnTiles, kMaxStages, RowLocator<T, true>> stream(
       RowLocator<T, true>(p, list),
       {.first = split * tiles_per_split + warp,
        .step = kWarps,
@@ -93,8 +93,8 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, kMinBlocks)
              [&](int position, int m, int i) { return position < seen[m][i]; });
   __syncthreads();  // every warp has read its tiles, whose place the results take
 
-  const Partials<kHeadDim> partials(shared + Layout::kQueryBytes, kWarps, num_columns);
-  partials.template store<T>(acc, v_scale_of_rows<T>(p.cache, kv_head_idx));
+  const Partials partials(shared + Layout::kQueryBytes, kWarps, num_columns, kHeadDim);
+  partials.store<T>(acc, v_scale_of_rows<T>(p.cache, kv_head_idx), warp);
   __syncthreads();
   partials.weigh();
   __syncthreads();
@@ -104,7 +104,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, kMinBlocks)
     const int64_t query_idx = token * p.num_heads + head_of(column);
     const AttentionState state = partials.state(column);
     if (used == 1) {
-      write_result<kHeadDim>(p, query_idx, d, state, partials.out(column, d));
+      write_result(p, query_idx, kHeadDim, d, state, partials.out(column, d));
     } else {
       const int64_t part = split * num_queries_of(p) + query_idx;
       write_part<kHeadDim>(p, part, d, state, partials.out(column, d));

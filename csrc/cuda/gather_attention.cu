@@ -81,8 +81,8 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, kMinBlocks)
   stream.run(acc, queries, LogitScale(p, k_scale_of_rows<T>(p.cache, kv_head_idx)));
   __syncthreads();  // every warp has read its tiles, whose place the results take
 
-  const Partials<kHeadDim> partials(shared + Layout::kQueryBytes, kWarps, num_heads);
-  partials.template store<T>(acc, v_scale_of_rows<T>(p.cache, kv_head_idx));
+  const Partials partials(shared + Layout::kQueryBytes, kWarps, num_heads, kHeadDim);
+  partials.store<T>(acc, v_scale_of_rows<T>(p.cache, kv_head_idx), warp);
   __syncthreads();
   partials.weigh();
   __syncthreads();
@@ -103,7 +103,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, kMinBlocks)
     const AttentionState state = partials.state(head);
     const float out = partials.out(head, d);
     if (p.num_splits == 1) {
-      write_result<kHeadDim>(p, first_query + head, d, state, out);
+      write_result(p, first_query + head, kHeadDim, d, state, out);
     } else {
       write_part<kHeadDim>(p, first_part + head, d, state, out);
     }

@@ -37,7 +37,7 @@ struct GatherLayout {
 
   static constexpr int received_offset(int warps, int stages) {
     return kQueryBytes + std::max(warps * stages * Tile<T, kHeadDim>::kStageBytes,
-                                  Partials<kHeadDim>::bytes(warps, kHeads));
+                                  Partials::bytes(warps, kHeads, kHeadDim));
   }
   static constexpr int bytes(int warps, int stages, int splits, int heads) {
     return received_offset(warps, stages) + Received::bytes(splits, heads, kHeadDim);

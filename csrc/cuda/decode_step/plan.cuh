@@ -1,5 +1,6 @@
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 
 #include "cuda/attention/merge.cuh"
@@ -32,16 +33,23 @@ constexpr int kMaxTokens = 8;  // query tokens: one product encodes their keys
 // Positions of a thread: half a word of a CandidateList says which of them an entry is of.
 constexpr int kMostPlaces = 1 << 16;
 
-// What the step attends over itself: query heads of a KV head, as many as one matrix product has,
-// and head_dim, for which registers and shared memory are cut.
-constexpr int kMaxAttendHeads = kTileHeads;
-constexpr int kMaxAttendHeadDim = 128;
+// What the step attends over itself: query heads of a KV head and head_dim.
+constexpr int kMaxAttendHeads = 16;
+constexpr int kMaxAttendHeadDim = 256;
 
 // Whether the fused step can attend. With a softcap gather_attention does: a branch for it here
 // costs every step (docs/kernels/log.md).
 constexpr bool can_attend(const GatherAttentionParams& p) {
-  return p.q_len == 1 && p.num_heads / p.cache.num_kv_heads <= kMaxAttendHeads &&
-         p.cache.head_dim <= kMaxAttendHeadDim && p.softcap == 0.0f;
+  return p.q_len == 1 && group_of(p) <= kMaxAttendHeads && p.cache.head_dim <= kMaxAttendHeadDim &&
+         p.softcap == 0.0f;
+}
+
+// What the registers of a warp are cut for: as many query heads as one matrix product has, and so
+// many channels of their output. What is larger, warps attend over in teams.
+constexpr int kMaxWarpHeads = kTileHeads;
+constexpr int kMaxWarpHeadDim = 128;
+constexpr bool needs_teams(const GatherAttentionParams& p) {
+  return group_of(p) > kMaxWarpHeads || p.cache.head_dim > kMaxWarpHeadDim;
 }
 
 // What a kernel is for. Each has the code for its case alone: small steps are bound by how much
@@ -50,14 +58,16 @@ enum class KernelKind {
   kRanksFit,  // one query token, and the ranks of a full cache fit into shared memory
   kOneToken,  // one query token, any cache
   kTokens,    // several query tokens, any cache
-  kGrid       // as kRanksFit, and the blocks of the whole grid share the pairs
+  kGrid,      // as kRanksFit, and the blocks of the whole grid share the pairs
+  kTeams  // as kRanksFit or, where a pair has more blocks than a cluster, kGrid; warps attend in
+          // teams
 };
 
 // Threads of a block where two blocks share a multiprocessor; one that has it to itself has twice
-// as many. With several query tokens a thread has more sums to keep, and 128 registers for them
-// instead of 96.
+// as many. With several query tokens a thread has more sums to keep, in a team two tiles of heads,
+// and 128 registers for them instead of 96.
 constexpr int few_threads(KernelKind kind) {
-  return kind == KernelKind::kTokens ? 256 : 320;
+  return kind == KernelKind::kTokens || kind == KernelKind::kTeams ? 256 : 320;
 }
 constexpr int many_threads(KernelKind kind) {
   return 2 * few_threads(kind);
@@ -87,6 +97,7 @@ struct Params {
   int num_bit_words;          // of each half of TileBits
   int list_bytes, list_full;  // of CandidateList, for one query token
   bool attends;               // over what it selected, as `attend` says: one query token
+  int team_stages;            // kTeams: tiles in flight a warp
   GatherAttentionParams attend;
   int blocks_per_pair;  // kGrid
   int grid_from;        // kGrid: the shortest sequence that all blocks of a pair share
@@ -205,20 +216,44 @@ struct PairInbox {
 struct AttendInputs {
   RowList list;
   ArrivalBarrier results_arrived;
-  alignas(16) uint16_t queries[kMaxAttendHeads * (kMaxAttendHeadDim + 8)];
+  alignas(16) uint16_t queries[kMaxWarpHeads * (kMaxWarpHeadDim + 8)];  // of no team
 };
 
 // What the other blocks send of their results, and the rows of K and V that a block attends over.
-constexpr int kMaxResultBytes = Received::bytes(kMaxCluster, kMaxAttendHeads, kMaxAttendHeadDim);
+constexpr int kMaxResultBytes = Received::bytes(kMaxCluster, kMaxWarpHeads, kMaxWarpHeadDim);
 // Tiles in flight a warp: of float8 rows two, in the place of one.
 constexpr int attend_stages(int element_size) {
   return element_size == 1 ? 2 : 1;
 }
-constexpr int attend_row_bytes(int threads, int head_dim, DType dtype) {
-  const int element_size = dtype == DType::kFloat8E4M3 ? 1 : 2;
-  return threads / kWarpSize * attend_stages(element_size) * 2 * kTileRows *
-         (head_dim * element_size + 16);
+constexpr int stage_bytes(int channels, DType dtype) {
+  return 2 * kTileRows * (channels * (dtype == DType::kFloat8E4M3 ? 1 : 2) + 16);
 }
+constexpr int attend_row_bytes(int threads, int head_dim, DType dtype) {
+  return threads / kWarpSize * attend_stages(dtype == DType::kFloat8E4M3 ? 1 : 2) *
+         stage_bytes(head_dim, dtype);
+}
+
+// What warps attend over in teams, and their shared memory, in the place of the rows: results that
+// other blocks send; queries; rows or, after them, what the teams found. A warp of a team has
+// kTeamChannels of a row's channels; where head_dim is no multiple of them, the last two warps have
+// some channels both.
+constexpr int kTeamChannels = 64;
+constexpr int kTeamHeads = kMaxAttendHeads;
+constexpr int kTeamStages = 2;
+struct TeamPlan {
+  int size;           // warps of a team
+  int num_teams;      // of a block; the warps that are left over have no rows
+  int queries, rows;  // where they begin, in bytes
+  int bytes;
+
+  constexpr TeamPlan(int threads, int group, int head_dim, DType dtype, int stages)
+      : size((head_dim + kTeamChannels - 1) / kTeamChannels),
+        num_teams(threads / kWarpSize / size),
+        queries(Received::most_bytes(group, head_dim)),
+        rows(queries + size * kTeamHeads * (kTeamChannels + 8) * 2),
+        bytes(rows + std::max(threads / kWarpSize * stages * stage_bytes(kTeamChannels, dtype),
+                              Partials::bytes(num_teams, group, head_dim))) {}
+};
 
 // Shared memory of a block. Addresses run down, time runs to the right; members on one line with a
 // brace share a place.
@@ -283,11 +318,19 @@ constexpr int kMostRankBytes = 227 * 1024 - kStaticBytes - kPlanBytes;
 constexpr int kKeptBytes = 4 * 1024;  // for the positions that a block selects
 
 // The rows of all warps fit, float8 rows and their padding too.
-static_assert(kRowOffset + attend_row_bytes(few_threads(KernelKind::kRanksFit), kMaxAttendHeadDim,
+static_assert(kRowOffset + attend_row_bytes(few_threads(KernelKind::kRanksFit), kMaxWarpHeadDim,
                                             DType::kFloat8E4M3) <=
               kPlanBytes + kSharingRankBytes);
-static_assert(kRowOffset + attend_row_bytes(many_threads(KernelKind::kRanksFit), kMaxAttendHeadDim,
+static_assert(kRowOffset + attend_row_bytes(many_threads(KernelKind::kRanksFit), kMaxWarpHeadDim,
                                             DType::kFloat8E4M3) <=
+              kPlanBytes + kMostRankBytes);
+static_assert(kRowOffset + TeamPlan(few_threads(KernelKind::kTeams), kMaxAttendHeads,
+                                    kMaxAttendHeadDim, DType::kBFloat16, 1)
+                               .bytes <=
+              kPlanBytes + kSharingRankBytes);
+static_assert(kRowOffset + TeamPlan(many_threads(KernelKind::kTeams), kMaxAttendHeads,
+                                    kMaxAttendHeadDim, DType::kBFloat16, 1)
+                               .bytes <=
               kPlanBytes + kMostRankBytes);
 
 // Positions that a token selects which sees more of them.

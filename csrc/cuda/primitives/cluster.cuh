@@ -41,6 +41,10 @@ inline constexpr int kMaxCluster = 8;  // blocks: the largest that every GPU wit
 __device__ __forceinline__ void arrive_at_cluster_barrier() {
   if constexpr (kIsSm90) asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 }
+// The same first half where other blocks may overwrite in this one's memory what it has read.
+__device__ __forceinline__ void release_at_cluster_barrier() {
+  if constexpr (kIsSm90) asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+}
 __device__ __forceinline__ void wait_at_cluster_barrier() {
   if constexpr (kIsSm90) asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
 }
