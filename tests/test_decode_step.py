@@ -70,7 +70,7 @@ def test_any_group_size(device, group, query_bits):
     assert_steps(make_decode_case([90, 20], device=device, dtype=torch.bfloat16, **shape))
 
 
-@pytest.mark.parametrize("head_dim", [64, 96, 128, 192, 256])
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 192, 256, 512])
 @pytest.mark.parametrize("num_bits", [32, 96, 128, 160, 224, 256])
 def test_any_head_dim_and_number_of_bits(device, head_dim, num_bits):
     assert_steps(make_decode_case([70, 33], device=device, head_dim=head_dim, num_bits=num_bits))

@@ -33,7 +33,7 @@ struct BlockMessage {
   uint32_t histogram[kHistogramBins];
   uint32_t fine_bins[kGroupBins];  // the second histogram
   float max[kMaxAttendHeads], sum[kMaxAttendHeads];
-  float out[kMaxAttendHeads * kMaxAttendHeadDim];
+  float out[kMaxAttendHeads * kMaxStepHeadDim];
 };
 
 // What the blocks of a pair wait for after the cut, each at most once: that all have written their

@@ -34,6 +34,7 @@ bool launch_if_possible(Params& params, CudaStream stream) {
 
 bool launch_step(const DecodeStepParams& p, bool attends, CudaStream stream) {
   if (p.select.num_recent < p.select.q_len) return false;
+  if (p.append.cache.head_dim > step::kMaxStepHeadDim) return false;
   Params params{.select = p.select,
                 .encodes = true,
                 .encode = p.encode,

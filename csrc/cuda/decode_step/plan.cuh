@@ -29,19 +29,17 @@
 // ordered_rank_float16() maps it, otherwise the score's count of matches.
 namespace hata::step {
 
-constexpr int kMaxTokens = 8;  // query tokens: one product encodes their keys
+constexpr int kMaxTokens = 8;         // query tokens: one product encodes their keys
+constexpr int kMaxStepHeadDim = 256;  // eight channels a lane
 // Positions of a thread: half a word of a CandidateList says which of them an entry is of.
 constexpr int kMostPlaces = 1 << 16;
 
-// What the step attends over itself: query heads of a KV head and head_dim.
-constexpr int kMaxAttendHeads = 16;
-constexpr int kMaxAttendHeadDim = 256;
+constexpr int kMaxAttendHeads = 16;  // query heads of a KV head that the step attends with itself
 
 // Whether the fused step can attend. With a softcap gather_attention does: a branch for it here
 // costs every step (docs/kernels/log.md).
 constexpr bool can_attend(const GatherAttentionParams& p) {
-  return p.q_len == 1 && group_of(p) <= kMaxAttendHeads && p.cache.head_dim <= kMaxAttendHeadDim &&
-         p.softcap == 0.0f;
+  return p.q_len == 1 && group_of(p) <= kMaxAttendHeads && p.softcap == 0.0f;
 }
 
 // What the registers of a warp are cut for: as many query heads as one matrix product has, and so
@@ -59,8 +57,7 @@ enum class KernelKind {
   kOneToken,  // one query token, any cache
   kTokens,    // several query tokens, any cache
   kGrid,      // as kRanksFit, and the blocks of the whole grid share the pairs
-  kTeams  // as kRanksFit or, where a pair has more blocks than a cluster, kGrid; warps attend in
-          // teams
+  kTeams,     // as kRanksFit or kGrid, whichever the launch is cut for, and warps attend in teams
 };
 
 // Threads of a block where two blocks share a multiprocessor; one that has it to itself has twice
@@ -151,8 +148,8 @@ struct NewTokens {
   uint32_t codes[kMaxTokens][kMaxWords];  // the words that this block encodes
 };
 struct NewRows {
-  alignas(16) uint16_t k[kMaxTokens][kMaxHeadDim];
-  alignas(16) uint16_t v[kMaxTokens][kMaxHeadDim];
+  alignas(16) uint16_t k[kMaxTokens][kMaxStepHeadDim];
+  alignas(16) uint16_t v[kMaxTokens][kMaxStepHeadDim];
 };
 
 // What the scan reads beside codes.
@@ -277,7 +274,9 @@ struct TeamPlan {
 // What shares a place never meets. No block sends bins before it knows that all others have
 // scanned, or a result before it knows that all have read the group sums; bounds are not needed
 // once the cuts are found. Rows take the place of everything from the histogram on once the
-// positions are written, which are kept behind both ranks and rows.
+// positions are written, which are kept behind both ranks and rows. Where warps attend in teams,
+// `attend.queries` and `results` are not used: the rows' place has both of them too (TeamPlan), and
+// no block sends a result before it knows that all have selected.
 struct alignas(16) SharedPlan {
   Slice slice;
   ArrivalBarrier guesses_arrived;
@@ -325,11 +324,11 @@ static_assert(kRowOffset + attend_row_bytes(many_threads(KernelKind::kRanksFit),
                                             DType::kFloat8E4M3) <=
               kPlanBytes + kMostRankBytes);
 static_assert(kRowOffset + TeamPlan(few_threads(KernelKind::kTeams), kMaxAttendHeads,
-                                    kMaxAttendHeadDim, DType::kBFloat16, 1)
+                                    kMaxStepHeadDim, DType::kBFloat16, 1)
                                .bytes <=
               kPlanBytes + kSharingRankBytes);
 static_assert(kRowOffset + TeamPlan(many_threads(KernelKind::kTeams), kMaxAttendHeads,
-                                    kMaxAttendHeadDim, DType::kBFloat16, 1)
+                                    kMaxStepHeadDim, DType::kBFloat16, 1)
                                .bytes <=
               kPlanBytes + kMostRankBytes);
 
