@@ -28,6 +28,7 @@ def make_cache(
     num_pages: int | None = None,
     config: HataConfig | None = None,
     weights: HashWeights | None = None,
+    kv_cache_dtype: torch.dtype | None = None,
     **offload: int,
 ) -> HataCache:
     """With a config a cache without norms for attention, else one with norms to look into.
@@ -43,6 +44,7 @@ def make_cache(
         num_pages=num_pages,
         dtype=dtype,
         device=device,
+        kv_cache_dtype=kv_cache_dtype,
         **offload,
     )
 
