@@ -62,7 +62,7 @@ class ChannelLocator : public RowLocator<T, false> {
 template <typename T>
 __device__ __forceinline__ void attend_in_teams(const GatherAttentionParams& p,
                                                 const AttendInputs& inputs, const TeamPlan& plan,
-                                                int num_stages, char* memory) {
+                                                char* memory) {
   using Query = Operand<T>;
   using Tile = Tile<T, kTeamChannels>;
   constexpr int kQueryPitch = hata::Tile<Query, kTeamChannels>::kPitch;
@@ -91,14 +91,14 @@ __device__ __forceinline__ void attend_in_teams(const GatherAttentionParams& p,
   cp_async_commit();
 
   const int tiles = ceil_div(list.num_positions, kTileRows);
-  const int stage_elements = num_stages * 2 * Tile::kElements;
+  const int warp_elements = plan.stages * 2 * Tile::kElements;
   RowStream<T, kTeamChannels, kHeadTiles, kTeamStages, ChannelLocator<T>> stream(
       ChannelLocator<T>(p, list, first_channel_of(part)),
       {.first = team < plan.num_teams ? team : tiles,
        .step = plan.num_teams,
        .end = tiles,
-       .stages = reinterpret_cast<T*>(memory + plan.rows) + warp * stage_elements,
-       .num_stages = num_stages});
+       .stages = reinterpret_cast<T*>(memory + plan.rows) + warp * warp_elements,
+       .num_stages = plan.stages});
   stream.wait_for_earlier_copies();
   __syncthreads();  // every thread's part of the queries is there
   prepare_queries<T, kTeamChannels>(queries, plan.size * kTeamHeads, p.dtype);
@@ -120,7 +120,7 @@ __device__ __forceinline__ void attend_in_teams(const GatherAttentionParams& p,
     wait_for_team();
 #pragma unroll 1
     for (int other = 0; other < plan.size; ++other) {
-      const T* const theirs = keys + (other - part) * stage_elements;
+      const T* const theirs = keys + (other - part) * warp_elements;
 #pragma unroll
       for (int m = 0; m < kHeadTiles; ++m) {
         const float4 sum = reinterpret_cast<const float4*>(theirs)[m * kWarpSize + lane];
@@ -214,12 +214,11 @@ __device__ __forceinline__ void attend_selected_in_teams(const Params& params, S
                                                          const Merge& merge) {
   const GatherAttentionParams& p = params.attend;
   const RowList& list = shared.attend.list;
-  const TeamPlan plan(blockDim.x, group_of(p), p.cache.head_dim, p.cache.dtype, params.team_stages);
+  const TeamPlan& plan = params.teams;
   char* const memory = reinterpret_cast<char*>(shared.histogram);
-  release_at_cluster_barrier();
-  with_row_type(p.cache.dtype, [&]<typename T>() {
-    attend_in_teams<T>(p, shared.attend, plan, params.team_stages, memory);
-  });
+  arrive_at_cluster_barrier();
+  with_row_type(p.cache.dtype,
+                [&]<typename T>() { attend_in_teams<T>(p, shared.attend, plan, memory); });
   wait_at_cluster_barrier();
   const int busy_teams = min(plan.num_teams, ceil_div(list.num_positions, kTileRows));
   merge_found(p, list, Partials(memory + plan.rows, busy_teams, group_of(p), p.cache.head_dim),

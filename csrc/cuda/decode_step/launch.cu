@@ -6,8 +6,8 @@
 namespace hata {
 
 namespace step {
-// Launches the step of codes of kNumWords words, and returns false, having done nothing, where the
-// device has no clusters. launch.cuh defines it, instances_*.cu make it, side by side.
+// Launches the step of codes of kNumWords words, or returns false, having done nothing. launch.cuh
+// defines it, instances_*.cu make it, side by side.
 template <int kNumWords>
 bool launch(Params& params, CudaStream stream);
 }  // namespace step

@@ -24,19 +24,20 @@ inline int slice_of(const ScoreSelectParams& p, int blocks_per_pair) {
   return ceil_div(p.table.capacity, blocks_per_pair * kSliceAlignment) * kSliceAlignment;
 }
 
-// Returns the tiles in flight a warp where warps attend in teams: as many as there is room for.
-inline int team_stages(const GatherAttentionParams& p, int threads) {
+// Returns how warps attend in teams: with as many tiles in flight as there is room for.
+inline TeamPlan choose_team_plan(const GatherAttentionParams& p, int threads) {
   const bool shares = threads == few_threads(KernelKind::kTeams);
   const int room = kPlanBytes + (shares ? kSharingRankBytes : kMostRankBytes) - kRowOffset;
-  const TeamPlan plan(threads, group_of(p), p.cache.head_dim, p.cache.dtype, kTeamStages);
-  return plan.bytes <= room ? kTeamStages : 1;
+  const auto plan = [&](int stages) {
+    return team_plan(threads, group_of(p), p.cache.head_dim, p.cache.dtype, stages);
+  };
+  return plan(kTeamStages).bytes <= room ? plan(kTeamStages) : plan(1);
 }
 
 // Returns the shared memory from the histogram on that the attention takes.
 inline int attend_bytes(const GatherAttentionParams& p, int threads) {
-  if (!needs_teams(p)) return attend_row_bytes(threads, p.cache.head_dim, p.cache.dtype);
-  return TeamPlan(threads, group_of(p), p.cache.head_dim, p.cache.dtype, team_stages(p, threads))
-      .bytes;
+  return needs_teams(p) ? choose_team_plan(p, threads).bytes
+                        : attend_row_bytes(threads, p.cache.head_dim, p.cache.dtype);
 }
 
 // Returns the shared memory for the ranks of one block's slice of a full cache, within what there
@@ -179,6 +180,11 @@ inline std::optional<GridPlan> choose_grid_plan(const ResidentClusters& resident
   return std::nullopt;
 }
 
+// With fewer (sequence, KV head) pairs clusters of teams take longer than gather_attention in a
+// launch of its own, whose blocks are more: by the times of one pair and of four
+// (docs/kernels/score_select.md).
+constexpr int kMinTeamPairs = 4;
+
 template <int kNumWords, bool kNorms>
 bool launch(Params& params, CudaStream stream) {
   constexpr const char* kOp = "hata::score_select";
@@ -200,14 +206,15 @@ bool launch(Params& params, CudaStream stream) {
                             KernelKind::kGrid, params);
   }
   const LaunchPlan plan = grid ? grid->plan : choose_plan(resident, kind, params);
-  if (in_teams && !all_ranks_fit(p, plan)) return false;
+  const bool few_pairs = int64_t{p.table.batch} * p.num_kv_heads < kMinTeamPairs;
+  if (in_teams && ((few_pairs && !grid) || !all_ranks_fit(p, plan))) return false;
   params.bins = bins_for(p);
   params.blocks_per_pair = plan.blocks_per_pair;
   params.grid_from = grid ? grid->grid_from : 0;
   params.rank_bytes = plan.rank_bytes;
   share_out_candidates(params, plan);
   if (params.attends) params.row_end = kRowOffset + attend_bytes(params.attend, plan.threads);
-  if (in_teams) params.team_stages = team_stages(params.attend, plan.threads);
+  if (in_teams) params.teams = choose_team_plan(params.attend, plan.threads);
   const auto kernel = in_teams ? decode_step_kernel<kNumWords, kNorms, KernelKind::kTeams>
                       : grid   ? decode_step_kernel<kNumWords, kNorms, KernelKind::kGrid>
                       : !one   ? decode_step_kernel<kNumWords, kNorms, KernelKind::kTokens>
@@ -226,7 +233,8 @@ bool launch(Params& params, CudaStream stream) {
 }
 
 // Launches the step of codes of kNumWords words, and returns false, having done nothing, where the
-// device has no clusters. instances_*.cu make this, side by side; launch.cu calls it.
+// device has no clusters, or warps would attend in teams and cannot or had better not.
+// instances_*.cu make this, side by side; launch.cu calls it.
 template <int kNumWords>
 bool launch(Params& params, CudaStream stream) {
   return params.select.code_cache.norms != nullptr ? launch<kNumWords, true>(params, stream)

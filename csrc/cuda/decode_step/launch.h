@@ -17,7 +17,8 @@ bool score_select_cluster(const ScoreSelectParams& params, CudaStream stream);
 bool encode_score_select_cluster(const DecodeStepParams& params, CudaStream stream);
 
 // All of a decoding step in one kernel: each block also attends over what it selected. Further
-// returns false where its registers and shared memory do not do (step::can_attend()).
+// returns false where its registers and shared memory do not do (step::can_attend()), and where
+// blocks of their own attend faster.
 bool decode_step_cluster(const DecodeStepParams& params, CudaStream stream);
 
 }  // namespace hata

@@ -82,6 +82,36 @@ constexpr int kGroupBins = kWarpSize;
 constexpr int kHistogramBins = 4096;
 constexpr int kMaxGroups = kHistogramBins / kGroupBins;
 
+// Keys and values of a tile in shared memory.
+constexpr int stage_bytes(int channels, DType dtype) {
+  return 2 * kTileRows * (channels * (dtype == DType::kFloat8E4M3 ? 1 : 2) + 16);
+}
+
+// How warps attend in teams, and their shared memory, in the place of the rows: results that other
+// blocks send; queries; rows or, after them, what the teams found. A warp of a team has
+// kTeamChannels of a row's channels; where head_dim is no multiple of them, the last two warps have
+// some channels both.
+constexpr int kTeamChannels = 64;
+constexpr int kTeamHeads = kMaxAttendHeads;
+constexpr int kTeamStages = 2;
+struct TeamPlan {
+  int size;           // warps of a team
+  int num_teams;      // of a block; the warps that are left over have no rows
+  int stages;         // tiles in flight a warp, at most kTeamStages
+  int queries, rows;  // where they begin, in bytes
+  int bytes;
+};
+constexpr TeamPlan team_plan(int threads, int group, int head_dim, DType dtype, int stages) {
+  TeamPlan plan{.size = (head_dim + kTeamChannels - 1) / kTeamChannels, .stages = stages};
+  plan.num_teams = threads / kWarpSize / plan.size;
+  plan.queries = Received::most_bytes(group, head_dim);
+  plan.rows = plan.queries + plan.size * kTeamHeads * (kTeamChannels + 8) * 2;
+  plan.bytes =
+      plan.rows + std::max(threads / kWarpSize * stages * stage_bytes(kTeamChannels, dtype),
+                           Partials::bytes(plan.num_teams, group, head_dim));
+  return plan;
+}
+
 struct Params {
   ScoreSelectParams select;
   bool encodes;  // the planes come from `encode`, not from select.planes, and `append` is done
@@ -94,10 +124,10 @@ struct Params {
   int num_bit_words;          // of each half of TileBits
   int list_bytes, list_full;  // of CandidateList, for one query token
   bool attends;               // over what it selected, as `attend` says: one query token
-  int team_stages;            // kTeams: tiles in flight a warp
   GatherAttentionParams attend;
   int blocks_per_pair;  // kGrid
   int grid_from;        // kGrid: the shortest sequence that all blocks of a pair share
+  TeamPlan teams;       // kTeams
 };
 
 // Which of the blocks of its pair a block is.
@@ -222,35 +252,10 @@ constexpr int kMaxResultBytes = Received::bytes(kMaxCluster, kMaxWarpHeads, kMax
 constexpr int attend_stages(int element_size) {
   return element_size == 1 ? 2 : 1;
 }
-constexpr int stage_bytes(int channels, DType dtype) {
-  return 2 * kTileRows * (channels * (dtype == DType::kFloat8E4M3 ? 1 : 2) + 16);
-}
 constexpr int attend_row_bytes(int threads, int head_dim, DType dtype) {
   return threads / kWarpSize * attend_stages(dtype == DType::kFloat8E4M3 ? 1 : 2) *
          stage_bytes(head_dim, dtype);
 }
-
-// What warps attend over in teams, and their shared memory, in the place of the rows: results that
-// other blocks send; queries; rows or, after them, what the teams found. A warp of a team has
-// kTeamChannels of a row's channels; where head_dim is no multiple of them, the last two warps have
-// some channels both.
-constexpr int kTeamChannels = 64;
-constexpr int kTeamHeads = kMaxAttendHeads;
-constexpr int kTeamStages = 2;
-struct TeamPlan {
-  int size;           // warps of a team
-  int num_teams;      // of a block; the warps that are left over have no rows
-  int queries, rows;  // where they begin, in bytes
-  int bytes;
-
-  constexpr TeamPlan(int threads, int group, int head_dim, DType dtype, int stages)
-      : size((head_dim + kTeamChannels - 1) / kTeamChannels),
-        num_teams(threads / kWarpSize / size),
-        queries(Received::most_bytes(group, head_dim)),
-        rows(queries + size * kTeamHeads * (kTeamChannels + 8) * 2),
-        bytes(rows + std::max(threads / kWarpSize * stages * stage_bytes(kTeamChannels, dtype),
-                              Partials::bytes(num_teams, group, head_dim))) {}
-};
 
 // Shared memory of a block. Addresses run down, time runs to the right; members on one line with a
 // brace share a place.
@@ -323,12 +328,12 @@ static_assert(kRowOffset + attend_row_bytes(few_threads(KernelKind::kRanksFit), 
 static_assert(kRowOffset + attend_row_bytes(many_threads(KernelKind::kRanksFit), kMaxWarpHeadDim,
                                             DType::kFloat8E4M3) <=
               kPlanBytes + kMostRankBytes);
-static_assert(kRowOffset + TeamPlan(few_threads(KernelKind::kTeams), kMaxAttendHeads,
-                                    kMaxStepHeadDim, DType::kBFloat16, 1)
+static_assert(kRowOffset + team_plan(few_threads(KernelKind::kTeams), kMaxAttendHeads,
+                                     kMaxStepHeadDim, DType::kBFloat16, 1)
                                .bytes <=
               kPlanBytes + kSharingRankBytes);
-static_assert(kRowOffset + TeamPlan(many_threads(KernelKind::kTeams), kMaxAttendHeads,
-                                    kMaxStepHeadDim, DType::kBFloat16, 1)
+static_assert(kRowOffset + team_plan(many_threads(KernelKind::kTeams), kMaxAttendHeads,
+                                     kMaxStepHeadDim, DType::kBFloat16, 1)
                                .bytes <=
               kPlanBytes + kMostRankBytes);
 
