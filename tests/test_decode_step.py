@@ -96,6 +96,24 @@ def test_wide_groups_and_rows(device, algorithm, group, head_dim):
     assert_steps(make_decode_case([1100, 0, 305, 5], device=device, **shape))
 
 
+@has_grid
+def test_a_step_is_one_launch():
+    cases = [
+        make_decode_case([400, 90], device="cuda", group=group, head_dim=head_dim)
+        for group, head_dim in [(1, 64), (8, 128), *TEAMS]
+    ]
+    for case in cases:
+        case.run()  # asks the device what it can do
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for case in cases:
+            case.run()
+        torch.cuda.synchronize()
+    names = [e.name for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    assert sum("decode_step_kernel" in name for name in names) == len(cases)
+    assert not [name for name in names if "attention" in name]
+
+
 @gpu_only
 @pytest.mark.parametrize("key_norms", [False, True])
 @pytest.mark.parametrize(("group", "head_dim"), [(2, 128), (16, 128), (3, 256)])
