@@ -28,6 +28,7 @@ def make_cache(
     num_pages: int | None = None,
     config: HataConfig | None = None,
     weights: HashWeights | None = None,
+    record_cuts: bool = False,
     **offload: int,
 ) -> HataCache:
     """With a config a cache without norms for attention, else one with norms to look into.
@@ -43,6 +44,7 @@ def make_cache(
         num_pages=num_pages,
         dtype=dtype,
         device=device,
+        record_cuts=record_cuts,
         **offload,
     )
 

@@ -105,12 +105,13 @@ def test_decoding_attends_to_the_reference_selection(
     weights: HashWeights,
     config: HataConfig,
 ) -> None:
-    cache = make_cache(device, dtype, config=config, weights=weights, page_size=page_size)
+    shape = {"config": config, "weights": weights, "page_size": page_size}
+    cache = make_cache(device, dtype, **shape, record_cuts=True)
     fill(cache, 40, [40, 11, 2])
     q, (k, v) = queries(cache, q_len), new_tokens(cache, q_len)
     for layer_idx in (DENSE, SPARSE):
         out = hata.decode_attention(q, k, v, cache, layer_idx)
-    indices, num_selected = cache.last_selection(SPARSE)
+    indices, _ = selected = cache.last_selection(SPARSE)
     _, query_weights = weights.layer(SPARSE, dtype, cache.device)
     expected = reference.score_select(
         hata.encode_query(q, query_weights, query_bits=weights.query_bits),
@@ -122,9 +123,10 @@ def test_decoding_attends_to_the_reference_selection(
         top_k=config.top_k,
         num_sink=config.num_sink,
         num_recent=config.num_recent,
+        return_cut=True,
     )
-    assert_equal(indices, expected[0].to(device))
-    assert_equal(num_selected, expected[1].to(device))
+    for a, e in zip((*selected, *cache.last_cut(SPARSE)), expected, strict=True):
+        assert_equal(a, e.to(device))
     assert_attends(out, q, cache, SPARSE, indices)
 
 

@@ -2,6 +2,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from cases import LAYOUTS, poisoned
 from closeness import assert_equal, assert_no_worse_than_pytorch, plain_gather_attention
@@ -22,11 +23,22 @@ has_grid = pytest.mark.skipif("grid" not in algorithms("cuda"), reason="needs a 
 SEQ_LENS = [153, 8, 5, 0, 64]  # with fewer positions than query tokens, too
 
 
+def cut_buffers(case: DecodeCase) -> tuple[Tensor, Tensor]:
+    """Where decode_step writes last_score and num_ties."""
+    has_norms, pairs = case.caches.norm_cache is not None, case.k.shape[:-1]
+    score_dtype = torch.float16 if has_norms else torch.int32
+    return tuple(
+        poisoned(*pairs, dtype=dtype, device=case.q.device.type)
+        for dtype in (score_dtype, torch.int32)
+    )
+
+
 def assert_steps(case: DecodeCase) -> DecodeStepOutput:
     """The caches as cache_append leaves them, the reference's selection, and attention over it."""
     expected, before = case.caches.clone(), case.caches
     cache_append(case.k, case.v, case.key_weights, *expected.all)
-    result = case.run()
+    cut = cut_buffers(case)
+    result = case.run(last_score=cut[0], num_ties=cut[1])
     for name in ("k_cache", "v_cache", "code_cache", "norm_cache"):
         if getattr(before, name) is not None:
             assert_equal(getattr(before, name), getattr(expected, name))
@@ -34,14 +46,17 @@ def assert_steps(case: DecodeCase) -> DecodeStepOutput:
     settings = dict(case.settings)
     query_bits = settings.pop("query_bits")
     group = case.q.shape[2] // case.k.shape[2]
-    indices, num_selected = reference.score_select(
+    indices, num_selected, *expected_cut = reference.score_select(
         encode_query(case.q, case.query_weights, query_bits=query_bits),
         *expected.codes,
         weight_sum=plane_weight_sum(query_bits, group),
         **settings,
+        return_cut=True,
     )
     assert_equal(result.indices, indices)
     assert_equal(result.num_selected, num_selected)
+    for a, e in zip(cut, expected_cut, strict=True):
+        assert_equal(a, e)
 
     truth = reference.gather_attention(case.q.double(), *expected.double().kv, indices)
     plain = plain_gather_attention(case.q, *expected.kv, indices)
@@ -315,6 +330,7 @@ def test_opcheck(device, key_norms):
     case = make_decode_case([20, 7], device=device, q_len=2, key_norms=key_norms, top_k=8)
     caches = case.caches
     size = workspace_size(2, 2, 6, 2, 64, caches.capacity, 8)
+    last_score, num_ties = cut_buffers(case)
     torch.library.opcheck(
         torch.ops.hata.decode_step.default,
         (
@@ -324,6 +340,8 @@ def test_opcheck(device, key_norms):
         ),
         {
             "workspace": torch.zeros(size, dtype=torch.uint8, device=device),
+            "last_score": last_score,
+            "num_ties": num_ties,
             "indices": torch.zeros(2, 2, 2, 8, dtype=torch.int32, device=device),
             "num_selected": torch.zeros(2, 2, 2, dtype=torch.int32, device=device),
             "out": torch.zeros_like(case.q),

@@ -25,7 +25,7 @@ __device__ void store(const HammingScoreParams& p, int64_t i, int matches, uint1
   constexpr int kNumBits = kNumWords * kWordBits;
   switch (p.kind) {
     case ScoreKind::kInt32:
-      static_cast<int32_t*>(p.scores)[i] = 2 * matches - p.weight_sum * kNumBits;
+      static_cast<int32_t*>(p.scores)[i] = score_of_matches(matches, p.weight_sum * kNumBits);
       break;
     case ScoreKind::kFloat16:
       static_cast<uint16_t*>(p.scores)[i] = float16_score<kNumBits>(matches, p.weight_sum, norm);
@@ -40,8 +40,10 @@ __device__ void store(const HammingScoreParams& p, int64_t i, int matches, uint1
 }
 
 __device__ void store_invisible(const HammingScoreParams& p, int64_t i) {
-  if (p.kind == ScoreKind::kInt32) static_cast<int32_t*>(p.scores)[i] = INT32_MIN;
-  if (p.kind == ScoreKind::kFloat16) static_cast<uint16_t*>(p.scores)[i] = 0xfc00;  // -infinity
+  if (p.kind == ScoreKind::kInt32) static_cast<int32_t*>(p.scores)[i] = kLowestScore<int32_t>;
+  if (p.kind == ScoreKind::kFloat16) {
+    static_cast<uint16_t*>(p.scores)[i] = kLowestScore<uint16_t>;
+  }
 }
 
 // The planes of query tokens first_token.. of one (sequence, KV head), in shared memory.

@@ -5,6 +5,7 @@
 #include "cuda/primitives/check.h"
 #include "cuda/primitives/warp.cuh"
 #include "paged_cache.h"
+#include "query_planes.h"
 #include "selection.h"
 
 namespace hata {
@@ -29,10 +30,27 @@ struct Rank {
         return ordered_rank_float32(stored);
       case SelectDType::kFloat16:
         return ordered_rank_float16(static_cast<uint16_t>(stored));
-      case SelectDType::kRank16:
+      case SelectDType::kMatches:
+      case SelectDType::kRankFloat16:
         break;
     }
     return stored;
+  }
+
+  // Says how a list was cut: at this rank, with so many ties.
+  __device__ static void write_cut(const SelectTopkParams& p, int64_t list_idx, uint32_t rank,
+                                   int32_t ties) {
+    switch (kDType) {
+      case SelectDType::kInt32:
+        return p.cut.write(list_idx, int32_of_rank(rank), ties);
+      case SelectDType::kFloat32:
+        return p.cut.write(list_idx, float32_of_rank(rank), ties);
+      case SelectDType::kFloat16:
+      case SelectDType::kRankFloat16:
+        return p.cut.write(list_idx, float16_of_rank(static_cast<uint16_t>(rank)), ties);
+      case SelectDType::kMatches:
+        return p.cut.write(list_idx, score_of_matches(static_cast<int>(rank), p.max_matches), ties);
+    }
   }
 };
 
@@ -79,6 +97,7 @@ __global__ void __launch_bounds__(kThreads)
   for (int i = num_selected + threadIdx.x; i < p.top_k; i += kThreads) indices[i] = -1;
   if (visible <= budget) {
     for (int i = threadIdx.x; i < visible; i += kThreads) indices[i] = i;
+    if (threadIdx.x == 0) Rank::write_cut(p, list_idx, 0, 0);
     return;
   }
 
@@ -102,11 +121,13 @@ __global__ void __launch_bounds__(kThreads)
     }
   }
   // `wanted` of the histogram[...] ranks that equal `prefix` are selected, the most recent ones.
-  uint32_t ties_to_skip = 0;
+  uint32_t ties = 0, ties_to_skip = 0;
   if (wanted > 0) {
     __syncthreads();
-    ties_to_skip = histogram[prefix % kBins] - wanted;
+    ties = histogram[prefix % kBins];
+    ties_to_skip = ties - wanted;
   }
+  if (threadIdx.x == 0) Rank::write_cut(p, list_idx, prefix, static_cast<int32_t>(ties));
 
   uint32_t written = 0, ties_seen = 0;
   for (int tile = 0; tile < visible; tile += kThreads) {
@@ -148,8 +169,10 @@ void select_topk_cuda(const SelectTopkParams& p, CudaStream stream) {
       return launch<SelectDType::kFloat16>(p, stream);
     case SelectDType::kFloat32:
       return launch<SelectDType::kFloat32>(p, stream);
-    case SelectDType::kRank16:
-      return launch<SelectDType::kRank16>(p, stream);
+    case SelectDType::kMatches:
+      return launch<SelectDType::kMatches>(p, stream);
+    case SelectDType::kRankFloat16:
+      return launch<SelectDType::kRankFloat16>(p, stream);
   }
 }
 

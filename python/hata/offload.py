@@ -69,6 +69,7 @@ class OffloadedCache(HataCache):
             over PCIe. None is four times that budget.
         dtype: float16, bfloat16 or (on the CPU) float32.
         device: Where the codes lie.
+        record_cuts: As `HataCache` takes it.
 
     Raises:
         TypeError: An argument has another type.
@@ -90,6 +91,7 @@ class OffloadedCache(HataCache):
         num_slots: int | None = None,
         dtype: torch.dtype,
         device: torch.device | str,
+        record_cuts: bool = False,
     ) -> None:
         where = type(self).__name__
         check_int(where, "host_memory", host_memory, 1)
@@ -104,6 +106,7 @@ class OffloadedCache(HataCache):
             num_pages=num_pages,
             dtype=dtype,
             device=device,
+            record_cuts=record_cuts,
         )
         if self.config.min_sparse_len is None:
             self.min_sparse_len = 0
@@ -204,7 +207,7 @@ class OffloadedCache(HataCache):
         query_bits = self.weights.query_bits
         query_weights = self.weights.layer(layer_idx, self.dtype, self.device)[1]
         tables = (self.block_table, self.cache_seqlens)
-        indices, num_selected = ops.score_select(
+        indices, num_selected, *cut = ops.score_select(
             ops.encode_query(q, query_weights, query_bits=query_bits),
             self.code_cache[layer_idx],
             self.norm_cache[layer_idx],
@@ -213,14 +216,24 @@ class OffloadedCache(HataCache):
             **self.layer_budgets[layer_idx]._asdict(),
             num_sink=self.config.num_sink,
             num_recent=self.config.num_recent,
+            return_cut=buffers.last_score is not None,
         )
+        last_score, num_ties = cut or (None, None)
         caches = (self.k_cache[layer_idx], self.v_cache[layer_idx], *tables)
         try:
             out, lse = self.row_cache.attend(layer, q, indices, *caches, softmax_scale, softcap)
         except BaseException:  # the new tokens are about to be taken back
             self.row_cache.forget(self.cache_seqlens - q.shape[1])
             raise
-        return replace(buffers, indices=indices, num_selected=num_selected, out=out, lse=lse)
+        return replace(
+            buffers,
+            indices=indices,
+            num_selected=num_selected,
+            out=out,
+            lse=lse,
+            last_score=last_score,
+            num_ties=num_ties,
+        )
 
     def __deepcopy__(self, memo: object) -> NoReturn:
         """Refuses: a copy would take as much host memory again."""

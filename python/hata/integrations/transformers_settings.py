@@ -108,6 +108,7 @@ class CacheSettings:
             "max_seq_len": max_seq_len,
             "dtype": k.dtype,
             "device": k.device,
+            "record_cuts": self.observer is not None,
         }
         if self.host_memory is None:
             dtype = self.kv_cache_dtype
