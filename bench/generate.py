@@ -1,9 +1,15 @@
 """Decoding of a whole transformers model: hata against transformers' own attention and caches.
 
-The model has random weights. Its cache is filled with random keys and values, and then tokens are
-decoded: ``ms_per_token`` is the time of 32 forward passes by 32, each of which takes the last one's
-most likely token; ``generate_ms_per_token`` is the median time from one of the last 32 tokens of
-``generate`` to the next. ``prefill_s`` is the time of the prompt's pass, of at most 32K tokens.
+The model has random weights. Its cache is filled with random keys and values (``fill``), and then
+tokens are decoded: ``ms_per_token`` is the time of 32 forward passes by 32, each of which takes the
+last one's most likely token; ``generate_ms_per_token`` is the median time from one of the last 32
+tokens of ``generate`` to the next. ``prefill_s`` is the time of the prompt's pass, of at most 32K
+tokens.
+
+What keys and values in host memory cost depends on how much of a selection the row cache already
+holds. Queries of a random model have nothing to do with one another; with ``--similarity`` the
+queries of any two tokens have that cosine. ``hit_rate`` is what the row cache counted in tokens
+after those that were timed.
 """
 
 import itertools
@@ -32,44 +38,25 @@ from hata.integrations.model_shape import model_shape
 from hata.integrations.transformers import disable, enable
 from hata.integrations.transformers_cache import CACHE_ARGUMENT, HataTransformersCache
 from hata.integrations.transformers_layers import HataLayer, WindowLayer
+from hata.offload import OffloadedCache
 from hata.provenance import origin
+from hata.row_cache import RowCache
+from hata.storage import FLOAT8
 
-from .cases import tokens
+from .cases import name_of, tokens
 from .options import Output, check_output, checked_device, checked_names, repeated
+from .random_model import SHAPES, random_model, share_embeddings
 from .report import RESULTS, Report, Row, slug
 from .timing import first_line
 from .vllm import parsed, top_k_of
 
 NEW_TOKENS = 32
 WARM_UP = 8  # of which the fourth is the first that is only replayed
+NUM_COUNTED = 8  # tokens whose hits are counted
 ROOM = 256  # of a sequence, for what is decoded
 MAX_PREFILL = 32 << 10
 CASES = ((1, 128), (1, 1 << 10), (1, 8 << 10), (1, 32 << 10), (1, 128 << 10), (8, 1 << 10))
 CASES += ((8, 8 << 10), (8, 32 << 10), (4, 64 << 10))
-LLAMA = {"vocab_size": 128256, "max_position_embeddings": 1 << 20, "rope_theta": 5e5}
-SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama-3.1-8b": (
-        "llama",
-        {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32}
-        | {"num_attention_heads": 32, "num_key_value_heads": 8, **LLAMA},
-    ),
-    "llama-2-7b": (
-        "llama",
-        {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32}
-        | {"num_attention_heads": 32, "num_key_value_heads": 32, **LLAMA, "vocab_size": 32000},
-    ),
-    "smollm2-135m": (
-        "llama",
-        {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30}
-        | {"num_attention_heads": 9, "num_key_value_heads": 3, **LLAMA, "vocab_size": 49152},
-    ),
-    "gemma-3-270m": (
-        "gemma3_text",
-        {"hidden_size": 640, "intermediate_size": 2048, "num_hidden_layers": 18}
-        | {"num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 256}
-        | {"vocab_size": 262144, "max_position_embeddings": 32768, "sliding_window": 512},
-    ),
-}
 # method: what it is. Those with a cache of hata count their dense layers.
 METHODS = {
     "dynamic": "transformers' growing cache, its attention by FlashAttention where torch has it",
@@ -91,9 +78,14 @@ COLUMNS = [
     "method",
     "dense_layers",
     "top_k",
+    "kv_cache_dtype",
+    "fill",
+    "similarity",
+    "num_slots",
+    "hit_rate",
 ]
 COLUMNS += ["ms_per_token", "generate_ms_per_token", "tokens_per_s", "prefill_s", "peak_gb"]
-COLUMNS += ["codes_percent"]
+COLUMNS += ["host_gb", "codes_percent"]
 SHOWN = {name: name.replace("_", " ") for name in COLUMNS}
 
 
@@ -115,6 +107,13 @@ class Options(Output):
     dense_layers: Annotated[
         list[int], Option(help="First layers that stay dense, with hata; may be repeated.")
     ] = field(default_factory=list)
+    kv_cache_dtype: Annotated[
+        str | None, Option(help="float8_e4m3fn: keys and values of hata's caches in float8.")
+    ] = None
+    similarity: Annotated[
+        float | None,
+        Option(help="Cosine between the queries of two tokens; by default as they are drawn."),
+    ] = None
 
     def words(self) -> list[str]:
         """Returns the options that decide what a row holds, as they are typed."""
@@ -122,7 +121,10 @@ class Options(Output):
             f"--model {self.model}",
             *([f"--layers {self.layers}"] if self.layers else []),
             *repeated("--case", self.case),
-            *repeated("--dense-layers", map(str, self.dense_layers)),
+            *repeated("--method", self.method),
+            *repeated("--dense-layers", [str(count) for count in self.dense_layers]),
+            *([f"--kv-cache-dtype {self.kv_cache_dtype}"] if self.kv_cache_dtype else []),
+            *([] if self.similarity is None else [f"--similarity {self.similarity:g}"]),
         ]
 
 
@@ -135,15 +137,22 @@ def measure_generate(options: Options) -> None:
     default = [method for method in METHODS if method not in left_out]
     methods = checked_names("--method", options.method, METHODS, default)
     cases = [parsed(text) for text in options.case] or CASES
+    float8, similarity = options.kv_cache_dtype, options.similarity
+    rule = "be float8_e4m3fn"
+    check(float8 in (None, name_of(FLOAT8)), "bench", "--kv-cache-dtype", rule, float8)
+    in_range = similarity is None or 0 <= similarity <= 1
+    check(in_range, "bench", "--similarity", "be in 0..1", similarity)
     path = options.output or RESULTS / f"generate_{slug(device)}.csv"
     check_output(path)
     command = " ".join([f"python -m bench generate --device {device.type}", *options.words()])
     report = Report(path, COLUMNS, origin(device, command), options.append)
     console = Console(stderr=True)
     model = random_model(name, options.layers, device)
+    if similarity is not None:
+        share_embeddings(model, similarity)
     common = {"transformers": transformers.__version__, "model": name}
     common["dtype"] = str(model.dtype).removeprefix("torch.")
-    common["layers"] = model_shape(model)["num_layers"]
+    common |= {"layers": model_shape(model)["num_layers"], "similarity": similarity}
     runs = [
         (method, count)
         for method in methods
@@ -154,7 +163,8 @@ def measure_generate(options: Options) -> None:
             for method, dense_layers in runs:
                 row = common | {"batch": batch, "context": context, "method": method}
                 try:
-                    measured = measure(model, method, dense_layers, batch, context)
+                    kv_cache_dtype = FLOAT8 if float8 else None
+                    measured = measure(model, method, dense_layers, batch, context, kv_cache_dtype)
                 except torch.OutOfMemoryError as error:
                     where = f"{method}, {batch} x {tokens(context)}"
                     console.print(f"{where}: {first_line(error)}", highlight=False)
@@ -166,29 +176,21 @@ def measure_generate(options: Options) -> None:
     print(f"{len(report.rows)} rows in {path}")
 
 
-def random_model(name: str, layers: int | None, device: torch.device) -> Any:
-    kind, sizes = SHAPES[name]
-    config = transformers.AutoConfig.for_model(
-        kind, **sizes | ({"num_hidden_layers": layers} if layers else {})
-    )
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    torch.manual_seed(0)
-    with device:
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
-    model.generation_config.eos_token_id = None
-    return model
-
-
 def measure(
-    model: Any, method: str, dense_layers: int | None, batch: int, context: int
-) -> dict[str, Any]:
+    model: Any,
+    method: str,
+    dense_layers: int | None,
+    batch: int,
+    context: int,
+    kv_cache_dtype: torch.dtype | None,
+) -> Row:
     """Returns the columns of one method and case."""
     device = model.device
     on_gpu, max_seq_len = device.type == "cuda", context + ROOM
     if on_gpu:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    row: Row = {}
+    row: Row = {"fill": "random keys and values"}
     make: Callable[[], Any]
     if method == "dynamic":
         make = partial(DynamicCache, config=model.config)
@@ -201,6 +203,7 @@ def measure(
             *(enable, model, budget),
             weights=hata.HashWeights.random(**model_shape(model)),
             max_seq_len=min(max_seq_len, model.config.max_position_embeddings),
+            kv_cache_dtype=kv_cache_dtype,
             cuda_graphs=False if method == "hata-eager" else None,
             offload=HOST_MEMORY if method == "hata-offload" else None,
         )
@@ -219,18 +222,18 @@ def measure(
             token = step(token)
 
         def decode() -> None:
-            x = token
+            nonlocal token
             for _ in range(NEW_TOKENS):
-                x = step(x)
+                token = step(token)
 
         row["ms_per_token"] = 1e3 * seconds(decode) / NEW_TOKENS
+        if isinstance(cache, HataTransformersCache):
+            row |= of_cache(cache.hata_cache, step, token)
         if method != "static":
             row["generate_ms_per_token"] = 1e3 * generate(model, cache, batch)
     row["tokens_per_s"] = 1e3 * batch / row["ms_per_token"]
     if on_gpu:
         row["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
-    if isinstance(cache, HataTransformersCache):
-        row["codes_percent"] = codes_percent(cache.hata_cache)
     return row
 
 
@@ -334,11 +337,34 @@ def fill(model: Any, cache: Any, batch: int, context: int) -> None:
             cache.update(k.transpose(1, 2), v.transpose(1, 2), layer_idx)
 
 
-def codes_percent(cache: hata.HataCache) -> float:
-    """Returns the codes' bytes by those of keys and values, in percent."""
-    kv = sum(t.nbytes for t in (*cache.k_cache, *cache.v_cache))
+def of_cache(cache: hata.HataCache, step: Callable[[Tensor], Tensor], token: Tensor) -> Row:
+    """Returns the columns that a cache of hata's has: bytes, and how often its row cache hits."""
+    kv = [k.nbytes + v.nbytes for k, v in zip(cache.k_cache, cache.v_cache, strict=True)]
     norms = cache.norm_cache if cache.weights.key_norms else ()
-    return 100 * sum(t.nbytes for t in (*cache.code_cache, *norms)) / kv
+    codes = sum(t.nbytes for t in (*cache.code_cache, *norms))
+    row: Row = {
+        "kv_cache_dtype": name_of(cache.kv_cache_dtype),
+        "codes_percent": 100 * codes / sum(kv),
+    }
+    if isinstance(cache, OffloadedCache):
+        row["host_gb"] = sum(kv[cache.num_resident_layers :]) / 1e9
+        if cache.row_cache is not None:
+            row["num_slots"] = cache.row_cache.num_slots
+            row["hit_rate"] = hit_rate(cache, cache.row_cache, step, token)
+    return row
+
+
+def hit_rate(
+    cache: OffloadedCache, rows: RowCache, step: Callable[[Tensor], Tensor], token: Tensor
+) -> float:
+    """Returns the share of the selected rows that the row cache held, over some tokens."""
+    missing = selected = 0
+    for _ in range(NUM_COUNTED):
+        token = step(token)
+        missing += int(rows.num_missing.sum())
+        for layer_idx in range(cache.num_resident_layers, cache.num_layers):
+            selected += int(cache.last_selection(layer_idx)[1].sum())
+    return 1 - missing / selected
 
 
 def seconds(call: Callable[[], object]) -> float:

@@ -54,11 +54,17 @@ GENERATE_LINES: dict[tuple[str, str | None], tuple[str, dict[str, Any]]] = {
 # (mode, similarity of neighbouring queries): label and style.
 OFFLOAD_LINES: dict[tuple[str, str], tuple[str, dict[str, Any]]] = {
     ("dense", ""): ("every position read over PCIe", {"color": "#000000", "marker": "o"}),
+    ("magicpig", ""): ("MagicPIG: tables and attention on the CPU", {"color": "#AA7744"}),
+    ("cpu", ""): ("the CPU attends to the selected rows", {"color": "#AA7744", "marker": "s"}),
+    ("staged", ""): ("gathered by the CPU, copied", {"color": "#444444", "marker": "^"}),
     ("mapped", ""): ("no row cache", {"color": "#777777", "marker": "s"}),
     ("row_cache", "0"): ("row cache, unlike queries", {"color": "#E69F00", "marker": "s"}),
     ("row_cache", "0.5"): ("row cache, similarity 0.5", {"color": "#D55E00", "marker": "s"}),
+    ("hybrid", "0.5"): ("the CPU attends to its misses", {"color": "#D55E00", "ls": ":"}),
     ("row_cache", "0.9"): ("row cache, similarity 0.9", {"color": "#CC79A7", "marker": "s"}),
+    ("hybrid", "0.9"): ("the same, similarity 0.9", {"color": "#CC79A7", "ls": ":"}),
     ("row_cache", "1"): ("row cache, the same query", {"color": "#009E73", "marker": "s"}),
+    ("resident_dense", ""): ("dense on the GPU", {"color": "#56B4E9", "marker": "o"}),
     ("resident", ""): ("everything on the GPU", {"color": "#0072B2", "marker": "o"}),
 }
 

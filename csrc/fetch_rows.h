@@ -32,6 +32,7 @@ struct FetchRowsParams {
   KvCache cache;
   RowCache rows;
   int page_size;
+  int element_bytes;  // of the caches' dtype, and all that matters of it
   int top_k;
   const int32_t* indices;  // [batch, 1, num_kv_heads, top_k], contiguous; each position once
   int32_t* slots;          // the same shape

@@ -28,6 +28,7 @@ def make_cache(
     num_pages: int | None = None,
     config: HataConfig | None = None,
     weights: HashWeights | None = None,
+    kv_cache_dtype: torch.dtype | None = None,
     record_cuts: bool = False,
     **offload: int,
 ) -> HataCache:
@@ -44,6 +45,7 @@ def make_cache(
         num_pages=num_pages,
         dtype=dtype,
         device=device,
+        kv_cache_dtype=kv_cache_dtype,
         record_cuts=record_cuts,
         **offload,
     )

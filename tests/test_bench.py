@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench import decode, generate, report, timing
+from bench import decode, generate, random_model, report, timing
 from bench.__main__ import app
 from bench.buffers import CodePool, KvPool
 from bench.cases import CONFIGS, Case, Shape
@@ -174,8 +174,8 @@ def test_a_failed_case_fails_the_run_but_not_the_others(tmp_path, monkeypatch, c
 def test_every_way_to_decode_a_whole_model_is_measured(
     device, tmp_path, model, layers, monkeypatch
 ):
-    kind, sizes = generate.SHAPES[model]
-    monkeypatch.setitem(generate.SHAPES, model, (kind, sizes | {"vocab_size": 512}))
+    kind, sizes = random_model.SHAPES[model]
+    monkeypatch.setitem(random_model.SHAPES, model, (kind, sizes | {"vocab_size": 512}))
     monkeypatch.setattr(generate, "NEW_TOKENS", 4)
     path = tmp_path / "generate.csv"
     options = ["--device", device, "--model", model, "--layers", str(layers), "--case", "2x40"]
@@ -185,6 +185,24 @@ def test_every_way_to_decode_a_whole_model_is_measured(
     hata = [("hata", "2"), ("hata", "0")]
     assert found == [("dynamic", ""), ("static", ""), ("dense", str(layers)), *eager, *hata]
     assert all(float(row["ms_per_token"]) > 0 for row in rows(path))
+
+
+def test_similar_tokens_select_rows_that_the_row_cache_has(device, tmp_path, monkeypatch):
+    kind, sizes = random_model.SHAPES["smollm2-135m"]
+    small = {**sizes, "vocab_size": 8192, "hidden_size": 192, "intermediate_size": 64}
+    small |= {"num_attention_heads": 3, "num_key_value_heads": 1}
+    monkeypatch.setitem(random_model.SHAPES, "smollm2-135m", (kind, small))
+    path = tmp_path / "generate.csv"
+    options = ["--device", device, "--model", "smollm2-135m", "--layers", "2", "--case", "1x4000"]
+    options += ["--method", "hata-offload", "--dense-layers", "0", "--output", str(path)]
+    for similarity in ("0", "0.97"):
+        more = ["--kv-cache-dtype", "float8_e4m3fn", "--similarity", similarity, "--append"]
+        assert run("generate", *options, *more) == 0
+    found = rows(path)
+    assert {row["kv_cache_dtype"] for row in found} == {"float8_e4m3fn"}
+    apart, alike = (float(row["hit_rate"]) for row in found)
+    assert 0 < apart < 0.7 < 0.85 < alike < 1
+    assert run("generate", *options, "--similarity", "2") == 2
 
 
 def test_lossless_text_is_dense_text(device, tmp_path):
@@ -209,11 +227,28 @@ def test_every_way_to_read_rows_of_host_memory_is_measured(device, tmp_path):
     options = ["--device", device, "--case", "1x2048", "--output", str(path)]
     assert run("offload", *options) == 0
     measured = rows(path)
-    assert [row["mode"] for row in measured] == ["resident", "mapped", "dense", *["row_cache"] * 5]
-    hit_rates = [float(row["hit_rate"]) for row in measured[3:]]
-    assert hit_rates == sorted(hit_rates)
-    assert 0 < hit_rates[0] < 0.7 < 0.9 < hit_rates[-1]
+    first = ["resident", "resident_dense", "mapped", "dense", "cpu", "staged", "magicpig"]
+    assert [row["mode"] for row in measured] == [*first, *["row_cache", "hybrid"] * 6]
+    for mode in ("row_cache", "hybrid"):
+        hit_rates = [float(row["hit_rate"]) for row in measured if row["mode"] == mode]
+        assert hit_rates == sorted(hit_rates)
+        assert 0 < hit_rates[0] < 0.7 < 0.9 < hit_rates[-1]
+    assert 0 < float(measured[first.index("magicpig")]["retrieved"]) < 0.05
     assert all(float(row["us"]) > 0 for row in measured)
+    if device == "cuda":
+        assert all(float(row["tokens_per_s"]) > 0 for row in measured)
+
+
+def test_only_the_ways_that_are_asked_for_are_measured(tmp_path):
+    path = tmp_path / "offload.csv"
+    options = ["--device", "cpu", "--case", "1x1024", "--output", str(path)]
+    assert run("offload", *options, "--mode", "resident", "--mode", "staged") == 0
+    assert [row["mode"] for row in rows(path)] == ["resident", "staged"]
+    float8 = ["--kv-cache-dtype", "float8_e4m3fn"]
+    assert run("offload", *options, "--append", *float8, "--mode", "mapped") == 0
+    mapped = rows(path)[-1]
+    assert int(mapped["pcie_bytes"]) == 8 * 32 * 2 * 128  # KV heads, positions, key and value
+    assert run("offload", *options, *float8, "--mode", "cpu") == 2
 
 
 def test_a_larger_row_cache_hits_more_often(tmp_path):

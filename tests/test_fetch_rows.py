@@ -54,10 +54,12 @@ def assert_as_the_reference(
         ([700], 130, 200, 1, 96),
     ],
 )
+@pytest.mark.parametrize("is_float8", [False, True])
 def test_every_step_leaves_the_state_of_the_reference(
-    device, dtype, seq_lens, top_k, num_slots, page_size, head_dim
+    device, dtype, seq_lens, top_k, num_slots, page_size, head_dim, is_float8
 ):
-    shape = {"dtype": dtype, "page_size": page_size, "head_dim": head_dim}
+    shape = {"dtype": torch.float8_e4m3fn if is_float8 else dtype}
+    shape |= {"page_size": page_size, "head_dim": head_dim}
     caches = make_caches(seq_lens, device="cpu", **shape)
     assert_as_the_reference(caches, device, seq_lens, top_k, num_slots, steps=5)
 

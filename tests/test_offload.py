@@ -1,6 +1,7 @@
 """A cache in host memory holds, selects and attends as its twin on the device does."""
 
 import copy
+import itertools
 import random
 from collections.abc import Iterator
 from dataclasses import replace
@@ -60,11 +61,23 @@ def test_any_sequence_of_calls_keeps_every_token(device: str, seed: int) -> None
 class Twins:
     """The same calls on a cache in host memory and on one on the device."""
 
-    def __init__(self, device: str, dtype: torch.dtype, config: HataConfig, **offload: int) -> None:
+    def __init__(
+        self,
+        device: str,
+        dtype: torch.dtype,
+        config: HataConfig,
+        kv_cache_dtype: torch.dtype | None = None,
+        **offload: int,
+    ) -> None:
         shape: dict[str, Any] = {"page_size": 4, "max_seq_len": 64, "config": config}
+        shape["kv_cache_dtype"] = kv_cache_dtype
         shape["record_cuts"] = True
         self.offloaded = make_cache(device, dtype, **shape, host_memory=ROOM, **offload)
         self.resident = make_cache(device, dtype, **shape)
+        if kv_cache_dtype is not None:
+            for cache in self:
+                for scale in (*cache.k_scale, *cache.v_scale):
+                    scale.copy_(torch.linspace(0.7, 1.9, len(scale)))
 
     def __iter__(self) -> Iterator[HataCache]:
         yield from (self.offloaded, self.resident)
@@ -90,7 +103,13 @@ class Twins:
                 assert_equal(a, e)
             eps = torch.finfo(out.dtype).eps
             torch.testing.assert_close(out, expected, rtol=4 * eps, atol=4 * eps)
-            assert_equal(out, self.gathered(qkv[0], layer_idx, indices))
+            if self.offloaded.row_cache is not None:
+                assert_equal(out, self.gathered(qkv[0], layer_idx, indices))
+
+    def check_contents(self) -> None:
+        for layer_idx, b in itertools.product(range(NUM_LAYERS), range(self.resident.batch)):
+            for pair in zip(*(c.keys_values(layer_idx, b) for c in self), strict=True):
+                assert_equal(*pair)
 
     def gathered(self, q: Tensor, layer_idx: int, indices: Tensor) -> Tensor:
         cache = self.resident
@@ -98,21 +117,32 @@ class Twins:
         tables = (cache.block_table, cache.cache_seqlens)
         parts = [
             ops.gather_attention(
-                q[:, j : j + 1], *caches, *tables, indices[:, j : j + 1].contiguous()
+                q[:, j : j + 1],
+                *caches,
+                *tables,
+                indices[:, j : j + 1].contiguous(),
+                k_scale=cache.k_scale[layer_idx],
+                v_scale=cache.v_scale[layer_idx],
             )
             for j in range(q.shape[1])
         ]
         return torch.cat([out for out, _ in parts], dim=1)
 
 
+@pytest.mark.parametrize("kv_cache_dtype", [None, torch.float8_e4m3fn])
 @pytest.mark.parametrize("num_dense_layers", [0, 1])
-@pytest.mark.parametrize("num_slots", [9, 13])
+@pytest.mark.parametrize("num_slots", [0, 9, 13])
 def test_any_sequence_of_calls_decodes_as_on_the_device(
-    device: str, dtype: torch.dtype, num_slots: int, num_dense_layers: int
+    device: str,
+    dtype: torch.dtype,
+    num_slots: int,
+    num_dense_layers: int,
+    kv_cache_dtype: torch.dtype | None,
 ) -> None:
-    """With a row cache so small that its clock goes round within few steps."""
+    """With a row cache so small that its clock goes round within few steps, or none."""
     config = FEW if num_dense_layers else SPARSE
-    twins, draw = Twins(device, dtype, config, num_slots=num_slots), random.Random(num_slots)
+    twins = Twins(device, dtype, config, kv_cache_dtype, num_slots=num_slots)
+    draw = random.Random(num_slots)
     twins.prefill(20, [20, 3, 0])
     for _ in range(40):
         lengths = twins.resident.seq_lens
@@ -133,6 +163,7 @@ def test_any_sequence_of_calls_decodes_as_on_the_device(
         elif call == "reset" and draw.random() < 0.1:
             for cache in twins:
                 cache.reset()
+        twins.check_contents()
 
 
 def test_rows_that_stay_selected_are_read_once(device: str) -> None:
@@ -279,13 +310,15 @@ def test_a_model_writes_the_same_text(settings: dict[str, Any]) -> None:
     model, prompt = make_model("llama-group4"), random_prompt(1, 30)
     weights = hata.HashWeights.random(**model_shape(model))
     config = replace(FEW_OF_MODEL, num_dense_layers=1)
-    enable(model, config, weights=weights)
-    expected = generate(model, prompt, 20, **settings)
-    for offload in ("1MB", 1 << 20):
-        cache = enable(model, config, weights=weights, offload=offload)
+    for offload, dtype in (("1MB", None), (1 << 20, torch.float8_e4m3fn)):
+        choice = {"weights": weights, "kv_cache_dtype": dtype}
+        enable(model, config, **choice)
+        expected = generate(model, prompt, 20, **settings)
+        cache = enable(model, config, **choice, offload=offload)
         assert_equal(generate(model, prompt, 20, **{CACHE_ARGUMENT: cache}, **settings), expected)
         assert isinstance(cache.hata_cache, OffloadedCache)
         assert cache.hata_cache.host_memory in (10**6, 1 << 20)
+        assert cache.hata_cache.k_cache[-1].dtype == (dtype or torch.float32)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,6 @@ void fetch_rows(const Tensor& indices, const Tensor& k_cache, const Tensor& v_ca
                 Tensor v_rows, Tensor slot_of_row, Tensor position_of_slot, Tensor referenced,
                 Tensor hand, Tensor slots, Tensor missing, Tensor num_missing) {
   const ArgumentChecks check("fetch_rows", indices, "indices");
-  check.float_dtype(k_cache, "k_cache");  // not float8
   const KvCache cache = kv_cache(check, k_cache, v_cache, std::nullopt, std::nullopt);
   const PageTable table =
       page_table(check, block_table, cache_seqlens, k_cache.size(0), k_cache.size(1));
@@ -68,6 +67,7 @@ void fetch_rows(const Tensor& indices, const Tensor& k_cache, const Tensor& v_ca
                .referenced = data<uint8_t>(referenced),
                .hand = data<int32_t>(hand)},
       .page_size = static_cast<int>(k_cache.size(1)),
+      .element_bytes = static_cast<int>(k_cache.element_size()),
       .top_k = static_cast<int>(top_k),
       .indices = data<int32_t>(indices),
       .slots = data<int32_t>(slots),

@@ -4,7 +4,6 @@
 #include <cstring>
 #include <vector>
 
-#include "cpu/dtype.h"
 #include "cpu/parallel.h"
 
 namespace hata {
@@ -90,9 +89,10 @@ class ListFetcher {
   }
 
   void copy(const void* from, int64_t from_idx, void* to, int64_t to_idx) const {
-    const DType dtype = p_.cache.dtype;
-    std::memcpy(element(to, dtype, to_idx), element(from, dtype, from_idx),
-                static_cast<size_t>(p_.cache.head_dim) * dtype_size(dtype));
+    const int64_t size = p_.element_bytes;
+    std::memcpy(static_cast<char*>(to) + to_idx * size,
+                static_cast<const char*>(from) + from_idx * size,
+                static_cast<size_t>(p_.cache.head_dim * size));
   }
 
   const FetchRowsParams& p_;

@@ -14,7 +14,6 @@ constexpr int kAtOnce = 4;  // entries, slots or pieces that a thread looks at b
 constexpr int kFindStep = kFindThreads * kAtOnce;
 constexpr int kCopyThreads = 256;
 constexpr int kCopyStep = kCopyThreads * kAtOnce;
-constexpr int kPieceElements = 8;  // of 16 bits: rows are copied 16 bytes at a time
 // Two blocks for each of an H100's multiprocessors: PCIe answers after microseconds, so that it
 // takes many reads in flight.
 constexpr int kCopyBlocks = 264;
@@ -148,6 +147,11 @@ struct Piece {
   uint4* to;
 };
 
+// Pieces of a row's key, which are as many as of its value.
+constexpr int pieces_of_key(const FetchRowsParams& p) {
+  return p.cache.head_dim * p.element_bytes / static_cast<int>(sizeof(uint4));
+}
+
 // Returns piece `number` of a missing row: its key's pieces come first, then its value's.
 __device__ __forceinline__ Piece piece_of(const FetchRowsParams& p, int64_t pair, int missing_idx,
                                           int number) {
@@ -156,24 +160,22 @@ __device__ __forceinline__ Piece piece_of(const FetchRowsParams& p, int64_t pair
   const int t = p.indices[pair * p.top_k + i];
   const int64_t slot = p.slots[pair * p.top_k + i];
   const int64_t page = page_of(p.table, batch_idx, t), row = row_of(p.table, t);
-  const int pieces = p.cache.head_dim / kPieceElements;
-  const auto at = [&](const void* data, int64_t offset) {
-    return static_cast<const uint16_t*>(data) + offset + number % pieces * kPieceElements;
+  const int pieces = pieces_of_key(p);
+  const auto at = [&](void* data, int64_t offset) {
+    char* row = static_cast<char*>(data) + offset * p.element_bytes;
+    return reinterpret_cast<uint4*>(row) + number % pieces;
   };
   const KvCache& c = p.cache;
   const RowCache& r = p.rows;
-  const uint16_t *from, *to;
   if (number < pieces) {
-    from = at(c.k, page * c.k_page_stride + row * c.k_token_stride + kv_head_idx * c.k_head_stride);
-    to = at(r.k,
-            batch_idx * r.k_batch_stride + slot * r.k_slot_stride + kv_head_idx * r.k_head_stride);
-  } else {
-    from = at(c.v, page * c.v_page_stride + row * c.v_token_stride + kv_head_idx * c.v_head_stride);
-    to = at(r.v,
-            batch_idx * r.v_batch_stride + slot * r.v_slot_stride + kv_head_idx * r.v_head_stride);
+    return {
+        at(c.k, page * c.k_page_stride + row * c.k_token_stride + kv_head_idx * c.k_head_stride),
+        at(r.k,
+           batch_idx * r.k_batch_stride + slot * r.k_slot_stride + kv_head_idx * r.k_head_stride)};
   }
-  return {reinterpret_cast<const uint4*>(from),
-          reinterpret_cast<uint4*>(const_cast<uint16_t*>(to))};
+  return {at(c.v, page * c.v_page_stride + row * c.v_token_stride + kv_head_idx * c.v_head_stride),
+          at(r.v, batch_idx * r.v_batch_stride + slot * r.v_slot_stride +
+                      kv_head_idx * r.v_head_stride)};
 }
 
 // grid: batch * num_kv_heads * splits. The blocks of a list share its missing rows, in pieces of
@@ -182,7 +184,7 @@ __global__ void __launch_bounds__(kCopyThreads)
     copy_rows_kernel(const __grid_constant__ FetchRowsParams p, int splits) {
   const int split = blockIdx.x % splits;
   const int64_t pair = blockIdx.x / splits;
-  const int row_pieces = 2 * p.cache.head_dim / kPieceElements;
+  const int row_pieces = 2 * pieces_of_key(p);
   wait_for_previous_kernel();
   let_next_kernel_launch();
   const int pieces = p.num_missing[pair] * row_pieces;
@@ -217,7 +219,7 @@ void fetch_rows_cuda(const FetchRowsParams& p, CudaStream stream) {
        .shared_bytes = ceil_div(p.rows.num_slots, 32) * static_cast<int>(sizeof(uint32_t)),
        .overlaps_previous = true},
       stream, kOp, p);
-  const int most_pieces = p.top_k * 2 * p.cache.head_dim / kPieceElements;
+  const int most_pieces = p.top_k * 2 * pieces_of_key(p);
   const int splits =
       std::clamp(static_cast<int>(kCopyBlocks / pairs), 1, ceil_div(most_pieces, kCopyStep));
   launch_kernel(copy_rows_kernel,

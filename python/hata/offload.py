@@ -67,8 +67,10 @@ class OffloadedCache(HataCache):
         num_slots: Rows that the row cache keeps on the GPU for each layer, sequence and KV head, at
             least the largest budget of a layer; 0 is no row cache: every step reads what it selects
             over PCIe. None is four times that budget.
-        dtype: float16, bfloat16 or (on the CPU) float32.
+        dtype: Of queries, new keys and new values: float16, bfloat16 or (on the CPU) float32.
         device: Where the codes lie.
+        kv_cache_dtype: Of the rows in host memory and in the row cache: ``dtype``, which None
+            stands for, or float8_e4m3fn, with which as much memory holds twice as many positions.
         record_cuts: As `HataCache` takes it.
 
     Raises:
@@ -91,6 +93,7 @@ class OffloadedCache(HataCache):
         num_slots: int | None = None,
         dtype: torch.dtype,
         device: torch.device | str,
+        kv_cache_dtype: torch.dtype | None = None,
         record_cuts: bool = False,
     ) -> None:
         where = type(self).__name__
@@ -106,6 +109,7 @@ class OffloadedCache(HataCache):
             num_pages=num_pages,
             dtype=dtype,
             device=device,
+            kv_cache_dtype=kv_cache_dtype,
             record_cuts=record_cuts,
         )
         if self.config.min_sparse_len is None:
@@ -221,7 +225,16 @@ class OffloadedCache(HataCache):
         last_score, num_ties = cut or (None, None)
         caches = (self.k_cache[layer_idx], self.v_cache[layer_idx], *tables)
         try:
-            out, lse = self.row_cache.attend(layer, q, indices, *caches, softmax_scale, softcap)
+            out, lse = self.row_cache.attend(
+                layer,
+                q,
+                indices,
+                *caches,
+                softmax_scale=softmax_scale,
+                softcap=softcap,
+                k_scale=self.k_scale[layer_idx],
+                v_scale=self.v_scale[layer_idx],
+            )
         except BaseException:  # the new tokens are about to be taken back
             self.row_cache.forget(self.cache_seqlens - q.shape[1])
             raise

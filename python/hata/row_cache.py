@@ -13,7 +13,7 @@ class RowCache:
 
     Attributes:
         num_slots: Rows of a layer, sequence and KV head.
-        k_rows: Per layer ``[batch, num_slots, num_kv_heads, head_dim]``.
+        k_rows: Per layer ``[batch, num_slots, num_kv_heads, head_dim]``, dtype of the cache.
         v_rows: The same shapes.
         num_missing: ``[num_layers, batch, num_kv_heads]``, int32: rows that the last query token of
             a layer has had read from host memory.
@@ -57,8 +57,11 @@ class RowCache:
         v_cache: Tensor,
         block_table: Tensor,
         cache_seqlens: Tensor,
+        *,
         softmax_scale: float,
         softcap: float | None,
+        k_scale: Tensor | None,
+        v_scale: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """Fetches what one layer has selected and attends to it, query token by query token.
 
@@ -72,6 +75,8 @@ class RowCache:
             cache_seqlens: Of the sequences.
             softmax_scale: Factor of the logits.
             softcap: Cap of the logits, or None.
+            k_scale: Of float8 keys, as `hata.ops.gather_attention` takes it; None for others.
+            v_scale: Of float8 values, likewise.
 
         Returns:
             out ``[batch, q_len, num_heads, head_dim]`` and lse ``[batch, q_len, num_heads]``.
@@ -102,6 +107,8 @@ class RowCache:
                     fetched.slots,
                     softmax_scale=softmax_scale,
                     softcap=softcap,
+                    k_scale=k_scale,
+                    v_scale=v_scale,
                 )
             )
         if len(attended) == 1:
@@ -130,6 +137,7 @@ class RowCache:
         for state in (self._position_of_slot, self._referenced, self._hand):
             state.copy_(state.index_select(1, order))
         for rows in (*self.k_rows, *self.v_rows):
-            rows.copy_(rows.index_select(0, order))
+            words = rows.view(torch.int32)  # torch does not select rows of float8
+            words.copy_(words.index_select(0, order))
         for slots in self._slot_of_row:
             slots.index_copy_(0, copies.long(), slots.index_select(0, sources))

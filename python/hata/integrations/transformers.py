@@ -123,7 +123,7 @@ def enable(
         kv_cache_dtype: Of the keys and values in the cache: None for the model's, or
             ``torch.float8_e4m3fn``, with scales of 1, which halves the memory of 16-bit ones. A
             prompt sees its own keys and values as they came, all that follows as the cache has
-            them. Not with ``offload``.
+            them.
         offload: Keeps keys and values in pinned host memory, of which each cache takes at most as
             many bytes as this, or as "64GB" says (`hata.offload.OffloadedCache`). None keeps them
             on the GPU.
@@ -162,8 +162,6 @@ def enable(
     if page_size is not None:
         check_page_size(where, page_size)
     check_kv_cache_dtype(where, kv_cache_dtype)
-    rule = "be None where keys and values are offloaded"
-    check(offload is None or kv_cache_dtype is None, where, "kv_cache_dtype", rule, kv_cache_dtype)
     callable_observer = observer is None or callable(observer)
     check_type(callable_observer, where, "observer", "be callable", observer)
     check(verify in (None, "dense"), where, "verify", 'be None or "dense"', verify)

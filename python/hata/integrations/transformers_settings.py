@@ -108,11 +108,11 @@ class CacheSettings:
             "max_seq_len": max_seq_len,
             "dtype": k.dtype,
             "device": k.device,
+            "kv_cache_dtype": self.kv_cache_dtype,
             "record_cuts": self.observer is not None,
         }
         if self.host_memory is None:
-            dtype = self.kv_cache_dtype
-            return HataCache(page_size=self.page_size, kv_cache_dtype=dtype, **arguments)
+            return HataCache(page_size=self.page_size, **arguments)
         share = self.host_memory * len(rows) // (len(self.layers) * self.shard[1])
         page_size = PAGE_SIZE if self.page_size is None else self.page_size
         return OffloadedCache(page_size=page_size, host_memory=share, **arguments)

@@ -59,8 +59,8 @@ def fetch_rows(
     Args:
         indices: ``[batch, 1, num_kv_heads, top_k]``, int32, contiguous, of one query token; each
             position at most once. One below 0 or not below the sequence's length names no row.
-        k_cache: ``[num_pages, page_size, num_kv_heads, head_dim]``, float16 or bfloat16 (float32
-            too on CPU).
+        k_cache: ``[num_pages, page_size, num_kv_heads, head_dim]``, float16, bfloat16 or
+            float8_e4m3fn (float32 too on CPU).
         v_cache: The same.
         block_table: ``[batch, max_pages]``, int32.
         cache_seqlens: ``[batch]``, int32.
