@@ -63,8 +63,8 @@ STABLE_TORCH_LIBRARY(hata, m) {
       "Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor(c!) code_cache, Tensor(d!)? norm_cache, "
       "Tensor block_table, Tensor cache_seqlens, int query_bits, int top_k, int num_sink=0, "
       "int num_recent=0, float? top_k_share=None, int? min_top_k=None, float? softmax_scale=None, "
-      "float? softcap=None, *, Tensor? k_scale=None, Tensor? v_scale=None, Tensor(e!)? "
-      "workspace=None, Tensor(f!)? last_score=None, Tensor(g!)? num_ties=None, "
+      "float? softcap=None, Tensor? k_scale=None, Tensor? v_scale=None, "
+      "Tensor(e!)? workspace=None, Tensor(f!)? last_score=None, Tensor(g!)? num_ties=None, *, "
       "Tensor(h!) indices, Tensor(i!) num_selected, Tensor(j!) out, Tensor(k!) lse) -> ()");
 
   // Bytes of workspace that decode_step needs.

@@ -130,6 +130,7 @@ def decode_step(
         out = q.new_empty(q.shape)
     if lse is None:
         lse = q.new_empty(q.shape[:-1], dtype=torch.float32)
+    # By position what can be: torch takes longer to read an argument that comes by name.
     torch.ops.hata.decode_step.default(
         q,
         k,
@@ -150,11 +151,11 @@ def decode_step(
         min_top_k,
         softmax_scale,
         softcap,
-        k_scale=k_scale,
-        v_scale=v_scale,
-        workspace=workspace,
-        last_score=last_score,
-        num_ties=num_ties,
+        k_scale,
+        v_scale,
+        workspace,
+        last_score,
+        num_ties,
         indices=indices,
         num_selected=num_selected,
         out=out,
@@ -184,12 +185,12 @@ def _(
     min_top_k: int | None = None,
     softmax_scale: float | None = None,
     softcap: float | None = None,
-    *,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
     workspace: Tensor | None = None,
     last_score: Tensor | None = None,
     num_ties: Tensor | None = None,
+    *,
     indices: Tensor,
     num_selected: Tensor,
     out: Tensor,
