@@ -170,9 +170,8 @@ def test_gradients_are_not_recorded(device: str) -> None:
 def test_a_captured_step_replays_with_other_lengths(
     config: HataConfig, page_size: int | None
 ) -> None:
-    caches = [
-        make_cache("cuda", torch.bfloat16, config=config, page_size=page_size) for _ in range(2)
-    ]
+    shape = {"config": config, "page_size": page_size, "record_cuts": True}
+    caches = [make_cache("cuda", torch.bfloat16, **shape) for _ in range(2)]
     for cache in caches:
         torch.manual_seed(1)
         fill(cache, 20, [20, 8, 1])
@@ -197,5 +196,7 @@ def test_a_captured_step_replays_with_other_lengths(
         for actual, expected in zip(captured, step(eager), strict=True):
             assert_equal(actual, expected)
         assert_equal(replayed.last_selection(SPARSE)[0], eager.last_selection(SPARSE)[0])
+        for a, e in zip(replayed.last_cut(SPARSE), eager.last_cut(SPARSE), strict=True):
+            assert_equal(a, e)
     for now, then in zip(contents(replayed), contents(eager), strict=True):
         assert_equal(now, then)
