@@ -2,7 +2,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from cases import LAYOUTS, poisoned
 from closeness import assert_equal, assert_no_worse_than_pytorch, plain_gather_attention
@@ -23,22 +22,12 @@ has_grid = pytest.mark.skipif("grid" not in algorithms("cuda"), reason="needs a 
 SEQ_LENS = [153, 8, 5, 0, 64]  # with fewer positions than query tokens, too
 
 
-def cut_buffers(case: DecodeCase) -> tuple[Tensor, Tensor]:
-    """Where decode_step writes last_score and num_ties."""
-    has_norms, pairs = case.caches.norm_cache is not None, case.k.shape[:-1]
-    score_dtype = torch.float16 if has_norms else torch.int32
-    return tuple(
-        poisoned(*pairs, dtype=dtype, device=case.q.device.type)
-        for dtype in (score_dtype, torch.int32)
-    )
-
-
 def assert_steps(case: DecodeCase) -> DecodeStepOutput:
     """The caches as cache_append leaves them, the reference's selection, and attention over it."""
     expected, before = case.caches.clone(), case.caches
     cache_append(case.k, case.v, case.key_weights, *expected.all)
-    cut = cut_buffers(case)
-    result = case.run(last_score=cut[0], num_ties=cut[1])
+    cut = case.cut_buffers()
+    result = case.run(**cut)
     for name in ("k_cache", "v_cache", "code_cache", "norm_cache"):
         if getattr(before, name) is not None:
             assert_equal(getattr(before, name), getattr(expected, name))
@@ -55,7 +44,7 @@ def assert_steps(case: DecodeCase) -> DecodeStepOutput:
     )
     assert_equal(result.indices, indices)
     assert_equal(result.num_selected, num_selected)
-    for a, e in zip(cut, expected_cut, strict=True):
+    for a, e in zip(cut.values(), expected_cut, strict=True):
         assert_equal(a, e)
 
     truth = reference.gather_attention(case.q.double(), *expected.double().kv, indices)
@@ -330,7 +319,6 @@ def test_opcheck(device, key_norms):
     case = make_decode_case([20, 7], device=device, q_len=2, key_norms=key_norms, top_k=8)
     caches = case.caches
     size = workspace_size(2, 2, 6, 2, 64, caches.capacity, 8)
-    last_score, num_ties = cut_buffers(case)
     torch.library.opcheck(
         torch.ops.hata.decode_step.default,
         (
@@ -340,8 +328,7 @@ def test_opcheck(device, key_norms):
         ),
         {
             "workspace": torch.zeros(size, dtype=torch.uint8, device=device),
-            "last_score": last_score,
-            "num_ties": num_ties,
+            **case.cut_buffers(),
             "indices": torch.zeros(2, 2, 2, 8, dtype=torch.int32, device=device),
             "num_selected": torch.zeros(2, 2, 2, dtype=torch.int32, device=device),
             "out": torch.zeros_like(case.q),
