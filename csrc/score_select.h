@@ -65,6 +65,7 @@ constexpr int64_t rank_list_bytes(int64_t capacity) {
 inline constexpr int kMaxGridBlocks = 160;
 inline constexpr int64_t kExchangeBytesPerBlock = 22 * 1024;
 inline constexpr int64_t kExchangeBytes = kMaxGridBlocks * kExchangeBytesPerBlock;
+static_assert(kSelectWorkspaceBytes <= kExchangeBytes);
 
 // The scan of score_select: ranks to the workspace.
 constexpr HammingScoreParams rank_score_params(const ScoreSelectParams& p) {
@@ -99,6 +100,7 @@ constexpr SelectTopkParams rank_select_params(const ScoreSelectParams& p) {
           .indices = p.indices,
           .num_selected = p.num_selected,
           .cut = p.cut,
+          .workspace = static_cast<SelectCounts*>(p.exchange),
           .score_batch_stride = p.q_len * p.num_kv_heads * width,
           .score_token_stride = p.num_kv_heads * width,
           .score_head_stride = width};

@@ -1,9 +1,24 @@
 #pragma once
 
+#include <cstdint>
+
 #include "hash_code.h"
 #include "selection.h"
 
 namespace hata {
+
+// What one block counts of its slice of a list: how many ranks have each value of a digit, and the
+// sums of groups of 32 values.
+struct SelectCounts {
+  static constexpr int kGroups = 32, kBins = 1024;
+  uint32_t groups[kGroups];
+  uint32_t bins[kBins];
+};
+
+// Blocks that share lists, two a multiprocessor, and the workspace through which they tell each
+// other their counts: two halves, because digits take turns in it.
+inline constexpr int kMaxSelectBlocks = 384;
+inline constexpr int64_t kSelectWorkspaceBytes = 2 * kMaxSelectBlocks * sizeof(SelectCounts);
 
 // What is selected by: public scores, or the internal ranks of hamming_score.h, which are matches
 // or have the order of float16 scores.
@@ -28,6 +43,7 @@ struct SelectTopkParams {
   int32_t* indices;              // [batch, q_len, num_kv_heads, top_k], contiguous
   int32_t* num_selected;         // [batch, q_len, num_kv_heads], contiguous
   CutOutput cut;
+  SelectCounts* workspace;  // kSelectWorkspaceBytes, on CUDA
 
   int64_t score_batch_stride, score_token_stride, score_head_stride;  // in elements
 };

@@ -95,6 +95,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> select_topk(const Tensor& scores,
       torch::stable::new_empty(scores, {batch, q_len, num_kv_heads}, ScalarType::Int);
   const Cuts cuts =
       allocate_cuts(scores, batch, q_len, num_kv_heads, scores.scalar_type(), return_cut);
+  Tensor workspace = torch::stable::new_empty(scores, {check.on_cuda() ? kSelectWorkspaceBytes : 0},
+                                              ScalarType::Byte);
   const SelectTopkParams params{
       .dtype = dtype,
       .max_matches = 0,
@@ -112,6 +114,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> select_topk(const Tensor& scores,
       .indices = data<int32_t>(indices),
       .num_selected = data<int32_t>(num_selected),
       .cut = cuts.params,
+      .workspace = static_cast<SelectCounts*>(workspace.data_ptr()),
       .score_batch_stride = scores.stride(0),
       .score_token_stride = scores.stride(1),
       .score_head_stride = scores.stride(2),
