@@ -12,6 +12,7 @@ from .cases import CONFIGS, WIDE, Case, CodeConfig, Shape
 
 K = 1 << 10
 LAYOUTS = ((32, 8), (32, 32))  # num_heads, num_kv_heads: grouped and multi-head attention
+FEW_HEADS = ((8, 1), (16, 2), (28, 4))  # of a shard, or of a small model
 GROUPS = (1, 3, 5, 7, 8, 12, 16)
 BUDGETS = (1 / 256, 1 / 128, 1 / 64, 1 / 32, 1 / 16, 1 / 8)
 
@@ -63,10 +64,11 @@ def budget() -> list[Sweep]:
 def crossover() -> list[Sweep]:
     """From which length a step is faster than dense attention."""
     lengths = tuple(512 << i for i in range(9))
+    layers = [(1, heads) for heads in FEW_HEADS]
+    layers += [(batch, heads) for batch in (1, 8) for heads in LAYOUTS]
     return [
         Sweep(tuple(Shape(batch, *heads, length) for length in lengths), until_faster=True)
-        for batch in (1, 8)
-        for heads in LAYOUTS
+        for batch, heads in layers
     ]
 
 

@@ -26,7 +26,8 @@ def assert_steps(case: DecodeCase) -> DecodeStepOutput:
     """The caches as cache_append leaves them, the reference's selection, and attention over it."""
     expected, before = case.caches.clone(), case.caches
     cache_append(case.k, case.v, case.key_weights, *expected.all)
-    result = case.run()
+    cut = case.cut_buffers()
+    result = case.run(**cut)
     for name in ("k_cache", "v_cache", "code_cache", "norm_cache"):
         if getattr(before, name) is not None:
             assert_equal(getattr(before, name), getattr(expected, name))
@@ -34,14 +35,17 @@ def assert_steps(case: DecodeCase) -> DecodeStepOutput:
     settings = dict(case.settings)
     query_bits = settings.pop("query_bits")
     group = case.q.shape[2] // case.k.shape[2]
-    indices, num_selected = reference.score_select(
+    indices, num_selected, *expected_cut = reference.score_select(
         encode_query(case.q, case.query_weights, query_bits=query_bits),
         *expected.codes,
         weight_sum=plane_weight_sum(query_bits, group),
         **settings,
+        return_cut=True,
     )
     assert_equal(result.indices, indices)
     assert_equal(result.num_selected, num_selected)
+    for a, e in zip(cut.values(), expected_cut, strict=True):
+        assert_equal(a, e)
 
     truth = reference.gather_attention(case.q.double(), *expected.double().kv, indices)
     plain = plain_gather_attention(case.q, *expected.kv, indices)
@@ -359,6 +363,7 @@ def test_opcheck(device, key_norms):
         ),
         {
             "workspace": torch.zeros(size, dtype=torch.uint8, device=device),
+            **case.cut_buffers(),
             "indices": torch.zeros(2, 2, 2, 8, dtype=torch.int32, device=device),
             "num_selected": torch.zeros(2, 2, 2, dtype=torch.int32, device=device),
             "out": torch.zeros_like(case.q),

@@ -71,6 +71,7 @@ class OffloadedCache(HataCache):
         device: Where the codes lie.
         kv_cache_dtype: Of the rows in host memory and in the row cache: ``dtype``, which None
             stands for, or float8_e4m3fn, with which as much memory holds twice as many positions.
+        record_cuts: As `HataCache` takes it.
 
     Raises:
         TypeError: An argument has another type.
@@ -93,6 +94,7 @@ class OffloadedCache(HataCache):
         dtype: torch.dtype,
         device: torch.device | str,
         kv_cache_dtype: torch.dtype | None = None,
+        record_cuts: bool = False,
     ) -> None:
         where = type(self).__name__
         check_int(where, "host_memory", host_memory, 1)
@@ -108,6 +110,7 @@ class OffloadedCache(HataCache):
             dtype=dtype,
             device=device,
             kv_cache_dtype=kv_cache_dtype,
+            record_cuts=record_cuts,
         )
         if self.config.min_sparse_len is None:
             self.min_sparse_len = 0
@@ -208,7 +211,7 @@ class OffloadedCache(HataCache):
         query_bits = self.weights.query_bits
         query_weights = self.weights.layer(layer_idx, self.dtype, self.device)[1]
         tables = (self.block_table, self.cache_seqlens)
-        indices, num_selected = ops.score_select(
+        indices, num_selected, *cut = ops.score_select(
             ops.encode_query(q, query_weights, query_bits=query_bits),
             self.code_cache[layer_idx],
             self.norm_cache[layer_idx],
@@ -217,7 +220,9 @@ class OffloadedCache(HataCache):
             **self.layer_budgets[layer_idx]._asdict(),
             num_sink=self.config.num_sink,
             num_recent=self.config.num_recent,
+            return_cut=buffers.last_score is not None,
         )
+        last_score, num_ties = cut or (None, None)
         caches = (self.k_cache[layer_idx], self.v_cache[layer_idx], *tables)
         try:
             out, lse = self.row_cache.attend(
@@ -233,7 +238,15 @@ class OffloadedCache(HataCache):
         except BaseException:  # the new tokens are about to be taken back
             self.row_cache.forget(self.cache_seqlens - q.shape[1])
             raise
-        return replace(buffers, indices=indices, num_selected=num_selected, out=out, lse=lse)
+        return replace(
+            buffers,
+            indices=indices,
+            num_selected=num_selected,
+            out=out,
+            lse=lse,
+            last_score=last_score,
+            num_ties=num_ties,
+        )
 
     def __deepcopy__(self, memo: object) -> NoReturn:
         """Refuses: a copy would take as much host memory again."""

@@ -87,9 +87,7 @@ inline void share_out_candidates(Params& params, const LaunchPlan& plan) {
 }
 
 inline Bins bins_for(const ScoreSelectParams& p) {
-  const int ranks = p.code_cache.norms != nullptr
-                        ? 1 << 16
-                        : p.weight_sum * p.code_cache.num_words * kWordBits + 1;
+  const int ranks = p.code_cache.norms != nullptr ? 1 << 16 : p.max_matches() + 1;
   const auto padded = [](int bins) { return ceil_div(bins, kGroupBins) * kGroupBins; };
   // If there must be a second histogram, one of a single group is found fastest.
   int shift = padded(ranks) * p.q_len <= kHistogramBins ? 0 : std::bit_width(kGroupBins - 1u);
