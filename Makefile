@@ -103,7 +103,7 @@ lint: python
 	$(say) "ruff, clang-format, mypy"
 	@$(PY) -m ruff check
 	@$(PY) -m ruff format --check
-	@git ls-files 'csrc/*' 'tests/internals/*' | grep -E '\.(h|cpp|cu|cuh)$$' | xargs clang-format --dry-run -Werror
+	@git ls-files 'bench/*' 'csrc/*' 'tests/internals/*' | grep -E '\.(h|cpp|cu|cuh)$$' | xargs clang-format --dry-run -Werror
 	@$(PY) -m mypy
 
 docs: python

@@ -56,7 +56,7 @@ SHAPES = {
     | {"num_attention_heads": 4, "num_key_value_heads": 2},
 }
 COLUMNS = ["vllm", "shape", "layers", "dense_layers", "tp", "batch", "context", "top_k", "backend"]
-COLUMNS += ["ms_per_token", "tokens_per_s", "prefill_s", "kv_tokens"]
+COLUMNS += ["ms_per_token", "tokens_per_s", "prefill_s", "kv_cache_dtype", "kv_tokens"]
 SHOWN = {name: name.replace("_", " ") for name in COLUMNS}
 
 Result = TypeVar("Result")
@@ -78,6 +78,7 @@ class EngineOptions(Output):
     ] = field(default_factory=list)
     dense_layers: Annotated[int, Option(help="First layers that stay dense, with hata.")] = 2
     memory: Annotated[float, Option(help="Of a card, for weights, cache and all.")] = MEMORY_SHARE
+    kv_cache_dtype: Annotated[str, Option(help='Of keys and values, such as "fp8".')] = "auto"
 
     def words(self) -> list[str]:
         """Returns the options that decide what a row holds, as they are typed."""
@@ -85,6 +86,7 @@ class EngineOptions(Output):
             f"--shape {self.shape} --tp {self.tp} --dense-layers {self.dense_layers}",
             *([f"--layers {self.layers}"] if self.layers else []),
             *([f"--memory {self.memory:g}"] if self.memory != MEMORY_SHARE else []),
+            *([f"--kv-cache-dtype {self.kv_cache_dtype}"] if self.kv_cache_dtype != "auto" else []),
         ]
 
     def engines(self, max_len: int, batches: list[int], top_ks: list[int]) -> Iterator["Engine"]:
@@ -106,6 +108,7 @@ class EngineOptions(Output):
                     self.tp,
                     self.dense_layers,
                     self.memory,
+                    self.kv_cache_dtype,
                 )
 
 
@@ -138,6 +141,7 @@ class Engine:
     tp: int
     dense_layers: int
     memory: float
+    kv_cache_dtype: str
 
     def start(self, **settings: Any) -> Any:
         """Starts it, in this process."""
@@ -169,6 +173,7 @@ class Engine:
                 skip_tokenizer_init=True,
                 tensor_parallel_size=self.tp,
                 gpu_memory_utilization=self.memory,
+                kv_cache_dtype=self.kv_cache_dtype,
                 **attention,
                 **settings,
             )
@@ -190,6 +195,7 @@ class Engine:
             "tp": self.tp,
             "top_k": self.top_k or None,
             "backend": self.backend,
+            "kv_cache_dtype": self.kv_cache_dtype,
             "kv_tokens": cache.num_gpu_blocks * cache.block_size,
         }
 

@@ -40,7 +40,7 @@ RATES = (1.0, 2.0, 4.0)
 QUESTION = 32  # tokens of its own that a request adds to a document
 COLUMNS = ["vllm", "shape", "layers", "dense_layers", "tp", "top_k", "backend", "mix", "documents"]
 COLUMNS += ["requests", "output_tokens", "rate", "tokens_per_s", "tpot_p50_ms", "tpot_p99_ms"]
-COLUMNS += ["ttft_p50_s", "kv_tokens"]
+COLUMNS += ["ttft_p50_s", "kv_cache_dtype", "kv_tokens"]
 SHOWN = {name: name.replace("_", " ") for name in COLUMNS}
 
 

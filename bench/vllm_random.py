@@ -29,7 +29,11 @@ class RandomCache(DecodeBenchConnector):  # type: ignore[misc]
                     cache[blocks] = random_like(cache[blocks])
 
 
-def random_like(tensor: Tensor) -> Tensor:
-    if tensor.dtype.is_floating_point:
-        return torch.randn_like(tensor)
-    return torch.randint_like(tensor, -128, 128)
+def random_like(cache: Tensor) -> Tensor:
+    if cache.dtype == torch.int8:  # codes
+        return torch.randint_like(cache, -128, 128)
+    if cache.dtype == torch.uint8:  # float8 keys and values
+        return (
+            torch.randn(cache.shape, device=cache.device).to(torch.float8_e4m3fn).view(torch.uint8)
+        )
+    return torch.randn_like(cache)

@@ -1,5 +1,7 @@
 #pragma once
 
+#include <bit>
+
 #include "hamming_score.h"
 #include "paged_cache.h"
 #include "select_topk.h"
@@ -62,6 +64,7 @@ constexpr int64_t rank_list_bytes(int64_t capacity) {
 inline constexpr int kMaxGridBlocks = 160;
 inline constexpr int64_t kExchangeBytesPerBlock = 22 * 1024;
 inline constexpr int64_t kExchangeBytes = kMaxGridBlocks * kExchangeBytesPerBlock;
+static_assert(kSelectWorkspaceBytes <= kExchangeBytes);
 
 // The scan of score_select: ranks to the workspace.
 constexpr HammingScoreParams rank_score_params(const ScoreSelectParams& p) {
@@ -74,6 +77,13 @@ constexpr HammingScoreParams rank_score_params(const ScoreSelectParams& p) {
           .max_seq_len = static_cast<int>(rank_pitch(p.table.capacity)),
           .planes = p.planes,
           .scores = p.ranks};
+}
+
+// Ranks are below 2 to this power.
+constexpr int rank_bits_of(const ScoreSelectParams& p) {
+  if (p.code_cache.norms != nullptr) return 16;
+  const int most_matches = p.weight_sum * p.code_cache.num_words * kWordBits;
+  return static_cast<int>(std::bit_width(static_cast<unsigned>(most_matches)));
 }
 
 // The selection of score_select: from the ranks in the workspace.
@@ -89,10 +99,12 @@ constexpr SelectTopkParams rank_select_params(const ScoreSelectParams& p) {
           .top_k_share = p.top_k_share,
           .num_sink = p.num_sink,
           .num_recent = p.num_recent,
+          .rank_bits = rank_bits_of(p),
           .scores = p.ranks,
           .cache_seqlens = p.table.cache_seqlens,
           .indices = p.indices,
           .num_selected = p.num_selected,
+          .workspace = static_cast<SelectCounts*>(p.exchange),
           .score_batch_stride = p.q_len * p.num_kv_heads * width,
           .score_token_stride = p.num_kv_heads * width,
           .score_head_stride = width};

@@ -1,8 +1,23 @@
 #pragma once
 
+#include <cstdint>
+
 #include "hash_code.h"
 
 namespace hata {
+
+// What one block counts of its slice of a list: how many ranks have each value of a digit, and the
+// sums of groups of 32 values.
+struct SelectCounts {
+  static constexpr int kGroups = 32, kBins = 1024;
+  uint32_t groups[kGroups];
+  uint32_t bins[kBins];
+};
+
+// Blocks that share lists, two a multiprocessor, and the workspace through which they tell each
+// other their counts: two halves, because digits take turns in it.
+inline constexpr int kMaxSelectBlocks = 384;
+inline constexpr int64_t kSelectWorkspaceBytes = 2 * kMaxSelectBlocks * sizeof(SelectCounts);
 
 enum class SelectDType { kInt32, kFloat16, kFloat32, kRank16 };
 
@@ -18,11 +33,13 @@ struct SelectTopkParams {
   int top_k, min_top_k;
   uint32_t top_k_share;  // 0 without one, and min_top_k = top_k
   int num_sink, num_recent;
+  int rank_bits;  // kRank16: ranks are below 2^rank_bits
 
   const void* scores;            // [batch, q_len, num_kv_heads, max_seq_len], last one contiguous
   const int32_t* cache_seqlens;  // [batch]
   int32_t* indices;              // [batch, q_len, num_kv_heads, top_k], contiguous
   int32_t* num_selected;         // [batch, q_len, num_kv_heads], contiguous
+  SelectCounts* workspace;       // kSelectWorkspaceBytes, on CUDA
 
   int64_t score_batch_stride, score_token_stride, score_head_stride;  // in elements
 };

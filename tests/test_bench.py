@@ -227,11 +227,28 @@ def test_every_way_to_read_rows_of_host_memory_is_measured(device, tmp_path):
     options = ["--device", device, "--case", "1x2048", "--output", str(path)]
     assert run("offload", *options) == 0
     measured = rows(path)
-    assert [row["mode"] for row in measured] == ["resident", "mapped", "dense", *["row_cache"] * 5]
-    hit_rates = [float(row["hit_rate"]) for row in measured[3:]]
-    assert hit_rates == sorted(hit_rates)
-    assert 0 < hit_rates[0] < 0.7 < 0.9 < hit_rates[-1]
+    first = ["resident", "resident_dense", "mapped", "dense", "cpu", "staged", "magicpig"]
+    assert [row["mode"] for row in measured] == [*first, *["row_cache", "hybrid"] * 6]
+    for mode in ("row_cache", "hybrid"):
+        hit_rates = [float(row["hit_rate"]) for row in measured if row["mode"] == mode]
+        assert hit_rates == sorted(hit_rates)
+        assert 0 < hit_rates[0] < 0.7 < 0.9 < hit_rates[-1]
+    assert 0 < float(measured[first.index("magicpig")]["retrieved"]) < 0.05
     assert all(float(row["us"]) > 0 for row in measured)
+    if device == "cuda":
+        assert all(float(row["tokens_per_s"]) > 0 for row in measured)
+
+
+def test_only_the_ways_that_are_asked_for_are_measured(tmp_path):
+    path = tmp_path / "offload.csv"
+    options = ["--device", "cpu", "--case", "1x1024", "--output", str(path)]
+    assert run("offload", *options, "--mode", "resident", "--mode", "staged") == 0
+    assert [row["mode"] for row in rows(path)] == ["resident", "staged"]
+    float8 = ["--kv-cache-dtype", "float8_e4m3fn"]
+    assert run("offload", *options, "--append", *float8, "--mode", "mapped") == 0
+    mapped = rows(path)[-1]
+    assert int(mapped["pcie_bytes"]) == 8 * 32 * 2 * 128  # KV heads, positions, key and value
+    assert run("offload", *options, *float8, "--mode", "cpu") == 2
 
 
 def test_a_larger_row_cache_hits_more_often(tmp_path):

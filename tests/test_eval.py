@@ -211,6 +211,28 @@ def test_rows_and_a_report_are_written_and_a_run_continues(folder, tmp_path, cap
     assert re.search(r"quest.* 32 +\d\.\d+ ± \d\.\d+ +\d\.\d+ ± ", out)
 
 
+def test_rows_of_larger_budgets_in_the_first_layers_and_of_completions(folder, tmp_path, capsys):
+    """A larger budget is of sparse layers alone, a completion of codes alone."""
+    args = ["--model", folder, "--csv", tmp_path / "rows.csv", "--device", "cpu"]
+    args += ["--context", 400, "--num-decoded", 8, "--num-samples", 1, "--task", "likelihood"]
+    args += ["--method", "hata", "--method", "quest", "--random-bits", 64, "--no-key-norms"]
+    args += ["--top-k", 32, "--leading-top-k", 96, "--num-dense-layers", 0]
+    args += ["--num-dense-layers", 2, "--completion", "known", "--report", tmp_path / "report"]
+    code, out, err = run(capsys, *args)
+    assert code == 0, err
+    rows = rows_of(tmp_path / "rows.csv")[1:]
+    seen = {(x["method"], x["dense_layers"], x["leading_top_k"], x["completion"]) for x in rows}
+    larger = {("hata", "0", n, c) for n in ("", "96") for c in ("", "known")}
+    larger |= {("quest", "0", n, "") for n in ("", "96")}
+    assert seen == larger | {("hata", "2", "", c) for c in ("", "known")} | {("quest", "2", "", "")}
+    layers = 4
+    for row in rows:
+        mean = 32 + (2 * (96 - 32) / layers if row["leading_top_k"] else 0)
+        read = float(row["bytes_read"]) - float(row["bytes_per_token"])
+        assert read == pytest.approx(mean / 400 * 256, rel=1e-3)
+    assert "query 4, 96 in the first layers, completed: known" in out
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
@@ -220,6 +242,8 @@ def test_rows_and_a_report_are_written_and_a_run_continues(folder, tmp_path, cap
         ("--top-k 10", "--top-k must be at least num_sink \\+ num_recent=20, got 10"),
         ("--num-samples 0", "--num-samples must be at least 1, got 0"),
         ("--num-decoded 2", "--num-decoded must be in 3..1024, got 2"),
+        ("--completion half", "--completion must be one of estimate, cap, .* got half"),
+        ("--leading-top-k 8", "--top-k must be at least num_sink .* got 8"),
         ("--share-layers 0", "--share-layers must be at least 1, got 0"),
         ("--context 512 --model MODEL --num-dense-layers 4", "--num-dense-layers must leave one"),
         (

@@ -6,7 +6,8 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from families import FAMILIES, Family
 from hata import HashWeights
-from hata.eval.decode import DENSE, Setting, SparseDecoder
+from hata.eval.decode import SparseDecoder
+from hata.eval.setting import DENSE, Setting
 from hata.integrations.model_shape import full_attention_layers, model_shape
 from hata.integrations.transformers import CACHE_ARGUMENT, enabled
 from hata.selectors import (

@@ -26,10 +26,13 @@ from hata import (
     dense_attention,
     encode_query,
     gather_attention,
+    hash_encode,
     prefill,
     reference,
 )
 from hata.integrations.transformers import CACHE_ARGUMENT, disable, enable
+from hata.integrations.vllm.code_check import first_wrong_code
+from hata.reference.float8 import as_rows
 from tiny_models import EVERYTHING, generate, make_model, make_weights, random_prompt
 
 FLOAT8 = torch.float8_e4m3fn
@@ -183,6 +186,19 @@ def test_decode_step(device, algorithm, dtype, head_dim, q_len, key_norms):
     assert_equal(result.indices, chosen[0])
     assert_equal(result.num_selected, chosen[1])
     assert_attends(case.q, expected, chosen[0], (result.out, result.lse), **factors)
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.03])
+def test_the_check_of_codes_knows_what_rounding_does(device, dtype, scale):
+    """Keys from those that become 0 to those that saturate; a code that is not the key's."""
+    keys = random_vectors(300, 2, 64, dtype=dtype, device=device)
+    keys *= torch.logspace(-4, 3, 300, dtype=dtype, device=device)[:, None, None]
+    key_weights = random_vectors(2, 64, 64, dtype=dtype, device=device)
+    codes = hash_encode(keys[None], key_weights)[0].transpose(0, 1).clone()
+    rows = as_rows(keys, FLOAT8, torch.tensor(scale, device=device))
+    assert first_wrong_code(rows, codes, key_weights) is None
+    codes[150] = codes[149]
+    assert first_wrong_code(rows, codes, key_weights) == 150
 
 
 @pytest.mark.parametrize("op", ["cache_append", "gather_attention", "dense_attention"])

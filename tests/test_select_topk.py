@@ -75,6 +75,20 @@ def test_equal_scores_over_many_tiles(device):
     assert_selects(scores, lengths([8999], device), 2000, 4, 16)
 
 
+@pytest.mark.parametrize("dtype_", DTYPES, ids=str)
+def test_few_long_lists_of_unequal_length(device, dtype_):
+    """On a GPU several blocks share each: cuts within ties, across blocks, and none at all."""
+    cache_seqlens = lengths([50_000, 33, 40_961], device)
+    few = random_scores(3, 2, 1, 50_000, dtype=dtype_, device=device)
+    distinct = torch.randn(few.shape, device=device).mul(1e6).to(dtype_)
+    late = torch.zeros_like(few)
+    late[..., 40_000:40_100] = 1
+    for scores in (few, distinct, late):
+        assert_selects(scores, cache_seqlens, 700, 4, 16)
+    assert_selects(few, cache_seqlens, 20, 4, 16)
+    assert_selects(few, cache_seqlens, 45_000)
+
+
 def test_a_share_grows_with_what_a_token_sees(device):
     scores = random_scores(6, 2, 1, 310, dtype=torch.int32, device=device)
     budget = {"top_k": 20, "num_sink": 1, "num_recent": 2, "top_k_share": 0.1, "min_top_k": 5}

@@ -43,8 +43,10 @@ def test_arrivals_are_measured(tmp_path, monkeypatch):
     output = tmp_path / "rows.csv"
     command = f"vllm-arrivals --shape tiny --backend hata --output {output} --mix 64 --mix 200"
     command += " --documents 3 --requests 5 --rate 2 --rate 1000 --tokens 8 --max-num-seqs 4"
+    command += " --kv-cache-dtype fp8"
     slow, fast = rows_of(command, output)
     assert float(slow["tokens_per_s"]) < float(fast["tokens_per_s"])
     for row in (slow, fast):
+        assert row["kv_cache_dtype"] == "fp8"
         assert 0 < float(row["tpot_p50_ms"]) <= float(row["tpot_p99_ms"])
         assert float(row["ttft_p50_s"]) > 0

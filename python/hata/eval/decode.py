@@ -13,43 +13,18 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from hata.checks import check
+from hata.eval.completion import complete
 from hata.eval.prose import WHERE
+from hata.eval.setting import DENSE, Setting
 from hata.integrations.model_shape import full_attention_layers
 from hata.integrations.transformers_attention import torch_attention_forward
 from hata.integrations.transformers_cache import CACHE_ARGUMENT
-from hata.selectors import Queries, Selector, Softmax
+from hata.selectors import Queries, Softmax
 
 _ATTENTION = "hata_eval"
 _TOLD = "hata_selection"  # the attention function's argument that says what a pass is for
 _PIECE = 1024  # tokens of a prompt that a model with windows reads at once
 _SCORES_AT_ONCE = 2**24  # of all heads: about 0.3 GB with what selectors and `rank` make of them
-
-
-@dataclass(frozen=True)
-class Setting:
-    """How tokens are decoded.
-
-    Attributes:
-        selector: Chooses what each token attends to; None attends to everything.
-        top_k: Positions that each KV head attends to, sinks and recent ones included.
-        num_dense_layers: The model's leading layers that attend to everything.
-        num_sink: First positions that are always among them.
-        num_recent: Last positions that are always among them.
-        share_layers: Sparse layers in a row that attend to one selection, that of the first of
-            them. Source: Kascade, arXiv 2512.16391, which chooses by calibration the layers that
-            select, and which heads go together; here each ``share_layers``-th selects, for the same
-            heads.
-    """
-
-    selector: Selector | None = None
-    top_k: int = 0
-    num_dense_layers: int = 0
-    num_sink: int = 0
-    num_recent: int = 0
-    share_layers: int = 1
-
-
-DENSE = Setting()
 
 
 @dataclass
@@ -83,6 +58,8 @@ class _Selection:
         prompt: What was kept of the prompt.
         foresight: Foresees the queries of the next layer, for selectors that go by those.
         mask: What the last layer that selected has selected.
+        rest: ``[q_len, num_kv_heads, group]``: the share of its attention that what it left out
+            gets, where the setting completes it.
     """
 
     setting: Setting
@@ -90,6 +67,7 @@ class _Selection:
     prompt: _Reading
     foresight: "_Foresight | None" = None
     mask: Tensor | None = None
+    rest: Tensor | None = None
 
     @property
     def sparse_layers(self) -> list[int]:
@@ -108,7 +86,62 @@ class _Selection:
         if layer in self.prompt.queries:
             every = torch.cat([*self.prompt.queries[layer], own])
             known = Queries(every, torch.arange(len(every), device=every.device))
-        self.mask = _selected(self.setting, self.layers[layer], asked, key[0], softmax, known)
+        self._select(layer, asked, own, key[0], softmax, known)
+
+    def _select(
+        self,
+        layer: int,
+        asked: Tensor,
+        own: Tensor,
+        key: Tensor,
+        softmax: Softmax,
+        known: Queries | None,
+    ) -> None:
+        """Sets the positions that the last tokens attend to.
+
+        The mask is ``[1, num_heads, q_len, seq_len]``: bool, or in the keys' dtype what is added to
+        the logits where the selected positions have weights.
+
+        Args:
+            layer: The model's layer.
+            asked: ``[q_len, num_kv_heads, group, head_dim]``: the queries that the selector scores
+                with, of the last tokens.
+            own: The same shape: the queries that attend.
+            key: ``[num_kv_heads, seq_len, head_dim]``, theirs included.
+            softmax: The layer's.
+            known: The queries of all tokens, where they are kept.
+        """
+        setting, completion = self.setting, self.setting.completion
+        selector = setting.selector
+        assert selector is not None  # what `_attend` has made sure of
+        (num_kv_heads, seq_len, _), (q_len, _, group, _) = key.shape, own.shape
+        positions = torch.arange(seq_len - q_len, seq_len, device=key.device)
+        keys, number = key.transpose(0, 1), self.layers[layer]
+        score = selector.index(number, keys, softmax, known)
+        budgets = [setting.budget(layer)]
+        always = {"num_sink": setting.num_sink, "num_recent": setting.num_recent}
+        masks, rests = [], []
+        chunk = max(1, _SCORES_AT_ONCE // (num_kv_heads * group * seq_len))
+        for first in range(0, q_len, chunk):
+            tokens = slice(first, first + chunk)
+            seen = positions[tokens]
+            scores = score(asked[tokens].float(), seen)
+            (selection,) = selector.select(number, scores, seen, budgets, **always)
+            indices = selection.indices.where(selection.indices >= 0, seq_len)  # a column for -1
+            shape = (*indices.shape[:2], seq_len + 1)
+            if selection.weights is None:
+                mask = torch.zeros(shape, dtype=torch.bool, device=key.device)
+                mask.scatter_(2, indices, True)
+            else:
+                mask = torch.full(shape, -torch.inf, dtype=key.dtype, device=key.device)
+                mask.scatter_(2, indices, selection.weights.log().to(key.dtype))
+            masks.append(mask[..., :seq_len])
+            if completion is not None:
+                of_tokens = (scores, masks[-1], seen, softmax)
+                rests.append(completion.rest(own[tokens], keys, *of_tokens))
+        by_kv_head = torch.cat(masks).transpose(0, 1)
+        self.mask = by_kv_head.repeat_interleave(group, 0)[None]
+        self.rest = torch.cat(rests) if rests else None
 
 
 class SparseDecoder:
@@ -245,6 +278,7 @@ def _attend(
         return value.new_zeros(1, q_len, num_heads, value.shape[3]), None  # of no interest
     if isinstance(hata_selection, _Reading):
         hata_selection.keep(module, query, key.shape[1])
+    rest = None
     if isinstance(hata_selection, _Selection):
         sparse = hata_selection.sparse_layers
         if module.layer_idx in sparse:
@@ -253,10 +287,11 @@ def _attend(
                 logits = (scaling, kwargs.get("softcap"), kwargs.get("s_aux"))
                 softmax = Softmax.of_attention(query, key, *logits)
                 hata_selection.select(module.layer_idx, query, key, softmax)
-            attention_mask = hata_selection.mask
-    return torch_attention_forward(
+            attention_mask, rest = hata_selection.mask, hata_selection.rest
+    out, _ = torch_attention_forward(
         module, query, key, value, attention_mask, scaling=scaling, **kwargs
     )
+    return out if rest is None else complete(out, value, rest), None
 
 
 AttentionInterface.register(_ATTENTION, _attend)
@@ -266,49 +301,3 @@ AttentionMaskInterface.register(_ATTENTION, sdpa_mask)
 def _by_token(query: Tensor, num_kv_heads: int) -> Tensor:
     """``[num_heads, length, head_dim]`` as ``[length, num_kv_heads, group, head_dim]``."""
     return query.unflatten(0, (num_kv_heads, -1)).permute(2, 0, 1, 3)
-
-
-def _selected(
-    setting: Setting,
-    layer_idx: int,
-    queries: Tensor,
-    key: Tensor,
-    softmax: Softmax,
-    known: Queries | None,
-) -> Tensor:
-    """The positions that the last tokens attend to, as a mask.
-
-    Args:
-        setting: How they are selected.
-        layer_idx: The layer's number among the selector's.
-        queries: ``[q_len, num_kv_heads, group, head_dim]``, of the last tokens.
-        key: ``[num_kv_heads, seq_len, head_dim]``, theirs included.
-        softmax: The layer's.
-        known: The queries of all tokens, where they are kept.
-
-    Returns:
-        ``[1, num_heads, q_len, seq_len]``: bool, or in the keys' dtype what is added to the logits
-        where the selected positions have weights.
-    """
-    selector = setting.selector
-    assert selector is not None  # what `_attend` has made sure of
-    (num_kv_heads, seq_len, _), (q_len, _, group, _) = key.shape, queries.shape
-    positions = torch.arange(seq_len - q_len, seq_len, device=key.device)
-    score = selector.index(layer_idx, key.transpose(0, 1), softmax, known)
-    always = {"num_sink": setting.num_sink, "num_recent": setting.num_recent}
-    masks = []
-    chunk = max(1, _SCORES_AT_ONCE // (num_kv_heads * group * seq_len))
-    for q, seen in zip(queries.split(chunk), positions.split(chunk), strict=True):
-        scores = score(q.float(), seen)
-        (selection,) = selector.select(layer_idx, scores, seen, [setting.top_k], **always)
-        indices = selection.indices.where(selection.indices >= 0, seq_len)  # a column for -1
-        shape = (*indices.shape[:2], seq_len + 1)
-        if selection.weights is None:
-            mask = torch.zeros(shape, dtype=torch.bool, device=key.device)
-            mask.scatter_(2, indices, True)
-        else:
-            mask = torch.full(shape, -torch.inf, dtype=key.dtype, device=key.device)
-            mask.scatter_(2, indices, selection.weights.log().to(key.dtype))
-        masks.append(mask[..., :seq_len])
-    by_kv_head = torch.cat(masks).transpose(0, 1)
-    return by_kv_head.repeat_interleave(group, 0)[None]

@@ -10,7 +10,9 @@ from typer import Argument, Option
 from hata.checks import check, check_int
 from hata.config import HataConfig
 from hata.device import ModelOptions, torch_device, torch_dtype
+from hata.eval.completion import COMPLETIONS
 from hata.eval.prose import WHERE
+from hata.eval.setting import NUM_LEADING
 from hata.eval.tasks import LIKELIHOOD, TASKS
 from hata.outputs import make_output_folder, make_room_for
 from hata.recall.options import TOP_K_METAVAR, LineupOptions, chosen_budgets
@@ -64,6 +66,20 @@ class EvalOptions(ModelOptions, LineupOptions):
     share_layers: Annotated[
         list[int], Option(help="Sparse layers in a row that share a selection; repeatable.")
     ] = field(default_factory=lambda: [1])
+    leading_top_k: Annotated[
+        list[float],
+        Option(
+            metavar=TOP_K_METAVAR,
+            help=f"Other budgets of the first {NUM_LEADING} layers, where they are sparse.",
+        ),
+    ] = field(default_factory=list)
+    completion: Annotated[
+        list[str],
+        Option(
+            help="Complete what hash codes leave out too, an experiment; repeatable: "
+            f"{', '.join(COMPLETIONS)}."
+        ),
+    ] = field(default_factory=list)
     depth: Annotated[
         list[float], Option(help="Depths of the single needle, 0 (first) to 1 (last).")
     ] = field(default_factory=lambda: [0.0, 0.25, 0.5, 0.75, 1.0])
@@ -97,13 +113,16 @@ class EvalOptions(ModelOptions, LineupOptions):
             check_int(WHERE, "--num-dense-layers", layers, 0)
         for layers in self.share_layers:
             check_int(WHERE, "--share-layers", layers, 1)
+        for name in self.completion:
+            rule = f"be one of {', '.join(COMPLETIONS)}"
+            check(name in COMPLETIONS, WHERE, "--completion", rule, name)
         check_int(WHERE, "--num-samples", self.num_samples, 1)
         check_int(WHERE, "--num-decoded", self.num_decoded, 3, min(self.context) // 2)
         check_int(WHERE, "--num-sink", self.num_sink, 0)
         check_int(WHERE, "--num-recent", self.num_recent, 0)
         for context in self.context:
             low, rule = self.num_sink + self.num_recent, "be at least num_sink + num_recent"
-            smallest = self.budgets(context)[0]
+            smallest = min(self.budgets(context) + self.leading_budgets(context))
             check(smallest >= max(1, low), WHERE, "--top-k", f"{rule}={low}", smallest)
         check_int(WHERE, "--seed", self.seed, 0)
         self.torch_dtype()
@@ -113,6 +132,10 @@ class EvalOptions(ModelOptions, LineupOptions):
         least = 2 * (self.num_sink + self.num_recent)  # of the defaults
         given = chosen_budgets(WHERE, self.top_k, context)
         return sorted(given or {max(context // share, least) for share in _SHARES})
+
+    def leading_budgets(self, context: int) -> list[int]:
+        """Returns the positions that leading layers may attend to where others have fewer."""
+        return sorted(chosen_budgets(WHERE, self.leading_top_k, context))
 
     def torch_device(self) -> torch.device:
         """Returns the device to run on."""

@@ -38,6 +38,8 @@ def label(row: Row) -> str:
     words += ["norms"] if row["key_norms"] == "1" else []
     words += [f"{row['channels']} channels"] if row["channels"] else []
     words += [f"{row['share_layers']} layers share"] if row["share_layers"] not in ("", "1") else []
+    words += [f"{row['leading_top_k']} in the first layers"] if row["leading_top_k"] else []
+    words += [f"completed: {row['completion']}"] if row["completion"] else []
     said = ", ".join(word for word in words if word)
     return f"{row['method']}: {said}" if said else row["method"]
 

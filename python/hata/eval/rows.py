@@ -19,6 +19,7 @@ from hata.recall.report import cell
 KEY = (
     *("model", "dtype", "texts", "task", "context", "depth", "method", "recipe", "num_bits"),
     *("query_bits", "key_norms", "channels", "top_k", "dense_layers", "share_layers"),
+    *("leading_top_k", "completion"),
     *("num_sink", "num_recent", "num_decoded", "num_samples", "seed"),
 )
 _FOUND = (

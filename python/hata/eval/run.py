@@ -12,12 +12,14 @@ from rich.console import Console
 
 from hata.checks import check
 from hata.demo.model import bundled_model, check_model_folder, load_model
+from hata.eval.completion import COMPLETIONS
 from hata.eval.datasets import Dataset, open_datasets
-from hata.eval.decode import DENSE, Setting, SparseDecoder
+from hata.eval.decode import SparseDecoder
 from hata.eval.options import EvalOptions
 from hata.eval.prose import WHERE, Prose
 from hata.eval.report import print_means, write_report
 from hata.eval.rows import Outcome, Row, Rows, compare, summary
+from hata.eval.setting import DENSE, NUM_LEADING, Setting
 from hata.eval.tasks import AT_DEPTHS, LIKELIHOOD, Sample, likelihood_samples, task_sample
 from hata.integrations.model_shape import ModelShape, full_attention_layers, model_shape
 from hata.pretrained import find_pretrained
@@ -156,14 +158,26 @@ def _planned(
     dense = {"method": "dense", "bytes_per_token": 0.0, "bytes_read": float(selected)}
     yield {**of_case, **dense}, DENSE
     always = (options.num_sink, options.num_recent)
-    for selector, top_k, num_dense, share in itertools.product(
+    for selector, top_k, num_dense, share, leading, completion in itertools.product(
         selectors,
         options.budgets(case.context),
         dict.fromkeys(options.num_dense_layers),
         dict.fromkeys(options.share_layers),
+        [None, *options.leading_budgets(case.context)],
+        [None, *dict.fromkeys(options.completion)],
     ):
-        num_sparse = sum(layer >= num_dense for layer in layers)
-        selecting = -(-num_sparse // share) / num_sparse  # share of the sparse layers
+        sparse = [layer for layer in layers if layer >= num_dense]
+        if leading is not None and (leading <= top_k or sparse[0] >= NUM_LEADING):
+            continue
+        if completion is not None and (not isinstance(selector, HataSelector) or share > 1):
+            continue
+        setting = Setting(
+            *(selector, top_k, num_dense, *always, share),
+            leading_top_k=leading,
+            completion=None if completion is None else COMPLETIONS[completion],
+        )
+        selecting = -(-len(sparse) // share) / len(sparse)  # share of the sparse layers
+        mean_top_k = sum(map(setting.budget, sparse)) / len(sparse)
         scan = selector.bytes_per_token(shape["head_dim"]) * selecting
         row = {
             **of_case,
@@ -172,10 +186,12 @@ def _planned(
             "top_k": top_k,
             "dense_layers": num_dense,
             "share_layers": share,
+            "leading_top_k": leading,
+            "completion": completion,
             "bytes_per_token": scan,
-            "bytes_read": scan + selected * min(top_k / case.context, 1.0),
+            "bytes_read": scan + selected * min(mean_top_k / case.context, 1.0),
         }
-        yield row, Setting(selector, top_k, num_dense, *always, share)
+        yield row, setting
 
 
 def _samples(case: Case, options: EvalOptions, tokenizer: Any, prose: Prose) -> list[Sample]:

@@ -7,8 +7,28 @@ from torch import Tensor
 from vllm.v1.attention.backend import AttentionMetadataBuilder, CommonAttentionMetadata
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentionBackendImpl
 
-from hata.integrations.vllm.layer import Batch, HataLayer, make_batch
+from hata.integrations.vllm.layer import Batch, HataLayer, make_batch, rows_of
 from hata.torch_attention import torch_attention
+
+_LARGEST = torch.finfo(torch.float8_e4m3fn).max  # what is larger becomes this, as in vLLM
+
+
+def to_float8(rows: Tensor, scale: Tensor | None) -> Tensor:
+    """Returns keys or values as vLLM's cache has them: with a scale float8, as bytes.
+
+    Args:
+        rows: ``[num_tokens, num_kv_heads, head_dim]``.
+        scale: One number or ``[num_kv_heads]``; None: they stay as they are.
+    """
+    if scale is None:
+        return rows
+    scaled = (rows.float() / scale.view(-1, 1)).clamp(-_LARGEST, _LARGEST)
+    return scaled.to(torch.float8_e4m3fn).view(torch.uint8)
+
+
+def from_float8(rows: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Returns the keys or values that cached ones stand for; without a scale themselves."""
+    return rows if scale is None else (rows.float() * scale.view(-1, 1)).to(dtype)
 
 
 class HataBackend(CPUAttentionBackend):
@@ -59,8 +79,10 @@ class HataImpl(HataLayer, CPUAttentionBackendImpl):
         """Writes keys and values alone."""
         block_size, new = kv_cache.shape[2], slot_mapping >= 0
         slots, tokens = slot_mapping[new], slice(len(slot_mapping))
-        rows = torch.cat([key[tokens][new], value[tokens][new]], -1)
-        kv_cache[slots // block_size, :, slots % block_size] = rows
+        cache = self.operands(layer, kv_cache)
+        k = to_float8(key[tokens][new], cache.k_scale)
+        v = to_float8(value[tokens][new], cache.v_scale)
+        kv_cache[slots // block_size, :, slots % block_size] = torch.cat([k, v], -1)
 
     def attend_dense(
         self,
@@ -71,19 +93,20 @@ class HataImpl(HataLayer, CPUAttentionBackendImpl):
         output: Tensor,
     ) -> None:
         """Attends with torch, sequence by sequence."""
-        block_size = kv_cache.shape[2]
+        block_size, cache = kv_cache.shape[2], self.operands(layer, kv_cache)
         starts = batch.query_start_loc_cpu.tolist()
         for b, seq_len in enumerate(batch.seq_lens[: batch.num_reqs].tolist()):
             tokens, q_len = slice(starts[b], starts[b + 1]), starts[b + 1] - starts[b]
             if q_len == 0:
                 continue
             pages = batch.block_table_tensor[b, : -(-seq_len // block_size)].long()
-            kv = kv_cache[pages].transpose(0, 1).flatten(1, 2)[None, :, :seq_len]
-            k, v = kv.split(self.head_size, -1)
-            output[tokens] = self._attend(query[tokens].transpose(0, 1), k[0], v[0]).transpose(0, 1)
+            k = from_float8(rows_of(cache.k_cache, pages, seq_len), cache.k_scale, query.dtype)
+            v = from_float8(rows_of(cache.v_cache, pages, seq_len), cache.v_scale, query.dtype)
+            heads = (rows.transpose(0, 1) for rows in (query[tokens], k, v))
+            output[tokens] = self._attend(*heads).transpose(0, 1)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attends from the last ``q_len`` positions, ``[num_heads, q_len, head_dim]``."""
+        """Attends from the last ``q_len`` positions, all ``[heads, positions, head_dim]``."""
         mask = None
         if self.window is not None:
             q_len, seq_len = q.shape[1], k.shape[1]

@@ -44,11 +44,6 @@ class HataBackend(FlashAttentionBackend):
         return head_size in _HEAD_DIMS
 
     @classmethod
-    def supports_kv_cache_dtype(cls, kv_cache_dtype: str | None) -> bool:
-        """What hata's kernels read: no fp8."""
-        return kv_cache_dtype in (None, "auto", "float16", "bfloat16")
-
-    @classmethod
     def supports_attn_type(cls, attn_type: str) -> bool:
         """Decoders alone."""
         return attn_type == "decoder"
@@ -107,5 +102,8 @@ class HataImpl(HataLayer, FlashAttentionImpl):
     def attend_dense(
         self, layer: torch.nn.Module, query: Tensor, kv_cache: Tensor, batch: Any, output: Tensor
     ) -> None:
-        """Attends as vLLM does; keys and values are in the cache."""
+        """Attends as vLLM does, with float8 queries to a float8 cache."""
+        if self.query_quant is not None:  # by its kernel: vLLM's compiler does not come here
+            float8, _ = self.query_quant.forward_cuda(query.flatten(1), layer._q_scale)
+            query = float8.view(query.shape)
         FlashAttentionImpl.forward(self, layer, query, query, query, kv_cache, batch, output)

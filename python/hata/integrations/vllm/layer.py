@@ -15,6 +15,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from hata import ops
 from hata.checks import check
+from hata.integrations.vllm.code_check import first_wrong_code
 from hata.integrations.vllm.metrics import measure_mass
 from hata.integrations.vllm.settings import HERE, Settings, check_windows
 from hata.integrations.vllm.side_cache import SideCache
@@ -28,6 +29,30 @@ class Decodes(NamedTuple):
     q_len: int
     block_table: Tensor  # [batch, max_blocks], int32
     cache_seqlens: Tensor  # [batch], int32
+
+
+class KVCache(NamedTuple):
+    """A layer's cached keys and values, as hata's operators take them.
+
+    Attributes:
+        k_cache: ``[num_blocks, block_size, num_kv_heads, head_dim]``.
+        v_cache: The same.
+        k_scale: Of float8 keys, one number or ``[num_kv_heads]``, float32; None for others.
+        v_scale: The same of values.
+    """
+
+    k_cache: Tensor
+    v_cache: Tensor
+    k_scale: Tensor | None
+    v_scale: Tensor | None
+
+
+def rows_of(cache: Tensor, pages: Tensor, seq_len: int) -> Tensor:
+    """Returns a sequence's keys or values, ``[seq_len, num_kv_heads, head_dim]``.
+
+    Bytes are copied, since torch copies no float8 by index.
+    """
+    return cache.view(torch.uint8)[pages].view(cache.dtype).flatten(0, 1)[:seq_len]
 
 
 @dataclass
@@ -170,13 +195,16 @@ class HataLayer:
         observer = self.settings.observer
         self.observer = None if observer is None else pkgutil.resolve_name(observer)
         self.codes: SideCache | None = None  # None in a dense layer
+        self.query_quant: Any = None  # makes float8 queries where dense attention needs them
         self.num_steps = 0  # with sequences that decode
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         """Takes this rank's part of the layer's hash weights, and a side cache for its codes."""
         super().process_weights_after_loading(act_dtype)  # type: ignore[misc]
         layers = self.engine.compilation_config.static_forward_context
-        name = next(name for name, layer in layers.items() if getattr(layer, "impl", None) is self)
+        name, layer = next(
+            (name, layer) for name, layer in layers.items() if getattr(layer, "impl", None) is self
+        )
         self.layer_idx = extract_layer_index(name)
         weights, config = self.hash_weights, self.settings.config
         if weights is None or self.window is not None or self.layer_idx < config.num_dense_layers:
@@ -197,6 +225,9 @@ class HataLayer:
         num_words = key_weights.shape[2] // 32
         self.codes = SideCache(self.num_kv_heads, num_words, weights.key_norms)
         layers[f"{name}.codes"] = self.codes
+        # Beside a float8 cache vLLM's layer makes queries float8 for FlashAttention. Those that
+        # decode are hashed, and attend, as they are: this layer makes those of prompts float8.
+        self.query_quant, layer.query_quant = layer.query_quant, None
 
     def forward(
         self,
@@ -217,7 +248,8 @@ class HataLayer:
             query: ``[num_tokens, num_heads, head_dim]``; padding may follow.
             key: ``[num_tokens, num_kv_heads, head_dim]``, likewise.
             value: The same.
-            kv_cache: ``[num_blocks, num_kv_heads, block_size, 2 * head_dim]``: keys, then values.
+            kv_cache: ``[num_blocks, num_kv_heads, block_size, 2 * head_dim]``: keys, then values;
+                uint8 if they are float8.
             attn_metadata: The batch; None while vLLM measures its memory.
             output: Like ``query``. Written.
             output_scale: None: outputs are not quantized.
@@ -231,26 +263,33 @@ class HataLayer:
             self.write_dense(layer, key, value, kv_cache, slot_mapping)
             self.attend_dense(layer, query, kv_cache, batch.everything, output)
             return output
-        k_cache, v_cache = kv_cache.transpose(1, 2).split(self.head_size, -1)
+        cache = self.operands(layer, kv_cache)
         self.num_steps += len(batch.decodes) > 0
         for run in batch.decodes:
-            self._decode(run, slot_mapping, query, key, value, k_cache, v_cache, output)
+            self._decode(run, slot_mapping, query, key, value, cache, output)
         if batch.prompts is not None:
             tokens = slice(batch.num_decode_tokens, batch.common.num_actual_tokens)
             ops.cache_write(
                 key[tokens],
                 value[tokens],
                 self.key_weights,
-                k_cache,
-                v_cache,
-                self.codes.code_cache,
-                self.codes.norm_cache,
-                slot_mapping[tokens],
+                code_cache=self.codes.code_cache,
+                norm_cache=self.codes.norm_cache,
+                slot_mapping=slot_mapping[tokens],
+                **cache._asdict(),
             )
             self.attend_dense(layer, query[tokens], kv_cache, batch.prompts, output[tokens])
         if self.settings.check:
-            self._check_codes(batch.common, k_cache)
+            self._check_codes(batch.common, cache)
         return output
+
+    def operands(self, layer: Any, kv_cache: Tensor) -> KVCache:
+        """Returns vLLM's cache of this layer as hata's operators take it."""
+        is_float8 = kv_cache.dtype == torch.uint8
+        rows = kv_cache.view(torch.float8_e4m3fn) if is_float8 else kv_cache
+        k_cache, v_cache = rows.transpose(1, 2).split(self.head_size, -1)
+        k_scale, v_scale = (layer._k_scale, layer._v_scale) if is_float8 else (None, None)
+        return KVCache(k_cache, v_cache, k_scale, v_scale)
 
     def write_dense(
         self,
@@ -276,8 +315,7 @@ class HataLayer:
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        k_cache: Tensor,
-        v_cache: Tensor,
+        cache: KVCache,
         output: Tensor,
     ) -> None:
         assert self.codes is not None
@@ -290,8 +328,7 @@ class HataLayer:
             v=v,
             key_weights=self.key_weights,
             query_weights=self.query_weights,
-            k_cache=k_cache,
-            v_cache=v_cache,
+            **cache._asdict(),
             code_cache=self.codes.code_cache,
             block_table=run.block_table,
             cache_seqlens=run.cache_seqlens,
@@ -311,10 +348,9 @@ class HataLayer:
         if chosen and not (q.is_cuda and torch.cuda.is_current_stream_capturing()):
             _, dense_lse = ops.dense_attention(
                 q,
-                k_cache,
-                v_cache,
-                run.block_table,
-                run.cache_seqlens,
+                **cache._asdict(),
+                block_table=run.block_table,
+                cache_seqlens=run.cache_seqlens,
                 softmax_scale=self.scale,
                 softcap=self.softcap,
             )
@@ -322,18 +358,17 @@ class HataLayer:
         if self.sinks is not None:
             add_sink_logits(out, step.lse, self.sinks)
 
-    def _check_codes(self, common: CommonAttentionMetadata, k_cache: Tensor) -> None:
+    def _check_codes(self, common: CommonAttentionMetadata, cache: KVCache) -> None:
         """Raises at the first cached key whose code is not that of the key."""
         assert self.codes is not None
-        block_size = k_cache.shape[1]
+        block_size = cache.k_cache.shape[1]
         for b, seq_len in enumerate(common.seq_lens[: common.num_reqs].tolist()):
             pages = common.block_table_tensor[b, : -(-seq_len // block_size)].long()
-            keys = k_cache[pages].flatten(0, 1)[:seq_len]
-            stored = self.codes.code_cache[pages].transpose(1, 2).flatten(0, 1)[:seq_len]
-            codes = ops.hash_encode(keys[None], self.key_weights)
-            differs = (stored != codes[0].transpose(0, 1)).flatten(1).any(1).nonzero()
-            if len(differs) > 0:
+            keys = rows_of(cache.k_cache, pages, seq_len)
+            codes = self.codes.code_cache[pages].transpose(1, 2).flatten(0, 1)[:seq_len]
+            position = first_wrong_code(keys, codes, self.key_weights)
+            if position is not None:
                 raise RuntimeError(
-                    f"hata.{HERE}: the code of position {int(differs[0])} of sequence {b} of the "
+                    f"hata.{HERE}: the code of position {position} of sequence {b} of the "
                     f"batch in layer {self.layer_idx} must be that of its key, got another"
                 )

@@ -18,7 +18,7 @@ HERE = "integrations.vllm"
 RANDOM = "random"
 FULL, SLIDING = "full_attention", "sliding_attention"  # a config's layer_types
 
-_KV_CACHE_DTYPES = ("auto", "float16", "bfloat16", "float32")
+_KV_CACHE_DTYPES = ("auto", "float16", "bfloat16", "float32", "fp8", "fp8_e4m3")
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,8 @@ class Settings:
         config: The budget: ``top_k``, ``min_top_k``, ``num_sink``, ``num_recent``,
             ``num_dense_layers``.
         check: Whether to encode the cached keys again after every step and to stop at the first
-            code that differs; slow, and on a GPU only with ``enforce_eager``.
+            code that differs; slow, and on a GPU only with ``enforce_eager``. Of float8 keys the
+            bits that rounding can have changed are not compared.
         observer: "module:function", called in every worker after each sparse step of a layer as
             ``observer(layer_idx, indices, num_selected, cache_seqlens)``: the selection of a run of
             sequences as `hata.decode_step` returns it, of this rank's KV heads, and their lengths.
