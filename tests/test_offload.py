@@ -227,8 +227,8 @@ def test_a_system_that_refuses_is_an_error_before_anything_changes(
     CacheModel(cache).append(16)
     before = contents(cache)
     with monkeypatch.context() as patch:
-        patch.setattr(HostMemory, "pin", failing)
-        patch.setattr(HostMemory, "num_pinned", 0)
+        patch.setattr(HostMemory, "take", failing)
+        patch.setattr(HostMemory, "num_taken", 0)
         with pytest.raises(RuntimeError, match="out of memory"):
             cache.extend(1)
     assert_unchanged(cache, before, [16, 16, 16])

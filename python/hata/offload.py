@@ -22,8 +22,8 @@ __all__ = ["PAGE_SIZE", "OffloadedCache", "release_host_memory"]
 
 # Positions of a page. A page's keys of one layer are what prompts that go on read at a stretch.
 PAGE_SIZE = 64
-# Pinned at once, because pinning waits for the device and the system.
-PINNED_BLOCK_BYTES = 256 << 20
+# Taken at once, because taking waits for the device and the system.
+BLOCK_BYTES = 256 << 20
 # Rows of the row cache for each that a step selects.
 SLOTS_PER_SELECTED = 4
 MAX_SLOTS = 1 << 20  # of `hata.ops.fetch_rows`
@@ -32,21 +32,22 @@ MAX_SLOTS = 1 << 20  # of `hata.ops.fetch_rows`
 class OffloadedCache(HataCache):
     """A `HataCache` for more tokens than the GPU has room for.
 
-    Keys and values lie in pinned host memory, page by page, and codes, norms, lengths and block
-    tables on the GPU: with codes of 64 bits, 1.6 % of a token's bytes. Kernels write new rows to
-    host memory and read those that they attend to from there, over PCIe. Pinning is on demand, and
-    a sequence that would need more than ``host_memory`` is refused before anything changes.
+    Keys and values lie in host memory, page by page, and codes, norms, lengths and block tables on
+    the GPU: with codes of 64 bits, 1.6 % of a token's bytes in 16-bit formats. Kernels write new
+    rows to host memory and read those that they attend to from there, over PCIe. Memory is taken on
+    demand, and a sequence that would need more than ``host_memory`` is refused before anything
+    changes.
 
     The first ``config.num_dense_layers`` layers read everything in every step, so their keys and
     values stay on the GPU. Where ``config.min_sparse_len`` is None every length is decoded
     sparsely: a dense step would read as much as the sequence has, over PCIe.
 
-    What a cache has pinned is kept for the next one when it is deleted, and until
+    What a cache has taken is kept for the next one when it is deleted, and until
     `release_host_memory`.
 
-    Where the device is the CPU, host memory is all there is, and nothing is pinned. On a GPU pages
-    of ``k_cache`` and ``v_cache`` that no sequence has had yet must not be touched: they may not be
-    pinned. `copy.deepcopy` is refused.
+    Where the device is the CPU, host memory is all there is. On a GPU pages of ``k_cache`` and
+    ``v_cache`` that no sequence has had yet should not be touched: they may not be taken.
+    `copy.deepcopy` is refused.
 
     Source: HATA, arXiv 2506.02572, table 3 (HATA-off, of which no code was published).
 
@@ -76,7 +77,7 @@ class OffloadedCache(HataCache):
     Raises:
         TypeError: An argument has another type.
         ValueError: An argument breaks its rule.
-        RuntimeError: The system refuses to reserve or to pin host memory. So do the methods that
+        RuntimeError: The system refuses to reserve or to give host memory. So do the methods that
             make a sequence longer, which change nothing then.
     """
 
@@ -153,8 +154,8 @@ class OffloadedCache(HataCache):
         host = HostMemory(function, num_pages * page_bytes, device)
 
         def reserve(function: str, held: int) -> None:
-            if held * page_bytes > host.num_pinned:
-                host.pin(function, max(held * page_bytes, host.num_pinned + PINNED_BLOCK_BYTES))
+            if held * page_bytes > host.num_taken:
+                host.take(function, max(held * page_bytes, host.num_taken + BLOCK_BYTES))
 
         reserve(function, 1)
         limit = f", all that host_memory={self.host_memory} bytes hold"

@@ -124,7 +124,7 @@ def enable(
             ``torch.float8_e4m3fn``, with scales of 1, which halves the memory of 16-bit ones. A
             prompt sees its own keys and values as they came, all that follows as the cache has
             them.
-        offload: Keeps keys and values in pinned host memory, of which each cache takes at most as
+        offload: Keeps keys and values in host memory, of which each cache takes at most as
             many bytes as this, or as "64GB" says (`hata.offload.OffloadedCache`). None keeps them
             on the GPU.
         verify: "dense": `generate` returns what the dense model would; tokens that are decoded
