@@ -40,7 +40,7 @@ template <int kNumWords>
 __device__ void store(const HammingScoreParams& p, int64_t i, int matches, uint16_t norm) {
   constexpr int kNumBits = kNumWords * kWordBits;
   if (p.kind == ScoreKind::kInt32) {
-    static_cast<int32_t*>(p.scores)[i] = 2 * matches - p.weight_sum * kNumBits;
+    static_cast<int32_t*>(p.scores)[i] = score_of_matches(matches, p.weight_sum * kNumBits);
   } else {
     static_cast<uint16_t*>(p.scores)[i] = float16_score<kNumBits>(matches, p.weight_sum, norm);
   }
@@ -48,9 +48,9 @@ __device__ void store(const HammingScoreParams& p, int64_t i, int matches, uint1
 
 __device__ void store_invisible(const HammingScoreParams& p, int64_t i) {
   if (p.kind == ScoreKind::kInt32) {
-    static_cast<int32_t*>(p.scores)[i] = INT32_MIN;
+    static_cast<int32_t*>(p.scores)[i] = kLowestScore<int32_t>;
   } else {
-    static_cast<uint16_t*>(p.scores)[i] = 0xfc00;  // -infinity
+    static_cast<uint16_t*>(p.scores)[i] = kLowestScore<uint16_t>;
   }
 }
 

@@ -1,6 +1,7 @@
 #include "select_topk.h"
 
 #include <algorithm>
+#include <bit>
 #include <type_traits>
 #include <utility>
 
@@ -8,6 +9,7 @@
 #include "cuda/primitives/memo.h"
 #include "cuda/primitives/warp.cuh"
 #include "paged_cache.h"
+#include "query_planes.h"
 #include "selection.h"
 
 // Radix passes from the highest digit find the rank of the last selected position; one ordered pass
@@ -42,10 +44,27 @@ struct Rank {
         return ordered_rank_float32(stored);
       case SelectDType::kFloat16:
         return ordered_rank_float16(static_cast<uint16_t>(stored));
-      case SelectDType::kRank16:
+      case SelectDType::kMatches:
+      case SelectDType::kRankFloat16:
         break;
     }
     return stored;
+  }
+
+  // Says how a list was cut: at this rank, with so many ties.
+  __device__ static void write_cut(const SelectTopkParams& p, int64_t list_idx, uint32_t rank,
+                                   int32_t ties) {
+    switch (kDType) {
+      case SelectDType::kInt32:
+        return p.cut.write(list_idx, int32_of_rank(rank), ties);
+      case SelectDType::kFloat32:
+        return p.cut.write(list_idx, float32_of_rank(rank), ties);
+      case SelectDType::kFloat16:
+      case SelectDType::kRankFloat16:
+        return p.cut.write(list_idx, float16_of_rank(static_cast<uint16_t>(rank)), ties);
+      case SelectDType::kMatches:
+        return p.cut.write(list_idx, score_of_matches(static_cast<int>(rank), p.max_matches), ties);
+    }
   }
 };
 
@@ -199,7 +218,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
 
   uint32_t prefix = 0;  // the digits of the last selected rank found so far
   uint32_t above_before = min(slice.begin, first) + max(slice.begin - last, 0);
-  uint32_t ties_to_skip = 0, ties_seen = 0;
+  uint32_t ties = 0, ties_to_skip = 0, ties_seen = 0;
   bool is_odd = false;  // the digit
 #pragma unroll 1
   for (int bits = rank_bits; bits > 0; is_odd = !is_odd) {
@@ -258,10 +277,14 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
     prefix = prefix << digit_bits | (group.place * kGroupBins + bin.place);
     wanted -= group.above + bin.above;
     above_before += group.above_before + bin.above_before;
-    ties_to_skip = bin.tied - wanted;  // the most recent of the ties are selected
+    ties = bin.tied;
+    ties_to_skip = ties - wanted;  // the most recent of them are selected
     ties_seen = bin.tied_before;
   }
 
+  if (block == 0 && threadIdx.x == 0) {
+    Rank::write_cut(p, list_idx, prefix, static_cast<int32_t>(ties));
+  }
   uint32_t written = above_before + (max(ties_seen, ties_to_skip) - ties_to_skip);
   slice.for_tiles(scores, [&](int t, const Scores<Stored>& of_thread) {
     const uint32_t between = bits_of_range(t, first, last);
@@ -324,7 +347,9 @@ void launch(const SelectTopkParams& p, CudaStream stream) {
   if (lists == 0) return;
   const auto kernel = select_topk_kernel<kDType>;
   const int blocks_per_list = choose_blocks_per_list(kernel, p, lists, kOp);
-  const int rank_bits = kDType == SelectDType::kRank16 ? p.rank_bits : Rank<kDType>::kBits;
+  const int rank_bits = kDType == SelectDType::kMatches
+                            ? std::bit_width(static_cast<unsigned>(p.max_matches))
+                            : Rank<kDType>::kBits;
   launch_kernel(kernel,
                 {.grid = dim3(static_cast<unsigned>(lists * blocks_per_list)),
                  .threads = kThreads,
@@ -342,8 +367,10 @@ void select_topk_cuda(const SelectTopkParams& p, CudaStream stream) {
       return launch<SelectDType::kFloat16>(p, stream);
     case SelectDType::kFloat32:
       return launch<SelectDType::kFloat32>(p, stream);
-    case SelectDType::kRank16:
-      return launch<SelectDType::kRank16>(p, stream);
+    case SelectDType::kMatches:
+      return launch<SelectDType::kMatches>(p, stream);
+    case SelectDType::kRankFloat16:
+      return launch<SelectDType::kRankFloat16>(p, stream);
   }
 }
 
