@@ -220,7 +220,12 @@ class CodePool:
         )
 
     def decode_step(self, i: int) -> None:
-        hata.decode_step(
+        self.prepared_step(i)()
+
+    def prepared_step(self, i: int) -> Call:
+        """Returns a step whose arguments are there: what is left is hata's own."""
+        return functools.partial(
+            hata.decode_step,
             cyclic(self.kv.qs, i),
             cyclic(self.kv.ks, i),
             cyclic(self.kv.vs, i),

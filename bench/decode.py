@@ -95,7 +95,7 @@ def step_row(run: Run, kv: KvPool, case: Case) -> Row:
     row = run.row(case.shape, case.config, pool.page_size, case.shape.q_len)
     row |= run.measured(step, case.num_bytes) | {"hata_us": step.us}
     if run.timer.device.type == "cuda":
-        row["host_us"] = run.timer.host_us(pool.calls("decode_step")[0])
+        row["host_us"] = run.timer.host_us(pool.prepared_step(0))
         with patch.dict(os.environ, HATA_SCORE_SELECT="two_kernels"):
             row["portable_us"] = run.timer(pool.calls("decode_step")).us
     return row | {f"{part}_us": run.timer(pool.calls(part)).us for part in PARTS}

@@ -240,7 +240,7 @@ def measure(
 def prefill(model: Any, ids: Tensor, make: Callable[[], Any]) -> float:
     """Returns the seconds of a prompt's pass, the second with a cache of hata's.
 
-    The first takes the memory: host memory is pinned as it comes into use.
+    The first takes the memory: host memory is taken as it comes into use.
     """
     cache = make()
     first = seconds(partial(forward, model, ids, cache))

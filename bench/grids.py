@@ -12,6 +12,7 @@ from .cases import CONFIGS, WIDE, Case, CodeConfig, Shape
 
 K = 1 << 10
 LAYOUTS = ((32, 8), (32, 32))  # num_heads, num_kv_heads: grouped and multi-head attention
+FEW_HEADS = ((8, 1), (16, 2), (28, 4))  # of a shard, or of a small model
 GROUPS = (1, 3, 5, 7, 8, 12, 16)
 BUDGETS = (1 / 256, 1 / 128, 1 / 64, 1 / 32, 1 / 16, 1 / 8)
 
@@ -63,10 +64,11 @@ def budget() -> list[Sweep]:
 def crossover() -> list[Sweep]:
     """From which length a step is faster than dense attention."""
     lengths = tuple(512 << i for i in range(9))
+    layers = [(1, heads) for heads in FEW_HEADS]
+    layers += [(batch, heads) for batch in (1, 8) for heads in LAYOUTS]
     return [
         Sweep(tuple(Shape(batch, *heads, length) for length in lengths), until_faster=True)
-        for batch in (1, 8)
-        for heads in LAYOUTS
+        for batch, heads in layers
     ]
 
 
@@ -87,6 +89,13 @@ def fp8() -> list[Sweep]:
     return [Sweep(tuple(replace(shape, kv_cache_dtype=torch.float8_e4m3fn) for shape in TABLE))]
 
 
+def wide() -> list[Sweep]:
+    """Head_dim 256, as Gemma 3 has it, and groups of sixteen, each of few and of many pairs."""
+    heads_256 = (Shape(1, 4, 1, 32 * K, head_dim=256), Shape(8, 16, 8, 32 * K, head_dim=256))
+    groups_of_16 = (Shape(1, 64, 4, 128 * K), Shape(8, 64, 4, 128 * K))
+    return [Sweep((*heads_256, *groups_of_16), configs=CONFIGS[1:2])]
+
+
 GRIDS = {
     "table": table,
     "figure5": figure5,
@@ -95,6 +104,7 @@ GRIDS = {
     "few": few,
     "million": million,
     "fp8": fp8,
+    "wide": wide,
 }
 
 

@@ -3,9 +3,17 @@
 The model reads prose and then goes on greedily; each sparse layer's selections of those steps are
 then handed to `hata.fetch_rows`, once for each size of the row cache, which starts empty. The first
 steps, which fill it, are not counted.
+
+A prefetch would have to guess what is missing. ``guessed`` is the share of a layer's selection that
+its query would also select if it were made of the hidden states before the previous layer, as
+InfiniGen guesses (arXiv 2406.19707); ``guessed_of_missing`` is the same of the rows that the row
+cache lacks, which alone are worth guessing.
 """
 
+import math
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,12 +21,15 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from typer import Option
 
 import hata
 from hata.checks import check_int
 from hata.commands.options import with_options
 from hata.device import ModelFolder
+from hata.ops import plane_weight_sum
 from hata.provenance import origin
 
 from .cases import MIN_TOP_K, PAPER_BUDGET
@@ -30,6 +41,7 @@ WARM_UP = 8  # steps
 SIZES = (1, 2, 4, 8)  # slots for each position that a step selects
 DUMMY_HEAD_DIM = 8  # which rows are copied says nothing about what is in them
 COLUMNS = ["model", "weights", "context", "steps", "top_k", "num_slots", "layer", "hit_rate"]
+COLUMNS += ["guessed", "guessed_of_missing"]
 SHOWN = {name: name.replace("_", " ") for name in COLUMNS}
 
 
@@ -82,14 +94,17 @@ def measure(model: Any, tokenizer: Any, folder: Path, context: int, steps: int) 
     from hata.integrations.transformers import disable, enable
 
     selections: dict[int, list[Tensor]] = {}
+    guesses: dict[int, list[Tensor]] = {}
 
     def keep(layer_idx: int, q: Tensor, cache: hata.HataCache, indices: Tensor, n: Tensor) -> None:
         selections.setdefault(layer_idx, []).append(indices.cpu().clone())
+        guesses.setdefault(layer_idx, []).append(select(early[layer_idx], cache, layer_idx).cpu())
 
     token_ids = build_prompt(tokenizer, context, depth=0.5, seed=0).token_ids
     top_k = max(MIN_TOP_K, round(context * PAPER_BUDGET))
     config = hata.HataConfig(top_k=top_k, min_sparse_len=0)
     cache = enable(model, config, max_seq_len=context + steps, observer=keep)
+    early, hooks = early_queries(model)
     prompt = torch.tensor([token_ids], device=model.device)
     model.generate(
         prompt,
@@ -99,24 +114,77 @@ def measure(model: Any, tokenizer: Any, folder: Path, context: int, steps: int) 
         max_new_tokens=steps,
         pad_token_id=0,
     )
+    for hook in hooks:
+        hook.remove()
     disable(model)
     rows: list[Row] = []
     weights = cache.weights.metadata.get("recipe", "random")
     for num_slots in (size * top_k for size in SIZES):
-        rates = {layer: hit_rate(chosen, num_slots) for layer, chosen in selections.items()}
-        rates_and_all = {**rates, "all": sum(rates.values()) / len(rates)}
-        for layer, rate in rates_and_all.items():
-            row = {"weights": weights, "top_k": top_k, "num_slots": num_slots}
-            rows.append(row | {"layer": layer, "hit_rate": rate})
+        rates = {
+            layer: hit_rates(chosen, guesses[layer], num_slots)
+            for layer, chosen in selections.items()
+        }
+        means = torch.tensor(list(rates.values())).nanmean(0).tolist()
+        for layer, shares in {**rates, "all": means}.items():
+            row = {"weights": weights, "top_k": top_k, "num_slots": num_slots, "layer": layer}
+            rows.append(row | dict(zip(COLUMNS[-3:], shares, strict=True)))
     return rows
 
 
-def hit_rate(selections: list[Tensor], num_slots: int) -> float:
-    """Returns the share of the selected rows that a layer's row cache held, after the warm-up.
+def early_queries(model: Any) -> tuple[dict[int, Tensor], list[RemovableHandle]]:
+    """Makes each layer's query of one token from what the previous layer is given.
+
+    Returns:
+        The queries ``[1, 1, num_heads, head_dim]`` of the last token by layer, as soon as there are
+        any, and the hooks that make them.
+    """
+    queries: dict[int, Tensor] = {}
+
+    def note(layer_idx: int, layer: Any, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        if hidden.shape[1] > 1:  # the prompt
+            return
+        attention = layer.self_attn
+        q = attention.q_proj(layer.input_layernorm(hidden)).unflatten(-1, (-1, attention.head_dim))
+        cos, sin = kwargs["position_embeddings"]
+        queries[layer_idx], _ = apply_rotary_pos_emb(q, q, cos, sin, unsqueeze_dim=2)
+
+    return queries, [
+        before.register_forward_pre_hook(partial(note, layer_idx, layer), with_kwargs=True)
+        for layer_idx, (before, layer) in enumerate(pairwise(model.model.layers), start=1)
+    ]
+
+
+def select(q: Tensor, cache: hata.HataCache, layer_idx: int) -> Tensor:
+    """Returns the positions that a query selects, ``[1, 1, num_kv_heads, top_k]``."""
+    weights = cache.weights
+    query_weights = weights.layer(layer_idx, cache.dtype, cache.device)[1]
+    return hata.score_select(
+        hata.encode_query(q, query_weights, query_bits=weights.query_bits),
+        cache.code_cache[layer_idx],
+        cache.norm_cache[layer_idx],
+        cache.block_table,
+        cache.cache_seqlens,
+        weight_sum=plane_weight_sum(weights.query_bits, q.shape[2] // cache.num_kv_heads),
+        **cache.layer_budgets[layer_idx]._asdict(),
+        num_sink=cache.config.num_sink,
+        num_recent=cache.config.num_recent,
+    )[0]
+
+
+def hit_rates(
+    selections: list[Tensor], guesses: list[Tensor], num_slots: int
+) -> tuple[float, float, float]:
+    """Returns what a layer's row cache held, after the warm-up, and what was guessed.
 
     Args:
         selections: Of each step, ``[1, 1, num_kv_heads, top_k]``.
+        guesses: The same shapes.
         num_slots: Rows of the row cache.
+
+    Returns:
+        The shares of the selected rows that the row cache held and that were guessed, and the share
+        of those that it lacked that were guessed; NaN where it lacked none.
     """
     _, _, num_kv_heads, top_k = selections[0].shape
     seq_len = int(max(indices.max() for indices in selections)) + 1
@@ -133,9 +201,17 @@ def hit_rate(selections: list[Tensor], num_slots: int) -> float:
         torch.zeros(1, num_kv_heads, dtype=int32),
     )
     tables = (torch.zeros(1, 1, dtype=int32), torch.tensor([seq_len], dtype=int32))
-    missing = [
-        hata.fetch_rows(indices, pages, pages, *tables, *state).num_missing.sum().item()
-        for indices in selections
-    ]
-    selected = sum(int((indices >= 0).sum()) for indices in selections[WARM_UP:])
-    return 1 - sum(missing[WARM_UP:]) / selected
+    counts = torch.zeros(4)  # selected, missing, guessed, missing and guessed
+    for step, (indices, guess) in enumerate(zip(selections, guesses, strict=True)):
+        fetched = hata.fetch_rows(indices, pages, pages, *tables, *state)
+        if step < WARM_UP:
+            continue
+        selected = indices >= 0
+        missing = torch.zeros_like(selected)
+        for h, listed in enumerate(fetched.missing[0, 0]):
+            missing[0, 0, h, listed[listed >= 0].long()] = True
+        guessed = selected & (indices[..., None] == guess[..., None, :]).any(-1)
+        counts += torch.stack([t.sum() for t in (selected, missing, guessed, missing & guessed)])
+    all_selected, all_missing, all_guessed, both = counts.tolist()
+    guessed_of_missing = both / all_missing if all_missing else math.nan
+    return 1 - all_missing / all_selected, all_guessed / all_selected, guessed_of_missing

@@ -279,7 +279,7 @@ class Staged(HostStep):
 
 
 def seen_by_cpu(rows: Tensor) -> Tensor:
-    """Returns a CPU tensor of the same memory, which is pinned host memory or the CPU's anyway."""
+    """Returns a CPU tensor of the same memory, which lies in host memory."""
     storage = rows.untyped_storage()
     data = (ctypes.c_uint8 * storage.nbytes()).from_address(storage.data_ptr())
     flat = torch.frombuffer(data, dtype=rows.dtype)

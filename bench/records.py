@@ -84,11 +84,14 @@ def usual(steps: Iterable[Step], captured: bool = False) -> list[Step]:
 
 
 def by_heads(
-    steps: list[Step], batch: int | None = None, seq_len: int | None = None
+    steps: list[Step],
+    batch: int | None = None,
+    seq_len: int | None = None,
+    layouts: Iterable[tuple[int, int]] = LAYOUTS,
 ) -> list[tuple[str, list[Step]]]:
     """Returns, per head layout, its name and those steps of one batch or length, if several."""
     found = []
-    for layout in LAYOUTS:
+    for layout in layouts:
         name = "{}/{}".format(*layout)
         chosen = [
             step

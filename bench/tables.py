@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from .cases import CONFIGS, tokens
+from .grids import FEW_HEADS, LAYOUTS
 from .records import Step, by_heads, load_steps, read, table_steps, usual
 
 NAMES = [config.name for config in CONFIGS]
@@ -54,7 +55,7 @@ def crossover_table(steps: list[Step]) -> str:
     """The shortest length from which on every measured length is faster than dense."""
     rows = []
     for batch in sorted({step.shape.batch for step in usual(steps)}):
-        for heads, chosen in by_heads(steps, batch=batch):
+        for heads, chosen in by_heads(steps, batch=batch, layouts=(*FEW_HEADS, *LAYOUTS)):
             cells = [crossover(s for s in chosen if s.config == name) for name in NAMES]
             rows.append([str(batch), heads, *cells])
     return markdown(["batch", "heads/kv", *NAMES], rows)

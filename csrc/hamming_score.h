@@ -13,8 +13,8 @@ enum class ScoreKind {
 
 // scores[b, j, h, t] = sum_p w_p (num_bits - 2 popcount(code[b, h, t] ^ planes[b, j, h, p]))
 // for every position t that query token j sees; see query_planes.h for the weights w_p.
-// Positions that it does not see get the lowest value: INT32_MIN, -infinity; kRank16 leaves them
-// unwritten.
+// Positions that it does not see get the lowest value: INT32_MIN, -infinity; those of kRank16
+// are undefined.
 struct HammingScoreParams {
   PageTable table;
   CodeCache code_cache;  // norms non-null exactly where the float16 score is wanted

@@ -28,12 +28,14 @@ STABLE_TORCH_LIBRARY(hata, m) {
 
   m.def(
       "select_topk(Tensor scores, Tensor cache_seqlens, int top_k, int num_sink=0, "
-      "int num_recent=0, float? top_k_share=None, int? min_top_k=None) -> (Tensor, Tensor)");
+      "int num_recent=0, float? top_k_share=None, int? min_top_k=None, bool return_cut=False) "
+      "-> (Tensor, Tensor, Tensor, Tensor)");
 
   m.def(
       "score_select(Tensor planes, Tensor code_cache, Tensor? norm_cache, Tensor block_table, "
       "Tensor cache_seqlens, int weight_sum, int top_k, int num_sink=0, int num_recent=0, "
-      "float? top_k_share=None, int? min_top_k=None) -> (Tensor, Tensor)");
+      "float? top_k_share=None, int? min_top_k=None, bool return_cut=False) "
+      "-> (Tensor, Tensor, Tensor, Tensor)");
 
   m.def(
       "fetch_rows(Tensor indices, Tensor k_cache, Tensor v_cache, Tensor block_table, "
@@ -61,9 +63,9 @@ STABLE_TORCH_LIBRARY(hata, m) {
       "Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor(c!) code_cache, Tensor(d!)? norm_cache, "
       "Tensor block_table, Tensor cache_seqlens, int query_bits, int top_k, int num_sink=0, "
       "int num_recent=0, float? top_k_share=None, int? min_top_k=None, float? softmax_scale=None, "
-      "float? softcap=None, *, Tensor? k_scale=None, Tensor? v_scale=None, Tensor(e!)? "
-      "workspace=None, Tensor(f!) indices, Tensor(g!) num_selected, Tensor(h!) out, "
-      "Tensor(i!) lse) -> ()");
+      "float? softcap=None, Tensor? k_scale=None, Tensor? v_scale=None, "
+      "Tensor(e!)? workspace=None, Tensor(f!)? last_score=None, Tensor(g!)? num_ties=None, *, "
+      "Tensor(h!) indices, Tensor(i!) num_selected, Tensor(j!) out, Tensor(k!) lse) -> ()");
 
   // Bytes of workspace that decode_step needs.
   m.def(

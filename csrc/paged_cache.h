@@ -21,7 +21,7 @@ struct PageTable {
   int64_t block_table_stride;
 };
 
-inline constexpr int kMaxHeadDim = 256;
+inline constexpr int kMaxHeadDim = 512;
 
 // Rows in float8 (e4m3, without infinities) hold what k and v are divided by their KV head's scale.
 struct KvCache {

@@ -33,6 +33,11 @@ constexpr int plane_weight(int plane, int weight_sum) {
   return plane < last ? 1 << plane : weight_sum - ((1 << last) - 1);
 }
 
+// The score of a position that matches the planes so often, of max_matches = weight_sum num_bits.
+constexpr int score_of_matches(int matches, int max_matches) {
+  return 2 * matches - max_matches;
+}
+
 // Bit p of the result says whether plane p is set for this level (0..weight_sum).
 constexpr unsigned level_planes(int level, int weight_sum) {
   const int last = num_planes(weight_sum) - 1;

@@ -32,9 +32,12 @@ struct ScoreSelectParams {
   const uint32_t* planes;  // [batch, q_len, num_kv_heads, num_planes, num_words], contiguous
   int32_t* indices;        // [batch, q_len, num_kv_heads, top_k], contiguous
   int32_t* num_selected;   // [batch, q_len, num_kv_heads], contiguous
+  CutOutput cut;           // in float16 with norms, otherwise int32
   void* ranks;             // workspace [batch, q_len, num_kv_heads], rank_list_bytes each
   void* exchange;          // workspace, kExchangeBytes
   ScoreSelectAlgorithm algorithm;  // on CUDA
+
+  constexpr int max_matches() const { return weight_sum * code_cache.num_words * kWordBits; }
 };
 
 // Ranks, 16-bit numbers with the order of the scores (ordered_rank_float16() or matches), are read
@@ -60,8 +63,9 @@ constexpr int64_t rank_list_bytes(int64_t capacity) {
 // of a cluster send each other, whatever the shape, so that the workspace of a large one serves all
 // smaller ones. A multiprocessor has one of the blocks: an H100 132, a B200 148.
 inline constexpr int kMaxGridBlocks = 160;
-inline constexpr int64_t kExchangeBytesPerBlock = 22 * 1024;
+inline constexpr int64_t kExchangeBytesPerBlock = 34 * 1024;
 inline constexpr int64_t kExchangeBytes = kMaxGridBlocks * kExchangeBytesPerBlock;
+static_assert(kSelectWorkspaceBytes <= kExchangeBytes);
 
 // The scan of score_select: ranks to the workspace.
 constexpr HammingScoreParams rank_score_params(const ScoreSelectParams& p) {
@@ -79,7 +83,9 @@ constexpr HammingScoreParams rank_score_params(const ScoreSelectParams& p) {
 // The selection of score_select: from the ranks in the workspace.
 constexpr SelectTopkParams rank_select_params(const ScoreSelectParams& p) {
   const int64_t width = rank_pitch(p.table.capacity);
-  return {.dtype = SelectDType::kRank16,
+  const bool has_norms = p.code_cache.norms != nullptr;
+  return {.dtype = has_norms ? SelectDType::kRankFloat16 : SelectDType::kMatches,
+          .max_matches = p.max_matches(),
           .batch = p.table.batch,
           .q_len = p.q_len,
           .num_kv_heads = p.num_kv_heads,
@@ -93,6 +99,8 @@ constexpr SelectTopkParams rank_select_params(const ScoreSelectParams& p) {
           .cache_seqlens = p.table.cache_seqlens,
           .indices = p.indices,
           .num_selected = p.num_selected,
+          .cut = p.cut,
+          .workspace = static_cast<SelectCounts*>(p.exchange),
           .score_batch_stride = p.q_len * p.num_kv_heads * width,
           .score_token_stride = p.num_kv_heads * width,
           .score_head_stride = width};

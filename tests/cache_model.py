@@ -29,6 +29,7 @@ def make_cache(
     config: HataConfig | None = None,
     weights: HashWeights | None = None,
     kv_cache_dtype: torch.dtype | None = None,
+    record_cuts: bool = False,
     **offload: int,
 ) -> HataCache:
     """With a config a cache without norms for attention, else one with norms to look into.
@@ -45,6 +46,7 @@ def make_cache(
         dtype=dtype,
         device=device,
         kv_cache_dtype=kv_cache_dtype,
+        record_cuts=record_cuts,
         **offload,
     )
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cases import Caches, make_caches, random_vectors
+from cases import Caches, make_caches, poisoned, random_vectors
 from hata import DecodeStepOutput, decode_step, reference
 
 
@@ -30,6 +30,16 @@ class DecodeCase:
             **self.settings,
             **buffers,
         )
+
+    def cut_buffers(self) -> dict[str, Tensor]:
+        """Where a step writes, if they are given to it, how its selections ended."""
+        has_norms, pairs = self.caches.norm_cache is not None, self.k.shape[:-1]
+        dtypes = {
+            "last_score": torch.float16 if has_norms else torch.int32,
+            "num_ties": torch.int32,
+        }
+        device = self.k.device.type
+        return {name: poisoned(*pairs, dtype=t, device=device) for name, t in dtypes.items()}
 
     def clone(self, device: str | None = None) -> "DecodeCase":
         """The same tokens and weights, and a copy of the caches."""

@@ -8,7 +8,7 @@ DTYPES = {
     "cpu": [torch.float32, torch.float16, torch.bfloat16],
     "cuda": [torch.float16, torch.bfloat16],
 }
-HEAD_DIMS = {"cpu": list(range(8, 257, 8)), "cuda": [64, 96, 128, 192, 256]}
+HEAD_DIMS = {"cpu": [*range(8, 257, 8), 512], "cuda": [64, 96, 128, 192, 256, 512]}
 
 # What HATA_SCORE_SELECT takes (csrc/bindings/score_select.cpp); the value is the oldest compute
 # capability that has the algorithm.

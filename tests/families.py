@@ -62,15 +62,19 @@ _CAPPED = {
     "query_pre_attn_scalar": 32,
     "attn_implementation": "eager",
 }
-_GEMMA_3N = {
+_SHARED_KEYS = {
     "num_hidden_layers": 4,
     "layer_types": [_SLIDING, _FULL, _SLIDING, _FULL],
-    "intermediate_size": [64] * 4,
-    "laurel_rank": 8,
+    "num_kv_shared_layers": 2,
     "vocab_size_per_layer_input": VOCABULARY,
     "hidden_size_per_layer_input": 16,
-    "activation_sparsity_pattern": [0.0] * 4,
     **_WINDOW,
+}
+_GEMMA_3N = {
+    **_SHARED_KEYS,
+    "intermediate_size": [64] * 4,
+    "laurel_rank": 8,
+    "activation_sparsity_pattern": [0.0] * 4,
 }
 
 
@@ -253,10 +257,18 @@ FAMILIES = [
     Family(
         "Gemma 3n (text)",
         "Gemma3n",
-        {"num_kv_shared_layers": 2, **_GEMMA_3N},
+        _GEMMA_3N,
         "Gemma3nTextConfig",
         (1,),
         f"later layers share the keys; {_WINDOWED}",
+    ),
+    Family(
+        "Gemma 4 (text)",
+        "Gemma4",
+        {**_SHARED_KEYS, "global_head_dim": 512},
+        "Gemma4TextConfig",
+        (1,),
+        f"heads of 512 channels; later layers share the keys; {_WINDOWED}",
     ),
     _refused(
         "Falcon H1",

@@ -1,4 +1,4 @@
-"""Every operator in eight settings, by every selection algorithm, against the CPU's operators.
+"""Every operator in nine settings, by every selection algorithm, against the CPU's operators.
 
 Run by itself or, on a GPU, under compute-sanitizer (test_sanitizer.py). Inputs are made and results
 compared on the CPU, so that nearly all kernels that a tool has to watch are hata's.
@@ -19,6 +19,7 @@ HALF, BFLOAT = torch.float16, torch.bfloat16
 SETTINGS: list[tuple[list[int], dict[str, Any]]] = [
     ([90, 1, 0], {"dtype": HALF, "group": 1, "num_bits": 32, "page_size": 1}),
     ([700, 33, 5], {"dtype": BFLOAT, "group": 4, "head_dim": 128, "top_k": 300}),
+    ([500, 41], {"dtype": BFLOAT, "group": 12, "head_dim": 192, "top_k": 200}),
     (
         [150, 64, 2],
         {
@@ -75,8 +76,9 @@ def run(case: DecodeCase) -> dict[str, Tensor]:
     hata.cache_append(case.k, case.v, case.key_weights, *caches.all)
     planes = hata.encode_query(case.q, case.query_weights, query_bits=query_bits)
     scores = hata.hamming_score(planes, *caches.codes, max_seq_len=caches.capacity, **scored)
-    best, _ = hata.select_topk(scores, caches.cache_seqlens, **settings)
-    indices, num_selected = hata.score_select(planes, *caches.codes, **scored, **settings)
+    settings |= {"return_cut": True}
+    best, _, *best_cut = hata.select_topk(scores, caches.cache_seqlens, **settings)
+    indices, num_selected, *cut = hata.score_select(planes, *caches.codes, **scored, **settings)
     fetched = hata.fetch_rows(
         *(indices[:, -1:].contiguous(), *caches.kv),
         **row_cache(caches, indices.shape[3] + 3),
@@ -84,14 +86,17 @@ def run(case: DecodeCase) -> dict[str, Tensor]:
     out, lse = hata.gather_attention(case.q, *caches.kv, indices)
     dense, dense_lse = hata.dense_attention(case.q, *caches.kv)
     merged, merged_lse = hata.merge_attention_states(out, lse, dense, dense_lse)
-    step = whole.run()
+    step_cut = whole.cut_buffers()
+    step = whole.run(**step_cut)
     results = {
         **{"codes": codes, "key_norms": key_norms, "planes": planes, "scores": scores},
         **{f"fetched.{name}": t for name, t in fetched._asdict().items()},
         **{"best": best, "indices": indices, "num_selected": num_selected},
         **{"out": out, "lse": lse, "dense": dense, "dense_lse": dense_lse},
         **{"merged": merged, "merged_lse": merged_lse},
-        **{f"step.{name}": t for name, t in step._asdict().items()},
+        **{f"step.{name}": t for name, t in (step._asdict() | step_cut).items()},
+        **{f"{name}.cut": t for name, t in zip(step_cut, cut, strict=True)},
+        **{f"{name}.best_cut": t for name, t in zip(step_cut, best_cut, strict=True)},
         **{"k_cache": caches.k_cache, "code_cache": caches.code_cache},
         **{"step.v_cache": whole.caches.v_cache, "step.code_cache": whole.caches.code_cache},
     }

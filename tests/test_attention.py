@@ -105,12 +105,13 @@ def test_decoding_attends_to_the_reference_selection(
     weights: HashWeights,
     config: HataConfig,
 ) -> None:
-    cache = make_cache(device, dtype, config=config, weights=weights, page_size=page_size)
+    shape = {"config": config, "weights": weights, "page_size": page_size}
+    cache = make_cache(device, dtype, **shape, record_cuts=True)
     fill(cache, 40, [40, 11, 2])
     q, (k, v) = queries(cache, q_len), new_tokens(cache, q_len)
     for layer_idx in (DENSE, SPARSE):
         out = hata.decode_attention(q, k, v, cache, layer_idx)
-    indices, num_selected = cache.last_selection(SPARSE)
+    indices, _ = selected = cache.last_selection(SPARSE)
     _, query_weights = weights.layer(SPARSE, dtype, cache.device)
     expected = reference.score_select(
         hata.encode_query(q, query_weights, query_bits=weights.query_bits),
@@ -122,9 +123,10 @@ def test_decoding_attends_to_the_reference_selection(
         top_k=config.top_k,
         num_sink=config.num_sink,
         num_recent=config.num_recent,
+        return_cut=True,
     )
-    assert_equal(indices, expected[0].to(device))
-    assert_equal(num_selected, expected[1].to(device))
+    for a, e in zip((*selected, *cache.last_cut(SPARSE)), expected, strict=True):
+        assert_equal(a, e.to(device))
     assert_attends(out, q, cache, SPARSE, indices)
 
 
@@ -168,9 +170,8 @@ def test_gradients_are_not_recorded(device: str) -> None:
 def test_a_captured_step_replays_with_other_lengths(
     config: HataConfig, page_size: int | None
 ) -> None:
-    caches = [
-        make_cache("cuda", torch.bfloat16, config=config, page_size=page_size) for _ in range(2)
-    ]
+    shape = {"config": config, "page_size": page_size, "record_cuts": True}
+    caches = [make_cache("cuda", torch.bfloat16, **shape) for _ in range(2)]
     for cache in caches:
         torch.manual_seed(1)
         fill(cache, 20, [20, 8, 1])
@@ -195,5 +196,7 @@ def test_a_captured_step_replays_with_other_lengths(
         for actual, expected in zip(captured, step(eager), strict=True):
             assert_equal(actual, expected)
         assert_equal(replayed.last_selection(SPARSE)[0], eager.last_selection(SPARSE)[0])
+        for a, e in zip(replayed.last_cut(SPARSE), eager.last_cut(SPARSE), strict=True):
+            assert_equal(a, e)
     for now, then in zip(contents(replayed), contents(eager), strict=True):
         assert_equal(now, then)

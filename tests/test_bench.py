@@ -259,6 +259,7 @@ def test_a_larger_row_cache_hits_more_often(tmp_path):
     assert [int(row["num_slots"]) for row in found] == [32, 64, 128, 256]
     hit_rates = [float(row["hit_rate"]) for row in found]
     assert 0 < hit_rates[0] < hit_rates[-1] <= 1
+    assert all(0 < float(row["guessed_of_missing"]) < float(row["guessed"]) < 1 for row in found)
     assert hit_rates == sorted(hit_rates)
 
 

@@ -87,6 +87,10 @@ FAILURES = {
         lambda cache: cache.last_selection(0),
         "last_selection: layer_idx must be a sparse layer that has decoded, got 0",
     ),
+    "cut": (
+        lambda cache: cache.last_cut(0),
+        "last_cut: layer_idx must be a sparse layer that has decoded, got 0",
+    ),
 }
 
 

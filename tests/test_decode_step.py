@@ -26,7 +26,8 @@ def assert_steps(case: DecodeCase) -> DecodeStepOutput:
     """The caches as cache_append leaves them, the reference's selection, and attention over it."""
     expected, before = case.caches.clone(), case.caches
     cache_append(case.k, case.v, case.key_weights, *expected.all)
-    result = case.run()
+    cut = case.cut_buffers()
+    result = case.run(**cut)
     for name in ("k_cache", "v_cache", "code_cache", "norm_cache"):
         if getattr(before, name) is not None:
             assert_equal(getattr(before, name), getattr(expected, name))
@@ -34,14 +35,17 @@ def assert_steps(case: DecodeCase) -> DecodeStepOutput:
     settings = dict(case.settings)
     query_bits = settings.pop("query_bits")
     group = case.q.shape[2] // case.k.shape[2]
-    indices, num_selected = reference.score_select(
+    indices, num_selected, *expected_cut = reference.score_select(
         encode_query(case.q, case.query_weights, query_bits=query_bits),
         *expected.codes,
         weight_sum=plane_weight_sum(query_bits, group),
         **settings,
+        return_cut=True,
     )
     assert_equal(result.indices, indices)
     assert_equal(result.num_selected, num_selected)
+    for a, e in zip(cut.values(), expected_cut, strict=True):
+        assert_equal(a, e)
 
     truth = reference.gather_attention(case.q.double(), *expected.double().kv, indices)
     plain = plain_gather_attention(case.q, *expected.kv, indices)
@@ -70,7 +74,7 @@ def test_any_group_size(device, group, query_bits):
     assert_steps(make_decode_case([90, 20], device=device, dtype=torch.bfloat16, **shape))
 
 
-@pytest.mark.parametrize("head_dim", [64, 96, 128, 192, 256])
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 192, 256, 512])
 @pytest.mark.parametrize("num_bits", [32, 96, 128, 160, 224, 256])
 def test_any_head_dim_and_number_of_bits(device, head_dim, num_bits):
     assert_steps(make_decode_case([70, 33], device=device, head_dim=head_dim, num_bits=num_bits))
@@ -86,18 +90,49 @@ def test_any_budget(device, algorithm, top_k):
     assert_steps(make_decode_case([300, 90], device=device, top_k=top_k))
 
 
+# Groups and head_dims that teams of one to four warps attend over in the fused step.
+TEAMS = [(12, 64), (16, 96), (9, 128), (1, 192), (4, 256), (16, 256)]
+
+
+@pytest.mark.parametrize(("group", "head_dim"), TEAMS)
+def test_wide_groups_and_rows(device, algorithm, group, head_dim):
+    shape = {"group": group, "head_dim": head_dim, "dtype": torch.bfloat16, "top_k": 300}
+    assert_steps(make_decode_case([1100, 0, 305, 5], device=device, **shape))
+
+
+@has_grid
+def test_a_step_is_one_launch():
+    cases = [
+        make_decode_case([400, 90], device="cuda", group=group, head_dim=head_dim)
+        for group, head_dim in [(1, 64), (8, 128), *TEAMS]
+    ]
+    for case in cases:
+        case.run()  # asks the device what it can do
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for case in cases:
+            case.run()
+        torch.cuda.synchronize()
+    names = [e.name for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    assert sum("decode_step_kernel" in name for name in names) == len(cases)
+    assert not [name for name in names if "attention" in name]
+
+
 @gpu_only
 @pytest.mark.parametrize("key_norms", [False, True])
+@pytest.mark.parametrize(("group", "head_dim"), [(2, 128), (16, 128), (3, 256)])
 @pytest.mark.parametrize("num_kv_heads", [1, 9, 12, 20, 30, 40, 50, 70, 140])
-def test_any_cluster(num_kv_heads, key_norms):
+def test_any_cluster(num_kv_heads, group, head_dim, key_norms):
     """More heads, fewer blocks for each: clusters of eight to one."""
-    shape = {"num_kv_heads": num_kv_heads, "group": 2, "head_dim": 128, "dtype": torch.bfloat16}
-    assert_steps(make_decode_case([1500], device="cuda", top_k=150, key_norms=key_norms, **shape))
+    shape = {"group": group, "head_dim": head_dim, "dtype": torch.bfloat16, "key_norms": key_norms}
+    shape |= {"num_kv_heads": num_kv_heads, "top_k": 150}
+    assert_steps(make_decode_case([1500], device="cuda", **shape))
 
 
 @gpu_only
-def test_more_positions_than_a_block_keeps():
-    shape = {"num_kv_heads": 140, "group": 1, "head_dim": 128, "dtype": torch.bfloat16}
+@pytest.mark.parametrize("head_dim", [128, 256])
+def test_more_positions_than_a_block_keeps(head_dim):
+    shape = {"num_kv_heads": 140, "group": 1, "head_dim": head_dim, "dtype": torch.bfloat16}
     assert_steps(make_decode_case([9000], device="cuda", top_k=7000, page_size=None, **shape))
 
 
@@ -125,9 +160,11 @@ def test_a_grid_whose_blocks_all_serve_one_pair(monkeypatch):
 
 @has_grid
 @pytest.mark.parametrize("key_norms", [False, True])
-def test_a_grid_of_sequences_of_any_lengths(monkeypatch, key_norms):
+@pytest.mark.parametrize(("group", "head_dim"), [(3, 128), (16, 128), (4, 256)])
+def test_a_grid_of_sequences_of_any_lengths(monkeypatch, group, head_dim, key_norms):
     lengths = [20_001, 33, 9000, 1, 0, 700]
-    assert_steps(grid_case(monkeypatch, lengths, top_k=300, key_norms=key_norms))
+    shape = {"group": group, "head_dim": head_dim, "top_k": 300, "key_norms": key_norms}
+    assert_steps(grid_case(monkeypatch, lengths, **shape))
 
 
 @has_grid
@@ -142,9 +179,11 @@ def test_a_grid_gives_ties_to_the_most_recent(monkeypatch, key_norms):
 
 @has_grid
 @pytest.mark.parametrize("key_norms", [False, True])
-@pytest.mark.parametrize("num_recent", [4, 2900])
-def test_a_grid_evens_out_a_selection_that_lies_in_a_few_slices(monkeypatch, num_recent, key_norms):
-    shape = {"num_recent": num_recent, "top_k": 3000, "key_norms": key_norms}
+@pytest.mark.parametrize(("num_recent", "head_dim"), [(4, 128), (2900, 128), (4, 256)])
+def test_a_grid_evens_out_a_selection_that_lies_in_a_few_slices(
+    monkeypatch, num_recent, head_dim, key_norms
+):
+    shape = {"num_recent": num_recent, "head_dim": head_dim, "top_k": 3000, "key_norms": key_norms}
     case = grid_case(monkeypatch, [40_000], **shape)
     codes = case.caches.code_cache
     few = case.caches.block_table[0, 300:350].long()
@@ -324,6 +363,7 @@ def test_opcheck(device, key_norms):
         ),
         {
             "workspace": torch.zeros(size, dtype=torch.uint8, device=device),
+            **case.cut_buffers(),
             "indices": torch.zeros(2, 2, 2, 8, dtype=torch.int32, device=device),
             "num_selected": torch.zeros(2, 2, 2, dtype=torch.int32, device=device),
             "out": torch.zeros_like(case.q),

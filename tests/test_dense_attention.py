@@ -47,7 +47,7 @@ def test_matches_the_reference(device, dtype, q_len, page_size, layout):
     assert (lse[2] == -torch.inf).all()
 
 
-@pytest.mark.parametrize("head_dim", [64, 96, 128, 192, 256])
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 192, 256, 512])
 @pytest.mark.parametrize(("group", "q_len"), [(1, 1), (4, 1), (4, 4)])
 def test_any_head_dim(device, dtype, head_dim, group, q_len):
     caches = make_caches([90, 33], device=device, dtype=dtype, head_dim=head_dim)

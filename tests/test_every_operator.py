@@ -32,7 +32,9 @@ OPS = [
 BUFFERS = {  # of the caller
     "dense_attention": {"out", "lse"},
     "fetch_rows": {"slots", "missing", "num_missing"},
-    "decode_step": {"workspace", "indices", "num_selected", "out", "lse"},
+    "decode_step": {
+        *("workspace", "last_score", "num_ties", "indices", "num_selected", "out", "lse"),
+    },
 }
 
 

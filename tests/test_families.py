@@ -108,3 +108,22 @@ def test_weights_and_budgets_belong_to_the_layers_of_the_model(family: Family) -
 def test_the_documented_table_is_the_tested_one() -> None:
     page = Path(__file__).parents[1] / "docs/models.md"
     assert table() in page.read_text()
+
+
+@pytest.mark.parametrize("logits_to_keep", [0, 1, 3])
+def test_passes_without_a_cache_are_the_model_s_where_layers_share_keys(
+    logits_to_keep: int,
+) -> None:
+    """Gemma 4 leaves such layers the tokens alone of which logits are asked for."""
+    model = next(f for f in FAMILIES if f.name.startswith("Gemma 4")).make()
+    prompt, mask = random_prompt(3, 23), torch.ones(3, 23, dtype=torch.long)
+    mask[1, :7] = 0
+
+    def run() -> list[Tensor]:
+        settings = {"use_cache": False, "logits_to_keep": logits_to_keep}
+        return [model(prompt, attention_mask=m, **settings).logits for m in (None, mask)]
+
+    with torch.no_grad():
+        dense = run()
+        enable(model, EVERYTHING, weights=weights_of(model))
+        torch.testing.assert_close(run(), dense, rtol=1e-4, atol=1e-5)

@@ -159,10 +159,13 @@ def test_dense_attention(device, dtype, head_dim, group, q_len):
 
 
 @pytest.mark.parametrize(
-    ("head_dim", "q_len", "key_norms"),
-    [(64, 1, True), (96, 1, False), (128, 1, False), (128, 3, True), (256, 1, False)],
+    ("head_dim", "group", "q_len", "key_norms"),
+    [
+        *[(64, 4, 1, True), (96, 4, 1, False), (128, 4, 1, False), (128, 4, 3, True)],
+        *[(96, 16, 1, False), (128, 12, 1, True), (192, 2, 1, False), (256, 4, 1, False)],
+    ],
 )
-def test_decode_step(device, algorithm, dtype, head_dim, q_len, key_norms):
+def test_decode_step(device, algorithm, dtype, head_dim, group, q_len, key_norms):
     """Caches as cache_append leaves them, the selection of unquantized keys, and its attention."""
     case = make_decode_case(
         [153, 8, 0, 400],
@@ -170,7 +173,7 @@ def test_decode_step(device, algorithm, dtype, head_dim, q_len, key_norms):
         dtype=dtype,
         head_dim=head_dim,
         q_len=q_len,
-        group=4,
+        group=group,
         key_norms=key_norms,
         top_k=100,
     )

@@ -29,7 +29,7 @@ def test_matches_the_reference(device, dtype, page_size, layout):
     assert_attends(q, caches, indices, (out, lse))
 
 
-@pytest.mark.parametrize("head_dim", [64, 96, 128, 192, 256])
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 192, 256, 512])
 @pytest.mark.parametrize("group", [1, 4])
 def test_any_head_dim(device, dtype, head_dim, group):
     caches = make_caches([90, 33], device=device, dtype=dtype, head_dim=head_dim)

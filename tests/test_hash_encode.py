@@ -36,7 +36,7 @@ def test_matches_the_reference_where_projections_are_exact(device, dtype):
     assert_equal(norms, expected_norms)
 
 
-@pytest.mark.parametrize("head_dim", [64, 96, 128, 192, 256])
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 192, 256, 512])
 def test_norms_are_rounded_once(device, dtype, head_dim):
     keys = random_vectors(2, 37, 3, head_dim, dtype=dtype, device=device)
     key_weights = random_vectors(3, head_dim, 32, dtype=dtype, device=device)

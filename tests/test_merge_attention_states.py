@@ -32,7 +32,7 @@ def assert_merges(states: tuple, merged: tuple) -> None:
         assert_no_worse_than_pytorch(actual, plain, exact)
 
 
-@pytest.mark.parametrize("head_dim", [64, 96, 128, 192, 256])
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 192, 256, 512])
 def test_matches_the_reference(device, dtype, head_dim):
     states = random_states(3, 2, 5, head_dim=head_dim, dtype=dtype, device=device)
     assert_merges(states, merge_attention_states(*states))

@@ -1,5 +1,6 @@
 """Sequences shorter than `HataConfig.min_sparse_len` are decoded densely, each on its own."""
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 
 import hata
 from attention_model import DENSE, FEW, SPARSE, assert_attends, fill, queries
-from cache_model import contents, make_cache, new_tokens
+from cache_model import WEIGHTS, WITH_NORMS, contents, make_cache, new_tokens
 from closeness import assert_equal
 from devices import gpu_only
 from hata import HataCache, HataConfig
@@ -79,6 +80,31 @@ def test_the_selection_of_a_dense_step_is_every_visible_position(device: str) ->
             assert (indices[b, j, :, count:] == -1).all()
     mass = hata.attention_mass(q, cache, SPARSE, indices)
     torch.testing.assert_close(mass, torch.ones_like(mass))
+
+
+@pytest.mark.parametrize("weights", [WEIGHTS, WITH_NORMS], ids=["plain", "norms"])
+def test_a_dense_step_cuts_nothing(device: str, weights: hata.HashWeights) -> None:
+    cache = make_cache(device, torch.float16, config=routed(25), weights=weights, record_cuts=True)
+    fill(cache, 24, [24, 23, 0])  # the first one turns sparse
+    q, (k, v) = queries(cache, 1), new_tokens(cache, 1)
+    for layer_idx in (DENSE, SPARSE):
+        hata.decode_attention(q, k, v, cache, layer_idx)
+    last_score, num_ties = cache.last_cut(SPARSE)
+    assert last_score.dtype == weights.score_dtype
+    lowest = -torch.inf if weights.key_norms else -(2**31)
+    assert (last_score[0] > lowest).all()
+    assert (num_ties[0] > 0).all()
+    assert (last_score[1:] == lowest).all()
+    assert (num_ties[1:] == 0).all()
+
+
+def test_cuts_are_recorded_on_request_alone(device: str) -> None:
+    cache = make_cache(device, torch.float16, config=FEW)
+    for layer_idx in (DENSE, SPARSE):
+        hata.decode_attention(queries(cache, 1), *new_tokens(cache, 1), cache, layer_idx)
+    message = "hata.HataCache.last_cut: record_cuts must be True for this cache, got False"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        cache.last_cut(SPARSE)
 
 
 def test_a_growing_sequence_turns_sparse(device: str) -> None:

@@ -71,6 +71,7 @@ class Twins:
     ) -> None:
         shape: dict[str, Any] = {"page_size": 4, "max_seq_len": 64, "config": config}
         shape["kv_cache_dtype"] = kv_cache_dtype
+        shape["record_cuts"] = True
         self.offloaded = make_cache(device, dtype, **shape, host_memory=ROOM, **offload)
         self.resident = make_cache(device, dtype, **shape)
         if kv_cache_dtype is not None:
@@ -98,6 +99,8 @@ class Twins:
             (indices, counts), selected = (c.last_selection(layer_idx) for c in self)
             assert_equal(indices, selected[0])
             assert_equal(counts, selected[1])
+            for a, e in zip(*(c.last_cut(layer_idx) for c in self), strict=True):
+                assert_equal(a, e)
             eps = torch.finfo(out.dtype).eps
             torch.testing.assert_close(out, expected, rtol=4 * eps, atol=4 * eps)
             if self.offloaded.row_cache is not None:
@@ -224,8 +227,8 @@ def test_a_system_that_refuses_is_an_error_before_anything_changes(
     CacheModel(cache).append(16)
     before = contents(cache)
     with monkeypatch.context() as patch:
-        patch.setattr(HostMemory, "pin", failing)
-        patch.setattr(HostMemory, "num_pinned", 0)
+        patch.setattr(HostMemory, "take", failing)
+        patch.setattr(HostMemory, "num_taken", 0)
         with pytest.raises(RuntimeError, match="out of memory"):
             cache.extend(1)
     assert_unchanged(cache, before, [16, 16, 16])

@@ -34,8 +34,9 @@ def test_hamming_score_and_score_select(device, algorithm, data):
     scores = hata.hamming_score(planes, *caches.codes, **scored)
     expected_scores = reference.hamming_score(planes.cpu(), *on_cpu.codes, **scored)
     assert_equal(scores.cpu(), expected_scores)
-    expected = reference.select_topk(expected_scores, on_cpu.cache_seqlens, **shape.budget)
-    selected = hata.score_select(planes, *caches.codes, weight_sum=weight_sum, **shape.budget)
+    budget = {**shape.budget, "return_cut": True}
+    expected = reference.select_topk(expected_scores, on_cpu.cache_seqlens, **budget)
+    selected = hata.score_select(planes, *caches.codes, weight_sum=weight_sum, **budget)
     assert_all_equal(selected, expected)
 
 
@@ -48,9 +49,10 @@ def test_select_topk(device, data, distinct):
     rows = (shape.batch, shape.q_len, shape.num_kv_heads)
     scores = torch.randint(-distinct, distinct, (*rows, width)).to(dtype)
     lengths = torch.tensor(shape.seq_lens, dtype=torch.int32)
-    expected = reference.select_topk(scores, lengths, **shape.budget)
+    budget = {**shape.budget, "return_cut": True}
+    expected = reference.select_topk(scores, lengths, **budget)
     where = (scores.to(device), lengths.to(device))
-    assert_all_equal(hata.select_topk(*where, **shape.budget), expected)
+    assert_all_equal(hata.select_topk(*where, **budget), expected)
 
 
 @given(data=st.data())

@@ -13,10 +13,10 @@ def select(planes, caches, top_k, weight_sum, *, op=score_select, **options):
 
 
 def assert_selects(planes, caches, top_k, weight_sum, **budget) -> None:
+    budget |= {"return_cut": True}
     actual = select(planes, caches, top_k, weight_sum, **budget)
     expected = select(planes, caches, top_k, weight_sum, op=reference.score_select, **budget)
     for a, e in zip(actual, expected, strict=True):
-        assert a.dtype == torch.int32
         assert_equal(a, e)
 
 
@@ -57,14 +57,15 @@ def test_any_budget_and_query_tokens(device, algorithm, q_len, top_k):
 
 
 @pytest.mark.parametrize("key_norms", [False, True])
-@pytest.mark.parametrize("seq_len", [1023, 4096, 9001])
+@pytest.mark.parametrize("seq_len", [1023, 4096, 33_001])
 def test_equals_score_then_select_on_long_sequences(device, algorithm, seq_len, key_norms):
     caches = make_caches([seq_len, seq_len // 2], device=device, key_norms=key_norms)
     planes = random_planes(2, 2, 2, 15, 64, device=device)
     scores = hamming_score(planes, *caches.codes, weight_sum=15, max_seq_len=caches.capacity)
     for top_k in (64, 1000):
-        expected = select_topk(scores, caches.cache_seqlens, top_k=top_k, num_sink=4, num_recent=16)
-        actual = select(planes, caches, top_k, 15, num_sink=4, num_recent=16)
+        budget = {"num_sink": 4, "num_recent": 16, "return_cut": True}
+        expected = select_topk(scores, caches.cache_seqlens, top_k=top_k, **budget)
+        actual = select(planes, caches, top_k, 15, **budget)
         for a, e in zip(actual, expected, strict=True):
             assert_equal(a, e)
 
@@ -181,4 +182,6 @@ def test_opcheck(device, key_norms):
     caches = make_caches([20, 7], device=device, page_size=32, key_norms=key_norms)
     planes = random_planes(2, 3, 2, 7, 64, device=device)
     args = (planes, *caches.codes, 7, 8, 1, 1)
-    torch.library.opcheck(torch.ops.hata.score_select.default, args)
+    for return_cut in (False, True):
+        kwargs = {"return_cut": return_cut}
+        torch.library.opcheck(torch.ops.hata.score_select.default, args, kwargs)

@@ -19,11 +19,10 @@ def lengths(seq_lens: list[int], device: str) -> torch.Tensor:
 
 
 def assert_selects(scores, cache_seqlens, top_k, num_sink=0, num_recent=0) -> None:
-    budget = {"top_k": top_k, "num_sink": num_sink, "num_recent": num_recent}
+    budget = {"top_k": top_k, "num_sink": num_sink, "num_recent": num_recent, "return_cut": True}
     actual = select_topk(scores, cache_seqlens, **budget)
     expected = reference.select_topk(scores, cache_seqlens, **budget)
     for a, e in zip(actual, expected, strict=True):
-        assert a.dtype == torch.int32
         assert_equal(a, e)
 
 
@@ -75,6 +74,20 @@ def test_equal_scores_over_many_tiles(device):
     assert_selects(scores, lengths([8999], device), 2000, 4, 16)
 
 
+@pytest.mark.parametrize("dtype_", DTYPES, ids=str)
+def test_few_long_lists_of_unequal_length(device, dtype_):
+    """On a GPU several blocks share each: cuts within ties, across blocks, and none at all."""
+    cache_seqlens = lengths([50_000, 33, 40_961], device)
+    few = random_scores(3, 2, 1, 50_000, dtype=dtype_, device=device)
+    distinct = torch.randn(few.shape, device=device).mul(1e6).to(dtype_)
+    late = torch.zeros_like(few)
+    late[..., 40_000:40_100] = 1
+    for scores in (few, distinct, late):
+        assert_selects(scores, cache_seqlens, 700, 4, 16)
+    assert_selects(few, cache_seqlens, 20, 4, 16)
+    assert_selects(few, cache_seqlens, 45_000)
+
+
 def test_a_share_grows_with_what_a_token_sees(device):
     scores = random_scores(6, 2, 1, 310, dtype=torch.int32, device=device)
     budget = {"top_k": 20, "num_sink": 1, "num_recent": 2, "top_k_share": 0.1, "min_top_k": 5}
@@ -94,6 +107,27 @@ def test_sink_and_recent_count_inside_the_budget(device):
     assert indices.flatten().tolist() == [0, 1, 2, 3, 4, 87, 88, 89]
     indices, _ = select_topk(scores, lengths([90], device), top_k=5, num_sink=2, num_recent=3)
     assert indices.flatten().tolist() == [0, 1, 87, 88, 89]
+
+
+@pytest.mark.parametrize("dtype_", DTYPES, ids=str)
+def test_says_how_a_selection_ended(device, dtype_):
+    """The lowest score that was taken, and how many have it; nothing where no score counted."""
+    row = [9, 9, 5, 3, 3, 3, 3, 1, 3, 9]  # a sink, eight that compete, and a recent one
+    scores = torch.tensor(row, dtype=dtype_, device=device).expand(5, 1, 1, -1)
+    kept = {"num_sink": 1, "num_recent": 1, "return_cut": True}
+    lowest = -torch.inf if dtype_.is_floating_point else -(2**31)
+    # Of 10, 10, 9, 4 and 0 visible positions.
+    seqlens = lengths([10, 10, 9, 4, 0], device)
+    for top_k, expected_scores, expected_ties in (
+        (2, [lowest] * 5, [0] * 5),
+        (4, [5, 5, 5, lowest, lowest], [1, 1, 1, 0, 0]),
+        (5, [3, 3, 3, lowest, lowest], [5, 5, 4, 0, 0]),
+        (9, [3, 3, lowest, lowest, lowest], [5, 5, 0, 0, 0]),
+    ):
+        *_, last_score, num_ties = select_topk(scores, seqlens, top_k=top_k, **kept)
+        assert last_score.dtype == dtype_
+        assert last_score.flatten().tolist() == expected_scores
+        assert num_ties.flatten().tolist() == expected_ties
 
 
 def test_sink_and_recent_that_overlap(device):
@@ -172,4 +206,6 @@ def test_batch_past_65535(device):
 def test_opcheck(device, dtype_):
     scores = random_scores(2, 3, 2, 40, dtype=dtype_, device=device)
     args = (scores, lengths([40, 9], device), 8, 2, 2)
-    torch.library.opcheck(torch.ops.hata.select_topk.default, args)
+    for return_cut in (False, True):
+        kwargs = {"return_cut": return_cut}
+        torch.library.opcheck(torch.ops.hata.select_topk.default, args, kwargs)

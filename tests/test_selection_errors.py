@@ -270,6 +270,12 @@ def test_decode_step_outputs(device):
         num_selected=r.int32(2, 1, 3),
     )
     r("num_selected must be contiguous, got other strides", num_selected=r.int32(2, 1, 4)[..., ::2])
+    r("last_score must be Half, got Int", last_score=r.int32(2, 1, 2))
+    r("last_score must be Int, got Half", norm_cache=None, last_score=r.half(2, 1, 2))
+    r("last_score must be contiguous, got other strides", last_score=r.half(2, 1, 4)[..., ::2])
+    r("num_ties must be Int, got Half", num_ties=r.half(2, 1, 2))
+    r(f"num_ties must have shape [{kv_heads}], got [2, 1, 3]", num_ties=r.int32(2, 1, 3))
+    r("num_ties must be contiguous, got other strides", num_ties=r.int32(2, 1, 4)[..., ::2])
     r("out must be Half, got Float", out=r.float32(2, 1, 6, 64))
     r(f"out must have shape [{heads}, head_dim=64], got [2, 1, 5, 64]", out=r.half(2, 1, 5, 64))
     r("out must be contiguous, got other strides", out=r.half(2, 1, 6, 128)[..., ::2])

@@ -87,6 +87,7 @@ def test_sparse_layers_report_what_they_selected(device: str) -> None:
         assert (num_selected == min(FEW.top_k, cache.seq_lens[0])).all()
         mass = hata.attention_mass(q, cache, layer_idx, indices)
         assert ((mass > 0) & (mass < 1)).all()
+        assert (cache.last_cut(layer_idx)[1] > 0).all()
         steps.append((layer_idx, cache.seq_lens[0]))
 
     cache = make_cache(model, FEW, observer=observe)

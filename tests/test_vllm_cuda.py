@@ -58,10 +58,11 @@ def log_likelihoods(llm: LLM) -> Tensor:
     Float8 queries, keys and values have scales.
     """
     if llm.llm_engine.vllm_config.cache_config.cache_dtype == "fp8":
-        for layer in (attention_layer(llm, i) for i in range(NUM_LAYERS)):
-            layer._q_scale.fill_(0.3)
-            layer._k_scale.fill_(0.7)
-            layer._v_scale.fill_(0.2)
+        with torch.inference_mode():  # in which vLLM may have made them
+            for layer in (attention_layer(llm, i) for i in range(NUM_LAYERS)):
+                layer._q_scale.fill_(0.3)
+                layer._k_scale.fill_(0.7)
+                layer._v_scale.fill_(0.2)
     answers = generate(
         llm,
         random_prompts(5, 70, 200, 33, 150, 1, 96),

@@ -1,5 +1,7 @@
 #include "bindings/checks.h"
 
+#include <algorithm>
+#include <iterator>
 #include <string>
 
 namespace hata {
@@ -111,11 +113,11 @@ void ArgumentChecks::rows_aligned(const Tensor& t, const char* name) const {
 
 void ArgumentChecks::head_dim(int64_t value) const {
   if (on_cuda()) {
-    const bool supported =
-        value == 64 || value == 96 || value == 128 || value == 192 || value == 256;
-    rule(supported, "head_dim", "be one of 64, 96, 128, 192, 256 on CUDA", value);
+    constexpr int kSupported[] = {64, 96, 128, 192, 256, 512};
+    rule(std::ranges::find(kSupported, value) != std::end(kSupported), "head_dim",
+         "be one of 64, 96, 128, 192, 256, 512 on CUDA", value);
   } else {
-    rule(value > 0 && value <= 256 && value % 8 == 0, "head_dim", "be a multiple of 8 in 8..256",
+    rule(value > 0 && value <= 512 && value % 8 == 0, "head_dim", "be a multiple of 8 in 8..512",
          value);
   }
 }

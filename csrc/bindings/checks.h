@@ -60,7 +60,7 @@ class ArgumentChecks {
   // On CUDA: every row (all dimensions but the last fixed) starts at a multiple of 16 bytes.
   void rows_aligned(const Tensor& t, const char* name) const;
 
-  // A multiple of 8 up to 256 on CPU; 64, 96, 128, 192 or 256 on CUDA.
+  // A multiple of 8 up to 512 on CPU; 64, 96, 128, 192, 256 or 512 on CUDA.
   void head_dim(int64_t value) const;
 
   void contiguous(const Tensor& t, const char* name) const;

@@ -31,7 +31,8 @@ void decode_step(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor
                  int64_t num_recent, std::optional<double> top_k_share,
                  std::optional<int64_t> min_top_k, std::optional<double> softmax_scale,
                  std::optional<double> softcap, std::optional<Tensor> k_scale,
-                 std::optional<Tensor> v_scale, std::optional<Tensor> workspace, Tensor indices,
+                 std::optional<Tensor> v_scale, std::optional<Tensor> workspace,
+                 std::optional<Tensor> last_score, std::optional<Tensor> num_ties, Tensor indices,
                  Tensor num_selected, Tensor out, Tensor lse) {
   const ArgumentChecks check("decode_step", q, "q");
   DecodeStepParams params{};
@@ -69,6 +70,15 @@ void decode_step(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor
   check.rows_aligned(out, "out");
   check.tensor(lse, "lse", ScalarType::Float, {batch, q_len, num_heads});
   check.contiguous(lse, "lse");
+  if (last_score) {
+    const ScalarType score_dtype = norm_cache ? ScalarType::Half : ScalarType::Int;
+    check.tensor(*last_score, "last_score", score_dtype, {batch, q_len, num_kv_heads});
+    check.contiguous(*last_score, "last_score");
+  }
+  if (num_ties) {
+    check.tensor(*num_ties, "num_ties", ScalarType::Int, {batch, q_len, num_kv_heads});
+    check.contiguous(*num_ties, "num_ties");
+  }
   const WorkspaceLayout layout =
       workspace_layout(encode.batch, encode.q_len, encode.num_heads, encode.num_kv_heads,
                        encode.head_dim, capacity, budget.top_k);
@@ -81,6 +91,8 @@ void decode_step(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor
   select.exchange = base + layout.exchange;
   select.indices = data<int32_t>(indices);
   select.num_selected = data<int32_t>(num_selected);
+  select.cut = {last_score ? last_score->data_ptr() : nullptr,
+                num_ties ? data<int32_t>(*num_ties) : nullptr};
   attend.indices = select.indices;
   attend.out = out.data_ptr();
   attend.lse = data<float>(lse);

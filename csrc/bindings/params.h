@@ -51,6 +51,16 @@ Budget checked_budget(const ArgumentChecks& check, int64_t top_k, int64_t num_si
                       int64_t num_recent, std::optional<double> top_k_share,
                       std::optional<int64_t> min_top_k, int64_t capacity);
 
+// What select_topk and score_select return of how selections ended, empty if that is not asked for,
+// and `params` to write it.
+struct Cuts {
+  Tensor last_score;  // [batch, q_len, num_kv_heads], of `dtype`
+  Tensor num_ties;    // the same shape, int32
+  CutOutput params;
+};
+Cuts allocate_cuts(const Tensor& like, int64_t batch, int64_t q_len, int64_t num_kv_heads,
+                   ScalarType dtype, bool return_cut);
+
 // What the environment variable HATA_SCORE_SELECT asks for.
 ScoreSelectAlgorithm forced_algorithm(const ArgumentChecks& check);
 

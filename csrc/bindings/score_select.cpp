@@ -41,6 +41,7 @@ ScoreSelectParams score_select_params(const ArgumentChecks& check, const CodeCac
       .planes = nullptr,
       .indices = nullptr,
       .num_selected = nullptr,
+      .cut = {},
       .ranks = nullptr,
       .exchange = nullptr,
       .algorithm = forced_algorithm(check),
@@ -49,12 +50,11 @@ ScoreSelectParams score_select_params(const ArgumentChecks& check, const CodeCac
 
 namespace {
 
-std::tuple<Tensor, Tensor> score_select(const Tensor& planes, const Tensor& code_cache_,
-                                        std::optional<Tensor> norm_cache, const Tensor& block_table,
-                                        const Tensor& cache_seqlens, int64_t weight_sum,
-                                        int64_t top_k, int64_t num_sink, int64_t num_recent,
-                                        std::optional<double> top_k_share,
-                                        std::optional<int64_t> min_top_k) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> score_select(
+    const Tensor& planes, const Tensor& code_cache_, std::optional<Tensor> norm_cache,
+    const Tensor& block_table, const Tensor& cache_seqlens, int64_t weight_sum, int64_t top_k,
+    int64_t num_sink, int64_t num_recent, std::optional<double> top_k_share,
+    std::optional<int64_t> min_top_k, bool return_cut) {
   const ArgumentChecks check("score_select", planes, "planes");
   const CodeCache cache = code_cache(check, code_cache_, norm_cache);
   const PageTable table =
@@ -68,6 +68,8 @@ std::tuple<Tensor, Tensor> score_select(const Tensor& planes, const Tensor& code
   Tensor indices =
       torch::stable::new_empty(planes, {batch, q_len, heads, budget.top_k}, ScalarType::Int);
   Tensor num_selected = torch::stable::new_empty(planes, {batch, q_len, heads}, ScalarType::Int);
+  const ScalarType score_dtype = norm_cache ? ScalarType::Half : ScalarType::Int;
+  const Cuts cuts = allocate_cuts(planes, batch, q_len, heads, score_dtype, return_cut);
   const int64_t rank_bytes =
       align_workspace(batch * q_len * heads * rank_list_bytes(table.capacity));
   Tensor workspace =
@@ -75,10 +77,11 @@ std::tuple<Tensor, Tensor> score_select(const Tensor& planes, const Tensor& code
   params.planes = p.data;
   params.indices = data<int32_t>(indices);
   params.num_selected = data<int32_t>(num_selected);
+  params.cut = cuts.params;
   params.ranks = workspace.data_ptr();
   params.exchange = data<std::byte>(workspace) + rank_bytes;
   launch(planes, params, score_select_cpu, score_select_cuda);
-  return {indices, num_selected};
+  return {indices, num_selected, cuts.last_score, cuts.num_ties};
 }
 
 }  // namespace

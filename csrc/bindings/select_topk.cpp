@@ -40,6 +40,16 @@ Budget checked_budget(const ArgumentChecks& check, int64_t top_k, int64_t num_si
           .num_recent = static_cast<int>(std::min(num_recent, selected - sink))};
 }
 
+Cuts allocate_cuts(const Tensor& like, int64_t batch, int64_t q_len, int64_t num_kv_heads,
+                   ScalarType dtype, bool return_cut) {
+  const auto allocate = [&](ScalarType type) {
+    return torch::stable::new_empty(like, {batch, q_len, return_cut ? num_kv_heads : 0}, type);
+  };
+  Cuts cuts{allocate(dtype), allocate(ScalarType::Int), {}};
+  if (return_cut) cuts.params = {cuts.last_score.data_ptr(), data<int32_t>(cuts.num_ties)};
+  return cuts;
+}
+
 namespace {
 
 SelectDType select_dtype(const ArgumentChecks& check, const Tensor& scores) {
@@ -55,10 +65,12 @@ SelectDType select_dtype(const ArgumentChecks& check, const Tensor& scores) {
   }
 }
 
-std::tuple<Tensor, Tensor> select_topk(const Tensor& scores, const Tensor& cache_seqlens,
-                                       int64_t top_k, int64_t num_sink, int64_t num_recent,
-                                       std::optional<double> top_k_share,
-                                       std::optional<int64_t> min_top_k) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> select_topk(const Tensor& scores,
+                                                       const Tensor& cache_seqlens, int64_t top_k,
+                                                       int64_t num_sink, int64_t num_recent,
+                                                       std::optional<double> top_k_share,
+                                                       std::optional<int64_t> min_top_k,
+                                                       bool return_cut) {
   const ArgumentChecks check("select_topk", scores, "scores");
   const SelectDType dtype = select_dtype(check, scores);
   check.tensor(scores, "scores", scores.scalar_type(),
@@ -81,8 +93,13 @@ std::tuple<Tensor, Tensor> select_topk(const Tensor& scores, const Tensor& cache
       torch::stable::new_empty(scores, {batch, q_len, num_kv_heads, budget.top_k}, ScalarType::Int);
   Tensor num_selected =
       torch::stable::new_empty(scores, {batch, q_len, num_kv_heads}, ScalarType::Int);
+  const Cuts cuts =
+      allocate_cuts(scores, batch, q_len, num_kv_heads, scores.scalar_type(), return_cut);
+  Tensor workspace = torch::stable::new_empty(scores, {check.on_cuda() ? kSelectWorkspaceBytes : 0},
+                                              ScalarType::Byte);
   const SelectTopkParams params{
       .dtype = dtype,
+      .max_matches = 0,
       .batch = static_cast<int>(batch),
       .q_len = static_cast<int>(q_len),
       .num_kv_heads = static_cast<int>(num_kv_heads),
@@ -96,12 +113,14 @@ std::tuple<Tensor, Tensor> select_topk(const Tensor& scores, const Tensor& cache
       .cache_seqlens = seqlens,
       .indices = data<int32_t>(indices),
       .num_selected = data<int32_t>(num_selected),
+      .cut = cuts.params,
+      .workspace = static_cast<SelectCounts*>(workspace.data_ptr()),
       .score_batch_stride = scores.stride(0),
       .score_token_stride = scores.stride(1),
       .score_head_stride = scores.stride(2),
   };
   launch(scores, params, select_topk_cpu, select_topk_cuda);
-  return {indices, num_selected};
+  return {indices, num_selected, cuts.last_score, cuts.num_ties};
 }
 
 }  // namespace

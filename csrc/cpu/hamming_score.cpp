@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cstring>
-#include <limits>
 
 #include "cpu/hot_loops.h"
 #include "cpu/parallel.h"
@@ -92,7 +91,7 @@ void score_positions(const HotLoops& loops, const ScanPlanes& planes, ScoreKind 
   if (kind == ScoreKind::kInt32) {
     loops.count_matches(planes, codes, n, matches);
     int32_t* out = static_cast<int32_t*>(scores);
-    for (int i = 0; i < n; ++i) out[i] = 2 * matches[i] - planes.max_matches;
+    for (int i = 0; i < n; ++i) out[i] = score_of_matches(matches[i], planes.max_matches);
     return;
   }
   uint16_t* out = static_cast<uint16_t*>(scores);
@@ -130,15 +129,16 @@ void score_block(const HotLoops& loops, const HammingScoreParams& p, const Block
         score_positions(loops, scan_planes(p, p.planes + row * planes_size), p.kind, codes, norms,
                         n, scores);
       }
-      std::fill(scores + n, scores + width, std::numeric_limits<int32_t>::min());
+      std::fill(scores + n, scores + width, kLowestScore<int32_t>);
     } else {
-      constexpr uint16_t kMinusInfinity = 0xfc00;
       uint16_t* scores = static_cast<uint16_t*>(p.scores) + first;
       if (n > 0) {
         score_positions(loops, scan_planes(p, p.planes + row * planes_size), p.kind, codes, norms,
                         n, scores);
       }
-      if (p.kind == ScoreKind::kFloat16) std::fill(scores + n, scores + width, kMinusInfinity);
+      if (p.kind == ScoreKind::kFloat16) {
+        std::fill(scores + n, scores + width, kLowestScore<uint16_t>);
+      }
     }
   }
 }

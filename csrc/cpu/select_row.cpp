@@ -7,18 +7,10 @@
 namespace hata {
 namespace {
 
-// Which ranks are selected: those above `rank`, and all but the first num_skipped of those equal to
-// it.
-template <class Rank>
-struct Cut {
-  Rank rank;
-  int num_skipped;
-};
-
 // The cut that selects `wanted` of n ranks, 0 < wanted <= n. Every pass counts the ranks of the
 // remaining interval [low, high] in kSelectBins equal bins and keeps the bin that the cut falls in.
 template <class Rank>
-Cut<Rank> find_cut(const RankLoops<Rank>& loops, const Rank* ranks, int n, int wanted) {
+RowCut<Rank> find_cut(const RankLoops<Rank>& loops, const Rank* ranks, int n, int wanted) {
   Rank low, high;
   loops.range(ranks, n, &low, &high);
   int counts[kSelectBins];
@@ -29,7 +21,7 @@ Cut<Rank> find_cut(const RankLoops<Rank>& loops, const Rank* ranks, int n, int w
     int bin = static_cast<int>(span >> shift);
     while (counts[bin] < wanted) wanted -= counts[bin--];
     low = static_cast<Rank>(low + (static_cast<Rank>(bin) << shift));
-    if (shift == 0) return {low, counts[bin] - wanted};
+    if (shift == 0) return {low, counts[bin], counts[bin] - wanted};
     const Rank width = static_cast<Rank>((Rank{1} << shift) - 1);
     high = high - low > width ? static_cast<Rank>(low + width) : high;
   }
@@ -38,27 +30,30 @@ Cut<Rank> find_cut(const RankLoops<Rank>& loops, const Rank* ranks, int n, int w
 }  // namespace
 
 template <class Rank>
-int select_row(const RankLoops<Rank>& loops, const Rank* ranks, int visible, int top_k,
-               int num_sink, int num_recent, int32_t* indices) {
+RowCut<Rank> select_row(const RankLoops<Rank>& loops, const Rank* ranks, int visible, int top_k,
+                        int num_sink, int num_recent, int32_t* indices) {
   const int count = std::min(visible, top_k);
   std::fill(indices + count, indices + top_k, -1);
   if (visible <= top_k) {
     std::iota(indices, indices + count, 0);
-    return count;
+    return {};
   }
   const int n = visible - num_sink - num_recent;
   const int wanted = top_k - num_sink - num_recent;
   std::iota(indices, indices + num_sink, 0);
   int32_t* next = indices + num_sink;
+  RowCut<Rank> cut;
   if (wanted > 0) {
-    const Cut<Rank> cut = find_cut(loops, ranks + num_sink, n, wanted);
-    next = loops.collect(ranks + num_sink, n, cut.rank, cut.num_skipped, num_sink, next);
+    cut = find_cut(loops, ranks + num_sink, n, wanted);
+    next = loops.collect(ranks + num_sink, n, cut.last_rank, cut.num_skipped, num_sink, next);
   }
   std::iota(next, next + num_recent, visible - num_recent);
-  return count;
+  return cut;
 }
 
-template int select_row(const RankLoops<uint16_t>&, const uint16_t*, int, int, int, int, int32_t*);
-template int select_row(const RankLoops<uint32_t>&, const uint32_t*, int, int, int, int, int32_t*);
+template RowCut<uint16_t> select_row(const RankLoops<uint16_t>&, const uint16_t*, int, int, int,
+                                     int, int32_t*);
+template RowCut<uint32_t> select_row(const RankLoops<uint32_t>&, const uint32_t*, int, int, int,
+                                     int, int32_t*);
 
 }  // namespace hata

@@ -9,7 +9,6 @@
 namespace hata {
 namespace {
 
-constexpr int kWarps = 4;
 constexpr int kPieceTiles = kMinRowsPerSplit / kTileRows;
 
 struct DenseParams : DenseAttentionParams {
@@ -26,7 +25,7 @@ struct DenseParams : DenseAttentionParams {
 // attends over one split of a sequence for up to 8 or 16 columns: column c is query head c % group
 // of the KV head's group, of query token c / group. Each warp takes every kWarps-th tile of 16 rows
 // and runs by itself; the block then merges its warps. Splits past the sequence's end leave.
-template <typename T, int kHeadDim, int kColumnTiles>
+template <typename T, int kHeadDim, int kWarps, int kColumnTiles>
 __global__ void __launch_bounds__(kWarps* kWarpSize, kMinBlocks)
     dense_attention_kernel(const __grid_constant__ DenseParams p) {
   constexpr int kColumns = kColumnTiles * kTileHeads;
@@ -69,7 +68,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, kMinBlocks)
                      .num_positions = visible,
                      .positions = nullptr};
   const int tiles = ceil_div(visible, kTileRows), tiles_per_split = pieces * kPieceTiles;
-  RowStream<T, kHeadDim, kColumnTiles, kMaxStages, true> stream(
+  RowStream<T, kHeadDim, kColumnTiles, Layout::kMostStages, RowLocator<T, true>> stream(
       RowLocator<T, true>(p, list),
       {.first = split * tiles_per_split + warp,
        .step = kWarps,
@@ -93,8 +92,8 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, kMinBlocks)
              [&](int position, int m, int i) { return position < seen[m][i]; });
   __syncthreads();  // every warp has read its tiles, whose place the results take
 
-  const Partials<kHeadDim> partials(shared + Layout::kQueryBytes, kWarps, num_columns);
-  partials.template store<T>(acc, v_scale_of_rows<T>(p.cache, kv_head_idx));
+  const Partials partials(shared + Layout::kQueryBytes, kWarps, num_columns, kHeadDim);
+  partials.store<T>(acc, v_scale_of_rows<T>(p.cache, kv_head_idx), warp);
   __syncthreads();
   partials.weigh();
   __syncthreads();
@@ -104,7 +103,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, kMinBlocks)
     const int64_t query_idx = token * p.num_heads + head_of(column);
     const AttentionState state = partials.state(column);
     if (used == 1) {
-      write_result<kHeadDim>(p, query_idx, d, state, partials.out(column, d));
+      write_result(p, query_idx, kHeadDim, d, state, partials.out(column, d));
     } else {
       const int64_t part = split * num_queries_of(p) + query_idx;
       write_part<kHeadDim>(p, part, d, state, partials.out(column, d));
@@ -116,9 +115,10 @@ template <typename T, int kHeadDim, int kColumnTiles>
 void launch(const DenseAttentionParams& params, CudaStream stream) {
   constexpr const char* kOp = "hata::dense_attention";
   using Layout = GatherLayout<T, kHeadDim, kColumnTiles>;
-  const auto kernel = dense_attention_kernel<T, kHeadDim, kColumnTiles>;
+  constexpr int kWarps = few_warps(kHeadDim);
+  const auto kernel = dense_attention_kernel<T, kHeadDim, kWarps, kColumnTiles>;
   if (num_queries_of(params) == 0) return;
-  DenseParams p{params, kMaxStages};
+  DenseParams p{params, Layout::kMostStages};
   const auto shared_bytes = [&] { return Layout::bytes(kWarps, p.stages, 1, kMaxColumns); };
   while (p.stages > 1 && !allow_shared_memory(kernel, shared_bytes(), kOp)) --p.stages;
   const int64_t lists = int64_t{p.table.batch} * p.cache.num_kv_heads;
@@ -138,8 +138,12 @@ void launch(const DenseAttentionParams& params, CudaStream stream) {
 void dense_attention_cuda(const DenseAttentionParams& p, CudaStream stream) {
   const bool few_columns = p.q_len * group_of(p) <= kTileHeads;
   dispatch_row_dtype(p.cache.dtype, [&]<typename T>() {
-    dispatch_int<64, 96, 128, 192, 256>("head_dim", p.cache.head_dim, [&](auto head_dim) {
-      few_columns ? launch<T, head_dim, 1>(p, stream) : launch<T, head_dim, 2>(p, stream);
+    dispatch_int<64, 96, 128, 192, 256, 512>("head_dim", p.cache.head_dim, [&](auto head_dim) {
+      // Of 512 channels a warp has registers for eight columns.
+      if constexpr (head_dim <= 256) {
+        if (!few_columns) return launch<T, head_dim, 2>(p, stream);
+      }
+      launch<T, head_dim, 1>(p, stream);
     });
   });
 }

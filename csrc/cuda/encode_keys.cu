@@ -177,8 +177,8 @@ void launch(const CacheAppendParams& p, const char* op, CudaStream stream) {
 void encode_keys(const CacheAppendParams& p, const char* op, CudaStream stream) {
   if (p.table.batch == 0 || p.q_len == 0 || p.cache.num_kv_heads == 0) return;
   dispatch_dtype(p.dtype, [&]<typename T>() {
-    dispatch_int<64, 96, 128, 192, 256>("head_dim", p.cache.head_dim,
-                                        [&](auto head_dim) { launch<T, head_dim>(p, op, stream); });
+    dispatch_int<64, 96, 128, 192, 256, 512>(
+        "head_dim", p.cache.head_dim, [&](auto head_dim) { launch<T, head_dim>(p, op, stream); });
   });
 }
 

@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, kMinBlocks)
   let_next_kernel_launch();
   const int tiles = ceil_div(p.top_k, kTileRows);
   const int tiles_per_split = ceil_div(tiles, p.num_splits);
-  RowStream<T, kHeadDim, kHeadTiles, kMaxStages> stream(
+  RowStream<T, kHeadDim, kHeadTiles, Layout::kMostStages> stream(
       RowLocator<T, false>(p, list),
       {.first = split * tiles_per_split + warp,
        .step = kWarps,
@@ -81,8 +81,8 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, kMinBlocks)
   stream.run(acc, queries, LogitScale(p, k_scale_of_rows<T>(p.cache, kv_head_idx)));
   __syncthreads();  // every warp has read its tiles, whose place the results take
 
-  const Partials<kHeadDim> partials(shared + Layout::kQueryBytes, kWarps, num_heads);
-  partials.template store<T>(acc, v_scale_of_rows<T>(p.cache, kv_head_idx));
+  const Partials partials(shared + Layout::kQueryBytes, kWarps, num_heads, kHeadDim);
+  partials.store<T>(acc, v_scale_of_rows<T>(p.cache, kv_head_idx), warp);
   __syncthreads();
   partials.weigh();
   __syncthreads();
@@ -103,7 +103,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, kMinBlocks)
     const AttentionState state = partials.state(head);
     const float out = partials.out(head, d);
     if (p.num_splits == 1) {
-      write_result<kHeadDim>(p, first_query + head, d, state, out);
+      write_result(p, first_query + head, kHeadDim, d, state, out);
     } else {
       write_part<kHeadDim>(p, first_part + head, d, state, out);
     }
@@ -112,8 +112,9 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, kMinBlocks)
 
 template <typename T, int kHeadDim, int kHeadTiles>
 auto kernel_of(int warps) {
-  return warps == kManyWarps ? gather_attention_kernel<T, kHeadDim, kManyWarps, kHeadTiles>
-                             : gather_attention_kernel<T, kHeadDim, kFewWarps, kHeadTiles>;
+  constexpr int kFewWarps = few_warps(kHeadDim);
+  return warps == kFewWarps ? gather_attention_kernel<T, kHeadDim, kFewWarps, kHeadTiles>
+                            : gather_attention_kernel<T, kHeadDim, 2 * kFewWarps, kHeadTiles>;
 }
 
 template <typename T, int kHeadDim, int kHeadTiles>
@@ -127,6 +128,7 @@ void launch(const GatherAttentionParams& params, CudaStream stream) {
   const int head_blocks = ceil_div(group_size, kHeadTiles * kTileHeads);
   const int heads = std::min(group_size, kHeadTiles * kTileHeads);
   if (pairs == 0) return;
+  constexpr int kFewWarps = few_warps(kHeadDim);
   GatherShape shape{kFewWarps, p.num_splits};
   if (p.may_use_clusters) {
     const int64_t clusters = pairs * head_blocks;
@@ -134,7 +136,8 @@ void launch(const GatherAttentionParams& params, CudaStream stream) {
     static Memo<std::array<int64_t, 4>, std::optional<GatherShape>> remembered;
     const std::optional<GatherShape> chosen =
         remembered.get({current_device(kOp), clusters, p.top_k, heads}, [&] {
-          return choose_gather_shape<Layout>(kernel_of_warps, clusters, p.top_k, heads, kOp);
+          return choose_gather_shape<Layout>(kernel_of_warps, kFewWarps, clusters, p.top_k, heads,
+                                             kOp);
         });
     if (chosen) {
       shape = *chosen;
@@ -143,7 +146,7 @@ void launch(const GatherAttentionParams& params, CudaStream stream) {
     }
   }
   const auto kernel = kernel_of_warps(shape.warps);
-  p.stages = stages_for(p.top_k, shape);
+  p.stages = Layout::stages_for(p.top_k, shape);
   const auto shared_bytes = [&] {
     return Layout::bytes(shape.warps, p.stages, p.is_cluster ? p.num_splits : 1, heads);
   };
@@ -163,8 +166,12 @@ void launch(const GatherAttentionParams& params, CudaStream stream) {
 void gather_attention_cuda(const GatherAttentionParams& p, CudaStream stream) {
   const bool few_heads = group_of(p) <= kTileHeads;
   dispatch_row_dtype(p.cache.dtype, [&]<typename T>() {
-    dispatch_int<64, 96, 128, 192, 256>("head_dim", p.cache.head_dim, [&](auto head_dim) {
-      few_heads ? launch<T, head_dim, 1>(p, stream) : launch<T, head_dim, 2>(p, stream);
+    dispatch_int<64, 96, 128, 192, 256, 512>("head_dim", p.cache.head_dim, [&](auto head_dim) {
+      // Of 512 channels a warp has registers for eight heads.
+      if constexpr (head_dim <= 256) {
+        if (!few_heads) return launch<T, head_dim, 2>(p, stream);
+      }
+      launch<T, head_dim, 1>(p, stream);
     });
   });
 }

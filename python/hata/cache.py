@@ -49,6 +49,7 @@ class HataCache:
         device: Where the cache lies.
         kv_cache_dtype: Of the cached keys and values: ``dtype``, which None stands for, or
             float8_e4m3fn, at half of float16's memory and traffic. Codes are of the keys as given.
+        record_cuts: Whether decoding steps note how their selections ended, for `last_cut`.
 
     Raises:
         TypeError: An argument has another type.
@@ -67,6 +68,7 @@ class HataCache:
         dtype: torch.dtype,
         device: torch.device | str,
         kv_cache_dtype: torch.dtype | None = None,
+        record_cuts: bool = False,
     ) -> None:
         where = type(self).__name__
         check_type(isinstance(weights, HashWeights), where, "weights", "be HashWeights", weights)
@@ -108,6 +110,7 @@ class HataCache:
             capacity=self.block_table.shape[1] * self.page_size,
             top_k=[budget.top_k for budget in self.layer_budgets],
             dtype=dtype,
+            score_dtype=weights.score_dtype if record_cuts else None,
             device=self.device,
         )
 
@@ -282,10 +285,33 @@ class HataCache:
         Raises:
             ValueError: The layer has not decoded sparsely.
         """
+        buffers, dense_lens = self._last_step("HataCache.last_selection", layer_idx)
+        return buffers.selection(dense_lens)
+
+    def last_cut(self, layer_idx: int) -> tuple[Tensor, Tensor]:
+        """Returns how the selections of the layer's last decoding step ended.
+
+        Args:
+            layer_idx: A sparse layer that has decoded, of a cache with ``record_cuts``.
+
+        Returns:
+            last_score and num_ties as `hata.score_select` gives them, in the manner of
+            `last_selection`; the lowest score and 0 where a sequence was decoded densely.
+
+        Raises:
+            ValueError: The layer has not decoded sparsely, or cuts are not recorded.
+        """
+        where = "HataCache.last_cut"
+        buffers, dense_lens = self._last_step(where, layer_idx)
+        check(buffers.last_score is not None, where, "record_cuts", "be True for this cache", False)
+        return buffers.cut(list(dense_lens))
+
+    def _last_step(self, function: str, layer_idx: int) -> tuple[DecodeBuffers, dict[int, int]]:
+        """Returns what a layer's last step wrote, and the lengths of sequences that were dense."""
         last, rule = self._buffers.last, "be a sparse layer that has decoded"
-        check(layer_idx in last, "HataCache.last_selection", "layer_idx", rule, layer_idx)
+        check(layer_idx in last, function, "layer_idx", rule, layer_idx)
         lengths = enumerate(self.seq_lens)
-        return last[layer_idx].selection({b: n for b, n in lengths if n < self.min_sparse_len})
+        return last[layer_idx], {b: n for b, n in lengths if n < self.min_sparse_len}
 
     def _allocate(
         self, function: str, pool: PagePool | None, dtype: torch.dtype, device: torch.device
@@ -343,18 +369,13 @@ class HataCache:
             self.block_table,
             self.cache_seqlens,
             query_bits=self.weights.query_bits,
-            **self.layer_budgets[layer_idx]._asdict(),
+            **(self.layer_budgets[layer_idx]._asdict() | vars(buffers)),
             num_sink=self.config.num_sink,
             num_recent=self.config.num_recent,
             softmax_scale=softmax_scale,
             softcap=softcap,
             k_scale=self.k_scale[layer_idx],
             v_scale=self.v_scale[layer_idx],
-            workspace=buffers.workspace,
-            indices=buffers.indices,
-            num_selected=buffers.num_selected,
-            out=buffers.out,
-            lse=buffers.lse,
         )
         return buffers
 

@@ -19,6 +19,9 @@ class DecodeBuffers:
         num_selected: ``[batch, q_len, num_kv_heads]``, int32.
         out: ``[batch, q_len, num_heads, head_dim]``, the cache's dtype.
         lse: ``[batch, q_len, num_heads]``, float32.
+        last_score: ``[batch, q_len, num_kv_heads]``, int32, or float16 with norms; None where cuts
+            are not recorded.
+        num_ties: The same shape, int32; likewise.
     """
 
     workspace: Tensor
@@ -26,6 +29,8 @@ class DecodeBuffers:
     num_selected: Tensor
     out: Tensor
     lse: Tensor
+    last_score: Tensor | None = None
+    num_ties: Tensor | None = None
 
     def selection(self, dense_lens: dict[int, int]) -> tuple[Tensor, Tensor]:
         """Returns indices and num_selected, with every visible position where it was dense.
@@ -49,6 +54,22 @@ class DecodeBuffers:
             num_selected[b] = visible
         return wide, num_selected
 
+    def cut(self, dense: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Returns the recorded last_score and num_ties, with no ties where a sequence was dense.
+
+        Args:
+            dense: Batch indices of the sequences that were attended densely.
+        """
+        assert self.last_score is not None
+        assert self.num_ties is not None
+        if not dense:
+            return self.last_score, self.num_ties
+        last_score, num_ties = self.last_score.clone(), self.num_ties.clone()
+        floating = last_score.is_floating_point()
+        last_score[dense] = -torch.inf if floating else torch.iinfo(last_score.dtype).min
+        num_ties[dense] = 0
+        return last_score, num_ties
+
 
 class DecodeBufferPool:
     """The buffers of every layer and (q_len, num_heads) that a cache has decoded with.
@@ -63,6 +84,7 @@ class DecodeBufferPool:
         capacity: Positions that a sequence can have.
         top_k: The most positions that each KV head of a layer attends to, ``[num_layers]``.
         dtype: The dtype of ``out``.
+        score_dtype: The dtype of ``last_score``; None where cuts are not recorded.
         device: Where they lie.
     """
 
@@ -75,11 +97,12 @@ class DecodeBufferPool:
         capacity: int,
         top_k: Sequence[int],
         dtype: torch.dtype,
+        score_dtype: torch.dtype | None,
         device: torch.device,
     ) -> None:
         self.batch, self.num_kv_heads, self.head_dim = batch, num_kv_heads, head_dim
         self.capacity, self.top_k = capacity, top_k
-        self.dtype, self.device = dtype, device
+        self.dtype, self.score_dtype, self.device = dtype, score_dtype, device
         self.last: dict[int, DecodeBuffers] = {}
         self._workspaces: dict[tuple[int, int], Tensor] = {}
         self._buffers: dict[tuple[int, int, int], DecodeBuffers] = {}
@@ -103,10 +126,17 @@ class DecodeBufferPool:
             self._workspaces[q_len, num_heads] = workspace
         pairs = (self.batch, q_len, self.num_kv_heads)
         rows, width = (self.batch, q_len, num_heads), min(top_k, self.capacity)
+
+        def empty(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
+            return torch.empty(shape, dtype=dtype, device=self.device)
+
+        score_dtype = self.score_dtype
         return DecodeBuffers(
             workspace=self._workspaces[q_len, num_heads],
-            indices=torch.empty((*pairs, width), dtype=torch.int32, device=self.device),
-            num_selected=torch.empty(pairs, dtype=torch.int32, device=self.device),
-            out=torch.empty((*rows, self.head_dim), dtype=self.dtype, device=self.device),
-            lse=torch.empty(rows, dtype=torch.float32, device=self.device),
+            indices=empty(*pairs, width),
+            num_selected=empty(*pairs),
+            out=empty(*rows, self.head_dim, dtype=self.dtype),
+            lse=empty(*rows, dtype=torch.float32),
+            last_score=None if score_dtype is None else empty(*pairs, dtype=score_dtype),
+            num_ties=None if score_dtype is None else empty(*pairs),
         )

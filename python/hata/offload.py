@@ -22,8 +22,8 @@ __all__ = ["PAGE_SIZE", "OffloadedCache", "release_host_memory"]
 
 # Positions of a page. A page's keys of one layer are what prompts that go on read at a stretch.
 PAGE_SIZE = 64
-# Pinned at once, because pinning waits for the device and the system.
-PINNED_BLOCK_BYTES = 256 << 20
+# Taken at once, because taking waits for the device and the system.
+BLOCK_BYTES = 256 << 20
 # Rows of the row cache for each that a step selects.
 SLOTS_PER_SELECTED = 4
 MAX_SLOTS = 1 << 20  # of `hata.ops.fetch_rows`
@@ -32,21 +32,22 @@ MAX_SLOTS = 1 << 20  # of `hata.ops.fetch_rows`
 class OffloadedCache(HataCache):
     """A `HataCache` for more tokens than the GPU has room for.
 
-    Keys and values lie in pinned host memory, page by page, and codes, norms, lengths and block
-    tables on the GPU: with codes of 64 bits, 1.6 % of a token's bytes. Kernels write new rows to
-    host memory and read those that they attend to from there, over PCIe. Pinning is on demand, and
-    a sequence that would need more than ``host_memory`` is refused before anything changes.
+    Keys and values lie in host memory, page by page, and codes, norms, lengths and block tables on
+    the GPU: with codes of 64 bits, 1.6 % of a token's bytes in 16-bit formats. Kernels write new
+    rows to host memory and read those that they attend to from there, over PCIe. Memory is taken on
+    demand, and a sequence that would need more than ``host_memory`` is refused before anything
+    changes.
 
     The first ``config.num_dense_layers`` layers read everything in every step, so their keys and
     values stay on the GPU. Where ``config.min_sparse_len`` is None every length is decoded
     sparsely: a dense step would read as much as the sequence has, over PCIe.
 
-    What a cache has pinned is kept for the next one when it is deleted, and until
+    What a cache has taken is kept for the next one when it is deleted, and until
     `release_host_memory`.
 
-    Where the device is the CPU, host memory is all there is, and nothing is pinned. On a GPU pages
-    of ``k_cache`` and ``v_cache`` that no sequence has had yet must not be touched: they may not be
-    pinned. `copy.deepcopy` is refused.
+    Where the device is the CPU, host memory is all there is. On a GPU pages of ``k_cache`` and
+    ``v_cache`` that no sequence has had yet should not be touched: they may not be taken.
+    `copy.deepcopy` is refused.
 
     Source: HATA, arXiv 2506.02572, table 3 (HATA-off, of which no code was published).
 
@@ -71,11 +72,12 @@ class OffloadedCache(HataCache):
         device: Where the codes lie.
         kv_cache_dtype: Of the rows in host memory and in the row cache: ``dtype``, which None
             stands for, or float8_e4m3fn, with which as much memory holds twice as many positions.
+        record_cuts: As `HataCache` takes it.
 
     Raises:
         TypeError: An argument has another type.
         ValueError: An argument breaks its rule.
-        RuntimeError: The system refuses to reserve or to pin host memory. So do the methods that
+        RuntimeError: The system refuses to reserve or to give host memory. So do the methods that
             make a sequence longer, which change nothing then.
     """
 
@@ -93,6 +95,7 @@ class OffloadedCache(HataCache):
         dtype: torch.dtype,
         device: torch.device | str,
         kv_cache_dtype: torch.dtype | None = None,
+        record_cuts: bool = False,
     ) -> None:
         where = type(self).__name__
         check_int(where, "host_memory", host_memory, 1)
@@ -108,6 +111,7 @@ class OffloadedCache(HataCache):
             dtype=dtype,
             device=device,
             kv_cache_dtype=kv_cache_dtype,
+            record_cuts=record_cuts,
         )
         if self.config.min_sparse_len is None:
             self.min_sparse_len = 0
@@ -150,8 +154,8 @@ class OffloadedCache(HataCache):
         host = HostMemory(function, num_pages * page_bytes, device)
 
         def reserve(function: str, held: int) -> None:
-            if held * page_bytes > host.num_pinned:
-                host.pin(function, max(held * page_bytes, host.num_pinned + PINNED_BLOCK_BYTES))
+            if held * page_bytes > host.num_taken:
+                host.take(function, max(held * page_bytes, host.num_taken + BLOCK_BYTES))
 
         reserve(function, 1)
         limit = f", all that host_memory={self.host_memory} bytes hold"
@@ -208,7 +212,7 @@ class OffloadedCache(HataCache):
         query_bits = self.weights.query_bits
         query_weights = self.weights.layer(layer_idx, self.dtype, self.device)[1]
         tables = (self.block_table, self.cache_seqlens)
-        indices, num_selected = ops.score_select(
+        indices, num_selected, *cut = ops.score_select(
             ops.encode_query(q, query_weights, query_bits=query_bits),
             self.code_cache[layer_idx],
             self.norm_cache[layer_idx],
@@ -217,7 +221,9 @@ class OffloadedCache(HataCache):
             **self.layer_budgets[layer_idx]._asdict(),
             num_sink=self.config.num_sink,
             num_recent=self.config.num_recent,
+            return_cut=buffers.last_score is not None,
         )
+        last_score, num_ties = cut or (None, None)
         caches = (self.k_cache[layer_idx], self.v_cache[layer_idx], *tables)
         try:
             out, lse = self.row_cache.attend(
@@ -233,7 +239,15 @@ class OffloadedCache(HataCache):
         except BaseException:  # the new tokens are about to be taken back
             self.row_cache.forget(self.cache_seqlens - q.shape[1])
             raise
-        return replace(buffers, indices=indices, num_selected=num_selected, out=out, lse=lse)
+        return replace(
+            buffers,
+            indices=indices,
+            num_selected=num_selected,
+            out=out,
+            lse=lse,
+            last_score=last_score,
+            num_ties=num_ties,
+        )
 
     def __deepcopy__(self, memo: object) -> NoReturn:
         """Refuses: a copy would take as much host memory again."""

@@ -80,14 +80,15 @@ Array<uint32_t> pack_signs(const Array<float>& values) {
   return code;
 }
 
-// ranks [visible] -> (indices [top_k], num_selected).
+// ranks [visible] -> (indices [top_k], rank of the last selected one, how many equal it).
 template <class Rank>
 py::tuple select_row(const hata::RankLoops<Rank>& loops, const Array<Rank>& ranks, int top_k,
                      int num_sink, int num_recent) {
   Array<int32_t> indices(top_k);
-  const int num_selected = hata::select_row(loops, ranks.data(), static_cast<int>(ranks.shape(0)),
-                                            top_k, num_sink, num_recent, indices.mutable_data());
-  return py::make_tuple(indices, num_selected);
+  const hata::RowCut<Rank> cut =
+      hata::select_row(loops, ranks.data(), static_cast<int>(ranks.shape(0)), top_k, num_sink,
+                       num_recent, indices.mutable_data());
+  return py::make_tuple(indices, cut.last_rank, cut.num_ties);
 }
 
 }  // namespace

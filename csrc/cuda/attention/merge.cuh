@@ -11,28 +11,30 @@
 namespace hata {
 
 // What a block's warps leave behind for up to `heads` queries: the unnormalized output, the maximum
-// and the sum, in base 2.
-template <int kHeadDim>
+// and the sum, in base 2. Where several warps share their rows, each with some of the channels,
+// they count as one.
 class Partials {
  public:
-  static constexpr int bytes(int warps, int heads) {
-    return (warps * heads * (kPitch + 2) + 2 * heads) * 4;
+  static constexpr int bytes(int warps, int heads, int head_dim) {
+    return (warps * heads * (pitch(head_dim) + 2) + 2 * heads) * 4;
   }
 
-  __device__ Partials(void* memory, int warps, int heads)
-      : warps_(warps),
+  __device__ __forceinline__ Partials(void* memory, int warps, int heads, int head_dim)
+      : head_dim(head_dim),
+        warps_(warps),
         heads_(heads),
         out_(static_cast<float*>(memory)),
-        max_(out_ + warps * heads * kPitch),
+        max_(out_ + warps * heads * pitch(head_dim)),
         sum_(max_ + warps * heads),
         merged_max_(sum_ + warps * heads),
         merged_sum_(merged_max_ + heads) {}
 
-  // Stores what one warp has found in rows of T, whose values have a factor, by the warps below
-  // `warps`.
-  template <typename T, int kHeadTiles>
-  __device__ void store(const Accumulator<kHeadDim, kHeadTiles>& acc, float v_scale) const {
-    const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
+  // Stores what warp `warp` has found in rows of T, whose values have a factor: the channels from
+  // first_channel on.
+  template <typename T, int kChannels, int kHeadTiles>
+  __device__ __forceinline__ void store(const Accumulator<kChannels, kHeadTiles>& acc,
+                                        float v_scale, int warp, int first_channel = 0) const {
+    const int lane = threadIdx.x % kWarpSize;
     using Channels = OutputChannels<T>;
 #pragma unroll
     for (int m = 0; m < kHeadTiles; ++m) {
@@ -46,9 +48,9 @@ class Partials {
           max_[entry] = acc.max[m][i];
           sum_[entry] = sum;
         }
-        float* out = out_ + entry * kPitch + lane / 4 * Channels::kStep;
+        float* out = out_ + entry * pitch(head_dim) + first_channel + lane / 4 * Channels::kStep;
 #pragma unroll
-        for (int n = 0; n < kHeadDim / 16; ++n) {
+        for (int n = 0; n < kChannels / 16; ++n) {
           out[n * 16] = acc.out[m][n][i] * v_scale;
           out[n * 16 + Channels::kNext] = acc.out[m][n][i + 2] * v_scale;
         }
@@ -81,17 +83,19 @@ class Partials {
 #pragma unroll 8
     for (int warp = 0; warp < warps_; ++warp) {
       const int entry = warp * heads_ + head;
-      sum += max_[entry] * out_[entry * kPitch + d];
+      sum += max_[entry] * out_[entry * pitch(head_dim) + d];
     }
     return sum;
   }
   __device__ AttentionState state(int head) const { return {merged_max_[head], merged_sum_[head]}; }
 
+  const int head_dim;
+
  private:
-  static constexpr int kPitch = kHeadDim + 4;
+  static constexpr int pitch(int head_dim) { return head_dim + 4; }
 
   int warps_, heads_;
-  float* out_;         // [warps, heads, kPitch]
+  float* out_;         // [warps, heads, pitch]
   float* max_;         // [warps, heads]; after weigh() weights
   float* sum_;         // [warps, heads]
   float* merged_max_;  // [heads]
@@ -107,6 +111,11 @@ struct Received {
   }
   static constexpr int bytes(int splits, int heads, int head_dim) {
     return splits > 1 ? splits * (2 * heads + share(splits, heads, head_dim)) * 4 : 0;
+  }
+
+  // The same for any number of splits.
+  static constexpr int most_bytes(int heads, int head_dim) {
+    return (kMaxCluster * (2 * heads + 1) + heads * head_dim) * 4;
   }
 
   __device__ Received(ArrivalBarrier& barrier, void* memory, int splits, int heads)
@@ -132,10 +141,10 @@ __device__ __forceinline__ void write_out(const AttentionParams& p, int64_t i, f
 }
 
 // Writes one channel of the finished result and, with d 0, its log-sum-exp.
-template <int kHeadDim>
-__device__ __forceinline__ void write_result(const AttentionParams& p, int64_t query_idx, int d,
-                                             const AttentionState& state, float out) {
-  write_out(p, query_idx * kHeadDim + d, state.finish(out));
+__device__ __forceinline__ void write_result(const AttentionParams& p, int64_t query_idx,
+                                             int head_dim, int d, const AttentionState& state,
+                                             float out) {
+  write_out(p, query_idx * head_dim + d, state.finish(out));
   if (d == 0) p.lse[query_idx] = state.lse();
 }
 
@@ -200,17 +209,16 @@ void combine_splits(const Params& p, CudaStream stream, const char* op) {
 // results, and writes the union of what all of them sent this block. The results from first_query
 // on are those of the `heads` queries. A block may end after that: all that is sent to it has
 // arrived.
-template <int kHeadDim>
 __device__ __forceinline__ void merge_blocks(const AttentionParams& p, int rank, int splits,
-                                             const Partials<kHeadDim>& partials,
-                                             const Received& received, int64_t first_query,
-                                             int heads) {
-  const int elements = heads * kHeadDim;
-  const int share = Received::share(splits, heads, kHeadDim);
+                                             const Partials& partials, const Received& received,
+                                             int64_t first_query, int heads) {
+  const int head_dim = partials.head_dim;
+  const int elements = heads * head_dim;
+  const int share = Received::share(splits, heads, head_dim);
   const int mine = max(min(share, elements - rank * share), 0);
   if (threadIdx.x == 0) received.barrier.expect(splits * (2 * heads + mine) * 4);
   for (int i = threadIdx.x; i < elements; i += blockDim.x) {
-    const int head = i / kHeadDim, d = i % kHeadDim, block = i / share;
+    const int head = i / head_dim, d = i % head_dim, block = i / share;
     send(shared_address(received.out + rank * share + i % share, block),
          __float_as_uint(partials.out(head, d)), shared_address(&received.barrier, block));
     if (d < splits) {
@@ -224,7 +232,7 @@ __device__ __forceinline__ void merge_blocks(const AttentionParams& p, int rank,
   }
   received.barrier.wait(0);
   for (int j = threadIdx.x; j < mine; j += blockDim.x) {
-    const int head = (rank * share + j) / kHeadDim, d = (rank * share + j) % kHeadDim;
+    const int head = (rank * share + j) / head_dim, d = (rank * share + j) % head_dim;
     float maxima[kMaxCluster];
     float max = -INFINITY;
 #pragma unroll
@@ -240,7 +248,7 @@ __device__ __forceinline__ void merge_blocks(const AttentionParams& p, int rank,
       sum += weight * received.sum[block * heads + head];
       out += weight * received.out[block * share + j];
     }
-    write_result<kHeadDim>(p, first_query + head, d, {max, sum}, out);
+    write_result(p, first_query + head, head_dim, d, {max, sum}, out);
   }
 }
 

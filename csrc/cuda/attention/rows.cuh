@@ -97,11 +97,10 @@ struct WarpTiles {
 // Attends over a warp's tiles, with up to kStages of them in flight: construct, which starts the
 // first copies; wait for the queries; run. The keys of one tile and its values are a group of
 // copies each, and the next tile's keys are fetched as soon as this one's have been used.
-template <typename T, int kHeadDim, int kHeadTiles, int kStages, bool kDense = false>
+template <typename T, int kHeadDim, int kHeadTiles, int kStages,
+          typename Locator = RowLocator<T, false>>
 class RowStream {
  public:
-  using Locator = RowLocator<T, kDense>;
-
   __device__ RowStream(const Locator& locator, const WarpTiles<T>& tiles)
       : locator_(locator), tiles_(tiles) {
     int positions[kStages];
@@ -125,10 +124,12 @@ class RowStream {
   __device__ void wait_for_earlier_copies() const { wait_for_all_but(2 * tiles_.num_stages); }
 
   // Queries are prepare_queries()'s. In each tile, query heads 2 (lane % 4) + i of tile of heads m
-  // attend to the rows that exist and of which sees(row of the list, m, i) is true.
-  template <typename Scale, typename Sees>
+  // attend to the rows that exist and of which sees(row of the list, m, i) is true. Where warps
+  // share their rows, complete(products, keys) adds up the products of each one's channels, and may
+  // use the place of the tile's keys for that.
+  template <typename Scale, typename Sees, typename Complete>
   __device__ void run(Accumulator<kHeadDim, kHeadTiles>& acc, const Operand<T>* queries,
-                      const Scale& scale, const Sees& sees) {
+                      const Scale& scale, const Sees& sees, const Complete& complete) {
     const int pending = 2 * tiles_.num_stages - 1;
     for (int tile = tiles_.first, stage = 0; tile < tiles_.end; tile += tiles_.step) {
       T* keys = tiles_.stages + 2 * stage * Tile::kElements;
@@ -140,9 +141,10 @@ class RowStream {
       __syncwarp();
       TileWeights<kHeadTiles> weights;
       if (valid != 0) {
-        weights = score_tile<T>(acc, queries, keys, valid, scale, [&](int row, int m, int i) {
-          return sees(tile * kTileRows + row, m, i);
-        });
+        weights = score_tile<T>(
+            acc, queries, keys, valid, scale,
+            [&](int row, int m, int i) { return sees(tile * kTileRows + row, m, i); },
+            [&](float (&products)[kHeadTiles][4]) { complete(products, keys); });
       }
       __syncwarp();  // every lane has read its part of the keys
       fetch(keys, locator_.key(next.page, next.row), next.valid);
@@ -156,6 +158,11 @@ class RowStream {
       stage = stage + 1 == tiles_.num_stages ? 0 : stage + 1;
     }
     cp_async_wait<0>();
+  }
+  template <typename Scale, typename Sees>
+  __device__ void run(Accumulator<kHeadDim, kHeadTiles>& acc, const Operand<T>* queries,
+                      const Scale& scale, const Sees& sees) {
+    run(acc, queries, scale, sees, [](float (&)[kHeadTiles][4], T*) {});
   }
   template <typename Scale>
   __device__ void run(Accumulator<kHeadDim, kHeadTiles>& acc, const Operand<T>* queries,

@@ -66,12 +66,14 @@ class LogitScale {
   float scale_;
 };
 
-// Scores a tile, by the first product and the softmax: rows of `k` times queries. Query head 2c + i
-// of tile m attends to the valid rows of which sees(row, m, i) is true.
-template <typename T, int kHeadDim, int kHeadTiles, typename Scale, typename Sees>
+// Scores a tile, by the first product and the softmax: rows of `k` times queries, of which
+// complete(products) makes whole ones. Query head 2c + i of tile m attends to the valid rows of
+// which sees(row, m, i) is true.
+template <typename T, int kHeadDim, int kHeadTiles, typename Scale, typename Sees,
+          typename Complete>
 __device__ __forceinline__ TileWeights<kHeadTiles> score_tile(
     Accumulator<kHeadDim, kHeadTiles>& acc, const Operand<T>* q, const T* k, unsigned valid_rows,
-    const Scale& scale, const Sees& sees) {
+    const Scale& scale, const Sees& sees, const Complete& complete) {
   constexpr int kPitch = Tile<Operand<T>, kHeadDim>::kPitch;
   const int lane = threadIdx.x % kWarpSize;
   float scores[kHeadTiles][4] = {};
@@ -87,6 +89,7 @@ __device__ __forceinline__ TileWeights<kHeadTiles> score_tile(
       mma_m16n8k16(scores[m], a[1], {b[2], b[3]}, Operand<T>{});
     }
   }
+  complete(scores);
 
   const bool valid[2] = {(valid_rows >> lane / 4 & 1u) != 0,
                          (valid_rows >> lane / 4 & 0x100u) != 0};

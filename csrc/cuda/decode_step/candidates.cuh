@@ -170,6 +170,7 @@ struct Candidates {
   using Chunk = CodeChunk<kNumWords, kNorms, units_per_thread(kNumWords, kNorms, kKind)>;
   using List = CandidateList<Candidates, CodeUnit<kNumWords>::kTokens, Chunk::kPositions>;
   using Kept = KeptRanks<kNorms>;
+  static constexpr bool kHasNorms = kNorms;
 
   const Params& params;
   const SharedPlan& shared;
@@ -221,6 +222,7 @@ template <typename Candidates>
 struct CandidateSource {
   using List = typename Candidates::List;
   using Kept = typename Candidates::Kept;
+  static constexpr bool kHasNorms = Candidates::kHasNorms;
   Candidates candidates;
   TileBits bits;
 

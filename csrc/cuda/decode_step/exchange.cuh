@@ -33,7 +33,7 @@ struct BlockMessage {
   uint32_t histogram[kHistogramBins];
   uint32_t fine_bins[kGroupBins];  // the second histogram
   float max[kMaxAttendHeads], sum[kMaxAttendHeads];
-  float out[kMaxAttendHeads * kMaxAttendHeadDim];
+  float out[kMaxAttendHeads * kMaxStepHeadDim];
 };
 
 // What the blocks of a pair wait for after the cut, each at most once: that all have written their
@@ -253,15 +253,15 @@ __device__ __forceinline__ IndexRange even_share(const Params& params, const Sli
 }
 
 // Writes this block's share of the pair's result, by a whole block.
-template <int kHeadDim>
 __device__ __forceinline__ void merge_pair(const Params& params, SharedPlan& shared,
-                                           const Partials<kHeadDim>& partials, int64_t first_query,
+                                           const Partials& partials, int64_t first_query,
                                            int group) {
+  const int head_dim = partials.head_dim;
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
   const PairExchange exchange(params, shared.slice);
   BlockMessage& mine = exchange.mine();
-  for (int i = threadIdx.x; i < group * kHeadDim; i += blockDim.x) {
-    mine.out[i] = partials.out(i / kHeadDim, i % kHeadDim);
+  for (int i = threadIdx.x; i < group * head_dim; i += blockDim.x) {
+    mine.out[i] = partials.out(i / head_dim, i % head_dim);
   }
   if (threadIdx.x < group) {
     const AttentionState state = partials.state(threadIdx.x);
@@ -272,14 +272,14 @@ __device__ __forceinline__ void merge_pair(const Params& params, SharedPlan& sha
   // For 32 channels of a head, one a lane, each warp merges the results of its blocks, and the
   // first warp what all warps have found, in their order.
   const Place& place = exchange.place();
-  const int num_pieces = group * kHeadDim / kWarpSize;
+  const int num_pieces = group * head_dim / kWarpSize;
   if (place.block >= num_pieces) return;
   exchange.wait(Meeting::kResults);
   const int num_warps = ceil_div(place.num_blocks, kBlocksOfWarp);
   float* const outs = reinterpret_cast<float*>(shared.results);  // [warps, channels]
   float* const sums = outs + blockDim.x;                         // [warps]
   for (int piece = place.block; piece < num_pieces; piece += place.num_blocks) {
-    const int head = piece * kWarpSize / kHeadDim;
+    const int head = piece * kWarpSize / head_dim;
     float max = -INFINITY;
     if (warp < num_warps) {
       float maxima[kBlocksOfWarp], their_sums[kBlocksOfWarp], their_outs[kBlocksOfWarp];
@@ -308,8 +308,8 @@ __device__ __forceinline__ void merge_pair(const Params& params, SharedPlan& sha
       float out = 0.0f, sum = 0.0f;
 #pragma unroll 4
       for (int w = 0; w < num_warps; ++w) out += outs[w * kWarpSize + lane], sum += sums[w];
-      write_result<kHeadDim>(params.attend, first_query + head, piece * kWarpSize % kHeadDim + lane,
-                             {max, sum}, out);
+      write_result(params.attend, first_query + head, head_dim, piece * kWarpSize % head_dim + lane,
+                   {max, sum}, out);
     }
     __syncthreads();
   }

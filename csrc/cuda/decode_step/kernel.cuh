@@ -45,10 +45,12 @@ __device__ __forceinline__ void run_step(const Params& params) {
   const ScoreSelectParams& p = params.select;
   using AllRanks = AllRanks<kNumWords, kNorms, kKind>;
   using Candidates = Candidates<kNumWords, kNorms, kKind>;
-  constexpr bool kTokens = kKind == KernelKind::kTokens, kGrid = kKind == KernelKind::kGrid;
+  constexpr bool kTokens = kKind == KernelKind::kTokens, kTeams = kKind == KernelKind::kTeams;
+  constexpr bool kGrid = kKind == KernelKind::kGrid || kTeams;
   constexpr int kChunk = AllRanks::Chunk::kPositions;
   const int warp = threadIdx.x / kWarpSize;
   const int blocks_per_pair = kGrid ? params.blocks_per_pair : blocks_of_cluster();
+  const bool is_grid = kGrid && (!kTeams || blocks_per_pair > blocks_of_cluster());
 
   // Begin: barriers, and zeros.
   ScanTables& tables = shared.scan.tables;
@@ -95,7 +97,7 @@ __device__ __forceinline__ void run_step(const Params& params) {
     let_next_kernel_launch();
     if (params.encodes) {
       load_vectors(task, scratch, shared.new_rows,
-                   params.attends ? shared.attend.queries : nullptr);
+                   params.attends && !kTeams ? shared.attend.queries : nullptr);
     }
     const int seq_len = seq_len_of(p.table, batch_idx);
     if constexpr (kGrid) {
@@ -105,7 +107,7 @@ __device__ __forceinline__ void run_step(const Params& params) {
       if (place.block >= place.num_blocks) {
         wait_at_cluster_barrier();
         cp_async_wait<0>();
-        arrive_at_grid_barrier();
+        if (is_grid) arrive_at_grid_barrier();
         return;
       }
     }
@@ -156,7 +158,7 @@ __device__ __forceinline__ void run_step(const Params& params) {
       wait_at_grid_barrier(arrival);
       if (chooses) find_cut_of_pair(params, shared);
     } else {
-      if constexpr (kGrid) arrive_at_grid_barrier();  // the blocks of other pairs wait there
+      if (is_grid) arrive_at_grid_barrier();  // the blocks of other pairs wait there
       if (chooses) find_cuts(params, shared, 0);
     }
   } else {
@@ -200,13 +202,18 @@ __device__ __forceinline__ void run_step(const Params& params) {
                                            : p.indices + slice.first_list * p.top_k + range.first};
   }
   __syncthreads();  // the positions are written
-  attend_selected(params.attend, shared, [&](const auto& partials, int64_t first_query, int group) {
+  const auto merge = [&](const Partials& partials, void* inbox, int64_t first_query, int group) {
     if (shares) {
       merge_pair(params, shared, partials, first_query, group);
     } else {
-      merge_cluster(params.attend, shared, partials, first_query, group);
+      merge_cluster(params.attend, shared, inbox, partials, first_query, group);
     }
-  });
+  };
+  if constexpr (kTeams) {
+    attend_selected_in_teams(params, shared, merge);
+  } else {
+    attend_selected(params.attend, shared, merge);
+  }
 }
 
 // grid: (batch clusters, num_kv_heads), or with kGrid (batch blocks_per_pair, num_kv_heads). Each

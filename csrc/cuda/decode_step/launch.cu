@@ -6,8 +6,8 @@
 namespace hata {
 
 namespace step {
-// Launches the step of codes of kNumWords words, and returns false, having done nothing, where the
-// device has no clusters. launch.cuh defines it, instances_*.cu make it, side by side.
+// Launches the step of codes of kNumWords words, or returns false, having done nothing. launch.cuh
+// defines it, instances_*.cu make it, side by side.
 template <int kNumWords>
 bool launch(Params& params, CudaStream stream);
 }  // namespace step
@@ -34,6 +34,7 @@ bool launch_if_possible(Params& params, CudaStream stream) {
 
 bool launch_step(const DecodeStepParams& p, bool attends, CudaStream stream) {
   if (p.select.num_recent < p.select.q_len) return false;
+  if (p.append.cache.head_dim > step::kMaxStepHeadDim) return false;
   Params params{.select = p.select,
                 .encodes = true,
                 .encode = p.encode,

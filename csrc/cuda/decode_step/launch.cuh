@@ -24,6 +24,22 @@ inline int slice_of(const ScoreSelectParams& p, int blocks_per_pair) {
   return ceil_div(p.table.capacity, blocks_per_pair * kSliceAlignment) * kSliceAlignment;
 }
 
+// Returns how warps attend in teams: with as many tiles in flight as there is room for.
+inline TeamPlan choose_team_plan(const GatherAttentionParams& p, int threads) {
+  const bool shares = threads == few_threads(KernelKind::kTeams);
+  const int room = kPlanBytes + (shares ? kSharingRankBytes : kMostRankBytes) - kRowOffset;
+  const auto plan = [&](int stages) {
+    return team_plan(threads, group_of(p), p.cache.head_dim, p.cache.dtype, stages);
+  };
+  return plan(kTeamStages).bytes <= room ? plan(kTeamStages) : plan(1);
+}
+
+// Returns the shared memory from the histogram on that the attention takes.
+inline int attend_bytes(const GatherAttentionParams& p, int threads) {
+  return needs_teams(p) ? choose_team_plan(p, threads).bytes
+                        : attend_row_bytes(threads, p.cache.head_dim, p.cache.dtype);
+}
+
 // Returns the shared memory for the ranks of one block's slice of a full cache, within what there
 // is; in all enough for rows, which take the place of everything from the histogram on.
 inline int rank_bytes_for(const Params& params, int threads, bool shares, int blocks_per_pair) {
@@ -32,9 +48,8 @@ inline int rank_bytes_for(const Params& params, int threads, bool shares, int bl
   if (p.algorithm == ScoreSelectAlgorithm::kCandidates) return kMostRankBytes;
   int64_t bytes = int64_t{slice_of(p, blocks_per_pair)} * p.q_len * 2;
   if (params.attends) {
-    const KvCache& cache = params.attend.cache;
-    const int row_bytes = attend_row_bytes(threads, cache.head_dim, cache.dtype);
-    bytes = std::max<int64_t>(bytes, kRowOffset + row_bytes - kPlanBytes) + kKeptBytes;
+    const int row_end = kRowOffset + attend_bytes(params.attend, threads);
+    bytes = std::max<int64_t>(bytes, row_end - kPlanBytes) + kKeptBytes;
   }
   return static_cast<int>(std::clamp<int64_t>(bytes, kSharingRankBytes, kMostRankBytes));
 }
@@ -72,9 +87,7 @@ inline void share_out_candidates(Params& params, const LaunchPlan& plan) {
 }
 
 inline Bins bins_for(const ScoreSelectParams& p) {
-  const int ranks = p.code_cache.norms != nullptr
-                        ? 1 << 16
-                        : p.weight_sum * p.code_cache.num_words * kWordBits + 1;
+  const int ranks = p.code_cache.norms != nullptr ? 1 << 16 : p.max_matches() + 1;
   const auto padded = [](int bins) { return ceil_div(bins, kGroupBins) * kGroupBins; };
   // If there must be a second histogram, one of a single group is found fastest.
   int shift = padded(ranks) * p.q_len <= kHistogramBins ? 0 : std::bit_width(kGroupBins - 1u);
@@ -144,17 +157,18 @@ struct GridPlan {
 
 // Chooses the plan by which the blocks of the whole grid share the pairs; nothing where clusters
 // serve them better, or must.
-inline std::optional<GridPlan> choose_grid_plan(const ResidentClusters& resident,
+inline std::optional<GridPlan> choose_grid_plan(const ResidentClusters& resident, KernelKind kind,
                                                 const Params& params) {
   const ScoreSelectParams& p = params.select;
   const bool is_forced = p.algorithm == ScoreSelectAlgorithm::kGrid;
   if (!is_forced && p.algorithm != ScoreSelectAlgorithm::kAuto) return std::nullopt;
   const int64_t num_pairs = int64_t{p.table.batch} * p.num_kv_heads;
-  const int threads = many_threads(KernelKind::kGrid);
+  const int threads = many_threads(kind);
+  const int most = std::min(kMaxGridBlocks, threads / kWarpSize * kBlocksOfWarp);  // of a pair
   // On an H100 there is no room for two clusters of eight for each of eight pairs.
   for (const int size : {kMaxCluster, kMaxCluster / 2}) {
     const int clusters = std::min(resident.many[size - 1], kMaxGridBlocks / size);
-    const int blocks = static_cast<int>(clusters / num_pairs) * size;
+    const int blocks = std::min(static_cast<int>(clusters / num_pairs) * size, most / size * size);
     if (blocks <= kMaxCluster) continue;
     const LaunchPlan plan{threads, rank_bytes_for(params, threads, false, blocks), blocks};
     const int shortest = shortest_for_grid(blocks, kMaxCluster);
@@ -164,31 +178,44 @@ inline std::optional<GridPlan> choose_grid_plan(const ResidentClusters& resident
   return std::nullopt;
 }
 
+// With fewer (sequence, KV head) pairs clusters of teams take longer than gather_attention in a
+// launch of its own, whose blocks are more: by the times of one pair and of four
+// (docs/kernels/score_select.md).
+constexpr int kMinTeamPairs = 4;
+
 template <int kNumWords, bool kNorms>
 bool launch(Params& params, CudaStream stream) {
   constexpr const char* kOp = "hata::score_select";
   const ScoreSelectParams& p = params.select;
-  const bool one = p.q_len == 1;
+  const bool one = p.q_len == 1, in_teams = params.attends && needs_teams(params.attend);
+  const KernelKind kind = in_teams ? KernelKind::kTeams
+                          : one    ? KernelKind::kRanksFit
+                                   : KernelKind::kTokens;
   const ResidentClusters resident =
-      one ? resident_clusters<kNumWords, kNorms, KernelKind::kRanksFit>(kOp)
-          : resident_clusters<kNumWords, kNorms, KernelKind::kTokens>(kOp);
+      in_teams ? resident_clusters<kNumWords, kNorms, KernelKind::kTeams>(kOp)
+      : one    ? resident_clusters<kNumWords, kNorms, KernelKind::kRanksFit>(kOp)
+               : resident_clusters<kNumWords, kNorms, KernelKind::kTokens>(kOp);
   if (!resident.exist) return false;
   std::optional<GridPlan> grid;
-  if (one) {
-    grid = choose_grid_plan(resident_clusters<kNumWords, kNorms, KernelKind::kGrid>(kOp), params);
+  if (in_teams) {
+    grid = choose_grid_plan(resident, kind, params);
+  } else if (one) {
+    grid = choose_grid_plan(resident_clusters<kNumWords, kNorms, KernelKind::kGrid>(kOp),
+                            KernelKind::kGrid, params);
   }
-  const LaunchPlan plan =
-      grid ? grid->plan
-           : choose_plan(resident, one ? KernelKind::kRanksFit : KernelKind::kTokens, params);
+  const LaunchPlan plan = grid ? grid->plan : choose_plan(resident, kind, params);
+  const bool few_pairs = int64_t{p.table.batch} * p.num_kv_heads < kMinTeamPairs;
+  if (in_teams && ((few_pairs && !grid) || !all_ranks_fit(p, plan))) return false;
   params.bins = bins_for(p);
   params.blocks_per_pair = plan.blocks_per_pair;
   params.grid_from = grid ? grid->grid_from : 0;
   params.rank_bytes = plan.rank_bytes;
   share_out_candidates(params, plan);
-  params.row_end = kRowOffset + attend_row_bytes(plan.threads, params.attend.cache.head_dim,
-                                                 params.attend.cache.dtype);
-  const auto kernel = grid   ? decode_step_kernel<kNumWords, kNorms, KernelKind::kGrid>
-                      : !one ? decode_step_kernel<kNumWords, kNorms, KernelKind::kTokens>
+  if (params.attends) params.row_end = kRowOffset + attend_bytes(params.attend, plan.threads);
+  if (in_teams) params.teams = choose_team_plan(params.attend, plan.threads);
+  const auto kernel = in_teams ? decode_step_kernel<kNumWords, kNorms, KernelKind::kTeams>
+                      : grid   ? decode_step_kernel<kNumWords, kNorms, KernelKind::kGrid>
+                      : !one   ? decode_step_kernel<kNumWords, kNorms, KernelKind::kTokens>
                       : all_ranks_fit(p, plan)
                           ? decode_step_kernel<kNumWords, kNorms, KernelKind::kRanksFit>
                           : decode_step_kernel<kNumWords, kNorms, KernelKind::kOneToken>;
@@ -204,7 +231,8 @@ bool launch(Params& params, CudaStream stream) {
 }
 
 // Launches the step of codes of kNumWords words, and returns false, having done nothing, where the
-// device has no clusters. instances_*.cu make this, side by side; launch.cu calls it.
+// device has no clusters, or warps would attend in teams and cannot or had better not.
+// instances_*.cu make this, side by side; launch.cu calls it.
 template <int kNumWords>
 bool launch(Params& params, CudaStream stream) {
   return params.select.code_cache.norms != nullptr ? launch<kNumWords, true>(params, stream)

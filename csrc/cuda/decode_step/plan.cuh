@@ -1,5 +1,6 @@
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 
 #include "cuda/attention/merge.cuh"
@@ -28,20 +29,25 @@
 // ordered_rank_float16() maps it, otherwise the score's count of matches.
 namespace hata::step {
 
-constexpr int kMaxTokens = 8;  // query tokens: one product encodes their keys
+constexpr int kMaxTokens = 8;         // query tokens: one product encodes their keys
+constexpr int kMaxStepHeadDim = 256;  // eight channels a lane
 // Positions of a thread: half a word of a CandidateList says which of them an entry is of.
 constexpr int kMostPlaces = 1 << 16;
 
-// What the step attends over itself: query heads of a KV head, as many as one matrix product has,
-// and head_dim, for which registers and shared memory are cut.
-constexpr int kMaxAttendHeads = kTileHeads;
-constexpr int kMaxAttendHeadDim = 128;
+constexpr int kMaxAttendHeads = 16;  // query heads of a KV head that the step attends with itself
 
 // Whether the fused step can attend. With a softcap gather_attention does: a branch for it here
 // costs every step (docs/kernels/log.md).
 constexpr bool can_attend(const GatherAttentionParams& p) {
-  return p.q_len == 1 && p.num_heads / p.cache.num_kv_heads <= kMaxAttendHeads &&
-         p.cache.head_dim <= kMaxAttendHeadDim && p.softcap == 0.0f;
+  return p.q_len == 1 && group_of(p) <= kMaxAttendHeads && p.softcap == 0.0f;
+}
+
+// What the registers of a warp are cut for: as many query heads as one matrix product has, and so
+// many channels of their output. What is larger, warps attend over in teams.
+constexpr int kMaxWarpHeads = kTileHeads;
+constexpr int kMaxWarpHeadDim = 128;
+constexpr bool needs_teams(const GatherAttentionParams& p) {
+  return group_of(p) > kMaxWarpHeads || p.cache.head_dim > kMaxWarpHeadDim;
 }
 
 // What a kernel is for. Each has the code for its case alone: small steps are bound by how much
@@ -50,14 +56,15 @@ enum class KernelKind {
   kRanksFit,  // one query token, and the ranks of a full cache fit into shared memory
   kOneToken,  // one query token, any cache
   kTokens,    // several query tokens, any cache
-  kGrid       // as kRanksFit, and the blocks of the whole grid share the pairs
+  kGrid,      // as kRanksFit, and the blocks of the whole grid share the pairs
+  kTeams,     // as kRanksFit or kGrid, whichever the launch is cut for, and warps attend in teams
 };
 
 // Threads of a block where two blocks share a multiprocessor; one that has it to itself has twice
-// as many. With several query tokens a thread has more sums to keep, and 128 registers for them
-// instead of 96.
+// as many. With several query tokens a thread has more sums to keep, in a team two tiles of heads,
+// and 128 registers for them instead of 96.
 constexpr int few_threads(KernelKind kind) {
-  return kind == KernelKind::kTokens ? 256 : 320;
+  return kind == KernelKind::kTokens || kind == KernelKind::kTeams ? 256 : 320;
 }
 constexpr int many_threads(KernelKind kind) {
   return 2 * few_threads(kind);
@@ -75,6 +82,36 @@ constexpr int kGroupBins = kWarpSize;
 constexpr int kHistogramBins = 4096;
 constexpr int kMaxGroups = kHistogramBins / kGroupBins;
 
+// Keys and values of a tile in shared memory.
+constexpr int stage_bytes(int channels, DType dtype) {
+  return 2 * kTileRows * (channels * (dtype == DType::kFloat8E4M3 ? 1 : 2) + 16);
+}
+
+// How warps attend in teams, and their shared memory, in the place of the rows: results that other
+// blocks send; queries; rows or, after them, what the teams found. A warp of a team has
+// kTeamChannels of a row's channels; where head_dim is no multiple of them, the last two warps have
+// some channels both.
+constexpr int kTeamChannels = 64;
+constexpr int kTeamHeads = kMaxAttendHeads;
+constexpr int kTeamStages = 2;
+struct TeamPlan {
+  int size;           // warps of a team
+  int num_teams;      // of a block; the warps that are left over have no rows
+  int stages;         // tiles in flight a warp, at most kTeamStages
+  int queries, rows;  // where they begin, in bytes
+  int bytes;
+};
+constexpr TeamPlan team_plan(int threads, int group, int head_dim, DType dtype, int stages) {
+  TeamPlan plan{.size = (head_dim + kTeamChannels - 1) / kTeamChannels, .stages = stages};
+  plan.num_teams = threads / kWarpSize / plan.size;
+  plan.queries = Received::most_bytes(group, head_dim);
+  plan.rows = plan.queries + plan.size * kTeamHeads * (kTeamChannels + 8) * 2;
+  plan.bytes =
+      plan.rows + std::max(threads / kWarpSize * stages * stage_bytes(kTeamChannels, dtype),
+                           Partials::bytes(plan.num_teams, group, head_dim));
+  return plan;
+}
+
 struct Params {
   ScoreSelectParams select;
   bool encodes;  // the planes come from `encode`, not from select.planes, and `append` is done
@@ -90,6 +127,7 @@ struct Params {
   GatherAttentionParams attend;
   int blocks_per_pair;  // kGrid
   int grid_from;        // kGrid: the shortest sequence that all blocks of a pair share
+  TeamPlan teams;       // kTeams
 };
 
 // Which of the blocks of its pair a block is.
@@ -140,8 +178,8 @@ struct NewTokens {
   uint32_t codes[kMaxTokens][kMaxWords];  // the words that this block encodes
 };
 struct NewRows {
-  alignas(16) uint16_t k[kMaxTokens][kMaxHeadDim];
-  alignas(16) uint16_t v[kMaxTokens][kMaxHeadDim];
+  alignas(16) uint16_t k[kMaxTokens][kMaxStepHeadDim];
+  alignas(16) uint16_t v[kMaxTokens][kMaxStepHeadDim];
 };
 
 // What the scan reads beside codes.
@@ -205,19 +243,18 @@ struct PairInbox {
 struct AttendInputs {
   RowList list;
   ArrivalBarrier results_arrived;
-  alignas(16) uint16_t queries[kMaxAttendHeads * (kMaxAttendHeadDim + 8)];
+  alignas(16) uint16_t queries[kMaxWarpHeads * (kMaxWarpHeadDim + 8)];  // of no team
 };
 
 // What the other blocks send of their results, and the rows of K and V that a block attends over.
-constexpr int kMaxResultBytes = Received::bytes(kMaxCluster, kMaxAttendHeads, kMaxAttendHeadDim);
+constexpr int kMaxResultBytes = Received::bytes(kMaxCluster, kMaxWarpHeads, kMaxWarpHeadDim);
 // Tiles in flight a warp: of float8 rows two, in the place of one.
 constexpr int attend_stages(int element_size) {
   return element_size == 1 ? 2 : 1;
 }
 constexpr int attend_row_bytes(int threads, int head_dim, DType dtype) {
-  const int element_size = dtype == DType::kFloat8E4M3 ? 1 : 2;
-  return threads / kWarpSize * attend_stages(element_size) * 2 * kTileRows *
-         (head_dim * element_size + 16);
+  return threads / kWarpSize * attend_stages(dtype == DType::kFloat8E4M3 ? 1 : 2) *
+         stage_bytes(head_dim, dtype);
 }
 
 // Shared memory of a block. Addresses run down, time runs to the right; members on one line with a
@@ -242,7 +279,9 @@ constexpr int attend_row_bytes(int threads, int head_dim, DType dtype) {
 // What shares a place never meets. No block sends bins before it knows that all others have
 // scanned, or a result before it knows that all have read the group sums; bounds are not needed
 // once the cuts are found. Rows take the place of everything from the histogram on once the
-// positions are written, which are kept behind both ranks and rows.
+// positions are written, which are kept behind both ranks and rows. Where warps attend in teams,
+// `attend.queries` and `results` are not used: the rows' place has both of them too (TeamPlan), and
+// no block sends a result before it knows that all have selected.
 struct alignas(16) SharedPlan {
   Slice slice;
   ArrivalBarrier guesses_arrived;
@@ -283,11 +322,19 @@ constexpr int kMostRankBytes = 227 * 1024 - kStaticBytes - kPlanBytes;
 constexpr int kKeptBytes = 4 * 1024;  // for the positions that a block selects
 
 // The rows of all warps fit, float8 rows and their padding too.
-static_assert(kRowOffset + attend_row_bytes(few_threads(KernelKind::kRanksFit), kMaxAttendHeadDim,
+static_assert(kRowOffset + attend_row_bytes(few_threads(KernelKind::kRanksFit), kMaxWarpHeadDim,
                                             DType::kFloat8E4M3) <=
               kPlanBytes + kSharingRankBytes);
-static_assert(kRowOffset + attend_row_bytes(many_threads(KernelKind::kRanksFit), kMaxAttendHeadDim,
+static_assert(kRowOffset + attend_row_bytes(many_threads(KernelKind::kRanksFit), kMaxWarpHeadDim,
                                             DType::kFloat8E4M3) <=
+              kPlanBytes + kMostRankBytes);
+static_assert(kRowOffset + team_plan(few_threads(KernelKind::kTeams), kMaxAttendHeads,
+                                     kMaxStepHeadDim, DType::kBFloat16, 1)
+                               .bytes <=
+              kPlanBytes + kSharingRankBytes);
+static_assert(kRowOffset + team_plan(many_threads(KernelKind::kTeams), kMaxAttendHeads,
+                                     kMaxStepHeadDim, DType::kBFloat16, 1)
+                               .bytes <=
               kPlanBytes + kMostRankBytes);
 
 // Positions that a token selects which sees more of them.

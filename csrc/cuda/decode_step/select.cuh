@@ -3,6 +3,7 @@
 #include "cuda/decode_step/cut.cuh"
 #include "cuda/decode_step/ranks.cuh"
 #include "cuda/primitives/warp.cuh"
+#include "query_planes.h"
 
 // The fourth phase: one block finds the selected positions of its slice again by comparing ranks
 // with the cut, and writes them in order. Ties go to the most recent positions.
@@ -201,10 +202,23 @@ __device__ __forceinline__ void write_selected(const ComparedRanks& ranks, Outpu
   cut.ties_before += total.ties;
 }
 
+// Says how the selection of one query token ended, where that is asked for, by one thread.
+template <bool kNorms>
+__device__ __forceinline__ void write_cut(const ScoreSelectParams& p, int64_t list_idx,
+                                          const Cut& cut) {
+  const auto ties = static_cast<int32_t>(cut.ties);
+  if constexpr (kNorms) {
+    p.cut.write(list_idx, float16_of_rank(static_cast<uint16_t>(cut.bin)), ties);
+  } else {
+    p.cut.write(list_idx, score_of_matches(static_cast<int>(cut.bin), p.max_matches()), ties);
+  }
+}
+
 // Where the selection finds the ranks again that the scan kept is up to a source: RankSource, or
 // CandidateSource (candidates.cuh). This one has all of them in shared memory.
 template <typename AllRanks, bool kNorms>
 struct RankSource {
+  static constexpr bool kHasNorms = kNorms;
   AllRanks all;
   int pieces;  // of a thread (ComparedRanks)
 
@@ -280,7 +294,11 @@ __device__ __forceinline__ IndexRange select_from(const Params& params, SharedPl
     const int most = budget(p, visible(j)), num_selected = min(most, visible(j));
     IndexList list{p.indices + list_idx * p.top_k, kept, num_kept, 0};
     if (slice.place.block == 0) {
-      if (threadIdx.x == 0) p.num_selected[list_idx] = num_selected;
+      if (threadIdx.x == 0) {
+        p.num_selected[list_idx] = num_selected;
+        write_cut<Source::kHasNorms>(p, list_idx,
+                                     must_choose(p, visible(j)) ? shared.cuts[j] : Cut{});
+      }
       for (int i = num_selected + threadIdx.x; i < p.top_k; i += blockDim.x) list.all[i] = -1;
     }
     const bool all_selected = visible(j) <= most;

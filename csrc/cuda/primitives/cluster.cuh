@@ -37,7 +37,9 @@ __device__ __forceinline__ int cluster_idx() {
 inline constexpr int kMaxCluster = 8;  // blocks: the largest that every GPU with clusters schedules
 
 // The two halves of a barrier of a cluster's threads, for what need not be ordered with memory:
-// that every block has begun, and may be sent to. Between them a thread does other work.
+// that every block has begun, and may be sent to, or that it has used what it read from memory to
+// which others then send. Between them a thread does other work. A barrier that orders memory would
+// wait until all that a block has written is there (MEMBAR.GPU in machine code).
 __device__ __forceinline__ void arrive_at_cluster_barrier() {
   if constexpr (kIsSm90) asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 }

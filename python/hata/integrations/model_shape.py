@@ -23,8 +23,13 @@ class ModelShape(TypedDict):
 
 
 def model_shape(model: Any) -> ModelShape:
-    """Reads the sizes from the model's config."""
+    """Reads from the config the sizes of the layers that attend to the whole context.
+
+    In Gemma 4 layers with a window have other heads.
+    """
     config = model.config.get_text_config(decoder=True)
+    if layers := full_attention_layers(model):
+        config = config.per_layer_config[layers[0]]
     heads: int = config.num_attention_heads
     return {
         "num_layers": config.num_hidden_layers,

@@ -124,7 +124,7 @@ def enable(
             ``torch.float8_e4m3fn``, with scales of 1, which halves the memory of 16-bit ones. A
             prompt sees its own keys and values as they came, all that follows as the cache has
             them.
-        offload: Keeps keys and values in pinned host memory, of which each cache takes at most as
+        offload: Keeps keys and values in host memory, of which each cache takes at most as
             many bytes as this, or as "64GB" says (`hata.offload.OffloadedCache`). None keeps them
             on the GPU.
         verify: "dense": `generate` returns what the dense model would; tokens that are decoded
@@ -133,7 +133,8 @@ def enable(
         num_draft_tokens: Tokens of a draft with ``verify``, ``1..31``.
         observer: Called after each sparse layer's decoding step as ``observer(layer_idx, q, cache,
             indices, num_selected)``: q ``[batch, q_len, num_heads, head_dim]``, cache the
-            `hata.HataCache`, layer_idx its layer, the rest as `HataCache.last_selection` gives it.
+            `hata.HataCache`, layer_idx its layer, the rest as `HataCache.last_selection` gives it;
+            ``cache.last_cut(layer_idx)`` gives the score of the last position and its ties.
         cuda_graphs: Whether passes that decode are captured in CUDA graphs and replayed. None does
             it where it can be: on one GPU, where every layer has full, sliding-window, chunked or
             linear attention, without an observer; and

@@ -206,7 +206,8 @@ class AttendingLayer(CacheLayerMixin):
         """Stores new tokens and attends, as its kind of layer does.
 
         Args:
-            q: ``[batch, q_len, num_heads, head_dim]``.
+            q: ``[batch, q_len, num_heads, head_dim]``; where the tokens are there again, of the
+                last ones or of all.
             k: ``[batch, q_len, num_kv_heads, head_dim]``.
             v: The same.
             mask: The model's mask.
@@ -216,11 +217,12 @@ class AttendingLayer(CacheLayerMixin):
             again: Whether the tokens are those of the last call, whose keys a later layer shares.
 
         Returns:
-            ``[batch, q_len, num_heads, head_dim]``.
+            The shape of q.
         """
-        group, q_len = self.group, q.shape[1]
+        group, q_len, num_queries = self.group, k.shape[1], q.shape[1]
         if again:
             self._reopen_step()
+            q = torch.nn.functional.pad(q, (0, 0, 0, 0, q_len - num_queries, 0))
         elif self.is_first:
             group.open_step(self.seen, q_len, mask)
         padding, new_seqlens = group.padding, None
@@ -235,6 +237,7 @@ class AttendingLayer(CacheLayerMixin):
         )
         if padding is not None:
             out = padding.back(out)
+        out = out[:, q_len - num_queries :]
         if not again:
             self.seen += q_len
             if self.is_first:

@@ -48,9 +48,15 @@ class DeferredMask:
     Attributes:
         arguments: What transformers hands to a mask function; ``attention_mask`` among them is None
             or ``[batch, kv_length]``, bool, with False for padding.
+        rows: Which part of the tensor a model has taken, None for all of it: Gemma 4 leaves the
+            layers that share keys the last tokens of a prompt.
     """
 
     arguments: dict[str, Any]
+    rows: Any = None
+
+    def __getitem__(self, rows: Any) -> "DeferredMask":
+        return DeferredMask(self.arguments, rows)
 
     @property
     def padded(self) -> tuple[Tensor | None, int]:
@@ -60,7 +66,10 @@ class DeferredMask:
     @cached_property
     def for_sdpa(self) -> Tensor | None:
         """The mask as "sdpa" takes it; None where "sdpa" needs none."""
-        return sdpa_mask(**self.arguments)
+        if self.rows is None:
+            return sdpa_mask(**self.arguments)
+        mask = sdpa_mask(**{**self.arguments, "allow_is_causal_skip": False})
+        return None if mask is None else mask[self.rows]
 
     def check_window(self, window: Window | None) -> None:
         """Raises ValueError unless tokens see all positions before them, or a sliding window.

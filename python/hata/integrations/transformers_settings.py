@@ -109,6 +109,7 @@ class CacheSettings:
             "dtype": k.dtype,
             "device": k.device,
             "kv_cache_dtype": self.kv_cache_dtype,
+            "record_cuts": self.observer is not None,
         }
         if self.host_memory is None:
             return HataCache(page_size=self.page_size, **arguments)

@@ -50,6 +50,8 @@ def decode_step(
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
     workspace: Tensor | None = None,
+    last_score: Tensor | None = None,
+    num_ties: Tensor | None = None,
     indices: Tensor | None = None,
     num_selected: Tensor | None = None,
     out: Tensor | None = None,
@@ -101,6 +103,9 @@ def decode_step(
         v_scale: The same for values.
         workspace: uint8, 1-D, contiguous, at least ``workspace_size(batch, q_len, num_heads,
             num_kv_heads, head_dim, max_pages * page_size, top_k)`` bytes; allocated where missing.
+        last_score: Where to write what ``score_select`` returns by that name, of the shape of
+            ``num_selected``, int32, or float16 with norms, contiguous. None: nowhere.
+        num_ties: The same, int32.
         indices: Where to write the output of that name, contiguous; allocated where missing.
         num_selected: The same.
         out: The same.
@@ -125,6 +130,7 @@ def decode_step(
         out = q.new_empty(q.shape)
     if lse is None:
         lse = q.new_empty(q.shape[:-1], dtype=torch.float32)
+    # By position what can be: torch takes longer to read an argument that comes by name.
     torch.ops.hata.decode_step.default(
         q,
         k,
@@ -145,9 +151,11 @@ def decode_step(
         min_top_k,
         softmax_scale,
         softcap,
-        k_scale=k_scale,
-        v_scale=v_scale,
-        workspace=workspace,
+        k_scale,
+        v_scale,
+        workspace,
+        last_score,
+        num_ties,
         indices=indices,
         num_selected=num_selected,
         out=out,
@@ -177,10 +185,12 @@ def _(
     min_top_k: int | None = None,
     softmax_scale: float | None = None,
     softcap: float | None = None,
-    *,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
     workspace: Tensor | None = None,
+    last_score: Tensor | None = None,
+    num_ties: Tensor | None = None,
+    *,
     indices: Tensor,
     num_selected: Tensor,
     out: Tensor,

@@ -45,7 +45,7 @@ def fetch_rows(
 ) -> FetchedRows:
     """Brings the rows of selected positions into a row cache, and says in which slot each is.
 
-    For caches in memory that is slow to read, such as pinned host memory: what one step selects,
+    For caches in memory that is slow to read, such as host memory: what one step selects,
     the next mostly selects again. Each sequence and KV head has ``num_slots`` rows. One that is
     cached stays where it is. Each other one, in the order of ``indices``, is copied into the slot
     that a clock gives up (Corbato, A paging experiment with the Multics system, 1968): a hand goes

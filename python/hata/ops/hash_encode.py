@@ -30,7 +30,7 @@ def hash_encode(
     Args:
         keys: Keys after position embedding, ``[batch, seq_len, num_kv_heads, head_dim]``, float16
             or bfloat16 (float32 too on CPU); any strides, last dimension contiguous. ``head_dim``
-            is 64, 96, 128, 192 or 256 on CUDA, a multiple of 8 up to 256 on CPU.
+            is 64, 96, 128, 192, 256 or 512 on CUDA, a multiple of 8 up to 512 on CPU.
         key_weights: ``[num_kv_heads, head_dim, num_bits]``, dtype of ``keys``, contiguous;
             ``num_bits`` is a multiple of 32 up to 256.
         key_norms: Whether to return the keys' Euclidean norms as well.

@@ -20,7 +20,8 @@ def score_select(
     num_recent: int = 0,
     top_k_share: float | None = None,
     min_top_k: int | None = None,
-) -> tuple[Tensor, Tensor]:
+    return_cut: bool = False,
+) -> tuple[Tensor, ...]:
     """Scores the code cache and selects the best positions in one operator.
 
     Equals ``select_topk(hamming_score(planes, ...), cache_seqlens, top_k=...)`` bit for bit (HATA,
@@ -43,17 +44,24 @@ def score_select(
             multiple of 2 ** -32. None: every token selects ``top_k``.
         min_top_k: The least number with a share, ``1..top_k``; None is ``num_sink + num_recent``,
             and at least 1. Without a share it must be None.
+        return_cut: Whether to say how each selection ended as well.
 
     Returns:
         ``indices`` ``[batch, q_len, num_kv_heads, min(top_k, max_pages * page_size)]``, int32:
         ascending, then -1; and ``num_selected`` ``[batch, q_len, num_kv_heads]``, int32.
+        With ``return_cut`` also ``last_score``, int32, or float16 with norms, and ``num_ties``,
+        int32, of the shape of ``num_selected``. Positions compete that are neither sinks nor
+        recent: ``last_score`` is the lowest score of those that were selected, and ``num_ties``
+        says how many of them all have it, selected or not. Where no competing position was
+        selected, or every visible one was, they are the lowest score but NaN (-2 ** 31 or
+        -infinity) and 0.
 
     Raises:
         ValueError: A tensor requires a gradient while autograd is on.
         RuntimeError: A shape, dtype, stride, device or size is not as above; on CPU also a length
             or page out of range.
     """
-    return torch.ops.hata.score_select.default(
+    selected = torch.ops.hata.score_select.default(
         planes,
         code_cache,
         norm_cache,
@@ -65,7 +73,9 @@ def score_select(
         num_recent,
         top_k_share,
         min_top_k,
+        return_cut,
     )
+    return selected if return_cut else selected[:2]
 
 
 @torch.library.register_fake("hata::score_select")
@@ -81,7 +91,15 @@ def _(
     num_recent: int = 0,
     top_k_share: float | None = None,
     min_top_k: int | None = None,
-) -> tuple[Tensor, Tensor]:
+    return_cut: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows = planes.shape[:3]
     capacity = block_table.shape[1] * code_cache.shape[2]
-    return planes.new_empty((*rows, min(top_k, capacity))), planes.new_empty(rows)
+    cut = (*rows[:2], rows[2] if return_cut else 0)
+    score_dtype = torch.int32 if norm_cache is None else torch.float16
+    return (
+        planes.new_empty((*rows, min(top_k, capacity))),
+        planes.new_empty(rows),
+        planes.new_empty(cut, dtype=score_dtype),
+        planes.new_empty(cut),
+    )

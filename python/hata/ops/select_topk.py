@@ -16,7 +16,8 @@ def select_topk(
     num_recent: int = 0,
     top_k_share: float | None = None,
     min_top_k: int | None = None,
-) -> tuple[Tensor, Tensor]:
+    return_cut: bool = False,
+) -> tuple[Tensor, ...]:
     """Selects the ``top_k`` visible positions with the highest scores, exactly.
 
     The first ``num_sink`` and the last ``num_recent`` visible positions are always selected and
@@ -37,20 +38,28 @@ def select_topk(
             multiple of 2 ** -32. None: every token selects ``top_k``.
         min_top_k: The least number with a share, ``1..top_k``; None is ``num_sink + num_recent``,
             and at least 1. Without a share it must be None.
+        return_cut: Whether to say how each selection ended as well.
 
     Returns:
         ``indices`` ``[batch, q_len, num_kv_heads, min(top_k, max_seq_len)]``, int32: ascending,
         then -1; and ``num_selected`` ``[batch, q_len, num_kv_heads]``, int32: the smaller of
         the budget and the number of visible positions.
+        With ``return_cut`` also ``last_score``, the dtype of ``scores``, and ``num_ties``,
+        int32, of the shape of ``num_selected``. Positions compete that are neither sinks nor
+        recent: ``last_score`` is the lowest score of those that were selected, and ``num_ties``
+        says how many of them all have it, selected or not. Where no competing position was
+        selected, or every visible one was, they are the lowest score but NaN (-2 ** 31 or
+        -infinity) and 0.
 
     Raises:
         ValueError: A tensor requires a gradient while autograd is on.
         RuntimeError: A shape, dtype, stride, device or size is not as above; on CPU also a length
             that is negative or above ``max_seq_len``.
     """
-    return torch.ops.hata.select_topk.default(
-        scores, cache_seqlens, top_k, num_sink, num_recent, top_k_share, min_top_k
+    selected = torch.ops.hata.select_topk.default(
+        scores, cache_seqlens, top_k, num_sink, num_recent, top_k_share, min_top_k, return_cut
     )
+    return selected if return_cut else selected[:2]
 
 
 @torch.library.register_fake("hata::select_topk")
@@ -62,9 +71,13 @@ def _(
     num_recent: int = 0,
     top_k_share: float | None = None,
     min_top_k: int | None = None,
-) -> tuple[Tensor, Tensor]:
+    return_cut: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     *rows, max_seq_len = scores.shape
+    cut = (*rows[:-1], rows[-1] if return_cut else 0)
     return (
         scores.new_empty((*rows, min(top_k, max_seq_len)), dtype=torch.int32),
         scores.new_empty(rows, dtype=torch.int32),
+        scores.new_empty(cut),
+        scores.new_empty(cut, dtype=torch.int32),
     )

@@ -6,6 +6,7 @@ are described there.
 
 import itertools
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -147,12 +148,16 @@ def select_topk(
     num_recent: int = 0,
     top_k_share: float | None = None,
     min_top_k: int | None = None,
-) -> tuple[Tensor, Tensor]:
+    return_cut: bool = False,
+) -> tuple[Tensor, ...]:
     """The visible positions with the highest scores, by a stable sort."""
     batch, q_len, num_kv_heads, max_seq_len = scores.shape
     width = min(top_k, max_seq_len)
     indices = torch.full((batch, q_len, num_kv_heads, width), -1, dtype=torch.int32)
     num_selected = torch.zeros(batch, q_len, num_kv_heads, dtype=torch.int32)
+    lowest = -torch.inf if scores.is_floating_point() else INT32_MIN
+    last_score = torch.full_like(num_selected, lowest, dtype=scores.dtype)
+    num_ties = torch.zeros_like(num_selected)
     values = scores.cpu().double()
     for b in range(batch):
         for j in range(q_len):
@@ -167,16 +172,18 @@ def select_topk(
             for h in range(num_kv_heads):
                 row = values[b, j, h, :visible]
                 order = t.flip(0)  # the most recent first, then by score, NaN last, always first
-                for key in (
-                    -row.nan_to_num(nan=-torch.inf, posinf=torch.inf),
-                    row.isnan(),
-                    ~always,
-                ):
+                keys = (-row.nan_to_num(nan=-torch.inf, posinf=torch.inf), row.isnan(), ~always)
+                for key in keys:
                     order = order[key[order].argsort(stable=True)]
                 chosen = order[:budget].sort().values
                 indices[b, j, h, : len(chosen)] = chosen
                 num_selected[b, j, h] = len(chosen)
-    return indices.to(scores.device), num_selected.to(scores.device)
+                if always.sum() < budget < visible:
+                    last = row[order[budget - 1]]
+                    ties = row.isnan() if last.isnan() else row == last
+                    last_score[b, j, h], num_ties[b, j, h] = last, (ties & ~always).sum()
+    selected = (indices, num_selected, last_score, num_ties)
+    return tuple(t.to(scores.device) for t in selected[: 4 if return_cut else 2])
 
 
 def score_select(
@@ -192,7 +199,8 @@ def score_select(
     num_recent: int = 0,
     top_k_share: float | None = None,
     min_top_k: int | None = None,
-) -> tuple[Tensor, Tensor]:
+    return_cut: bool = False,
+) -> tuple[Tensor, ...]:
     """select_topk of hamming_score."""
     scores = hamming_score(
         planes,
@@ -203,10 +211,9 @@ def score_select(
         weight_sum=weight_sum,
         max_seq_len=block_table.shape[1] * code_cache.shape[2],
     )
-    budget = {"top_k": top_k, "num_sink": num_sink, "num_recent": num_recent}
-    return select_topk(
-        scores, cache_seqlens, **budget, top_k_share=top_k_share, min_top_k=min_top_k
-    )
+    budget: dict[str, Any] = {"top_k": top_k, "num_sink": num_sink, "num_recent": num_recent}
+    budget |= {"top_k_share": top_k_share, "min_top_k": min_top_k, "return_cut": return_cut}
+    return select_topk(scores, cache_seqlens, **budget)
 
 
 def fetch_rows(

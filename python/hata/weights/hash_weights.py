@@ -175,6 +175,11 @@ class HashWeights:
         return num_layers, num_kv_heads, head_dim, num_bits
 
     @property
+    def score_dtype(self) -> torch.dtype:
+        """The dtype of `hata.hamming_score`: int32, or float16 with norms."""
+        return torch.float16 if self.key_norms else torch.int32
+
+    @property
     def num_bits(self) -> int:
         """Bits of a key's code; those of the longest where the layers' differ."""
         return self.key_weights.shape[3]
