@@ -19,17 +19,20 @@ KNOWN = COMPLETIONS["known"]
 
 
 class Attention:
-    """Random queries and keys, scores that logits are linear in, and the 20 best positions."""
+    """Random queries and keys, the same on every device, and the 20 best positions.
+
+    Logits are linear in the scores.
+    """
 
     def __init__(self, device: str, slope: float = 0.4, sinks: bool = False) -> None:
         self.positions = torch.arange(SEQ_LEN - Q_LEN, SEQ_LEN, device=device)
-        self.scores = torch.randint(-9, 10, (1, KV_HEADS, SEQ_LEN), device=device).float()
+        self.scores = torch.randint(-9, 10, (1, KV_HEADS, SEQ_LEN)).float().to(device)
         self.scores = self.scores.repeat(Q_LEN, 1, 1)
-        self.k = torch.randn(SEQ_LEN, KV_HEADS, HEAD_DIM, device=device)
+        self.k = torch.randn(SEQ_LEN, KV_HEADS, HEAD_DIM).to(device)
         self.k[:, :, 0] = self.scores[0].T
         self.q = torch.zeros(Q_LEN, KV_HEADS, GROUP, HEAD_DIM, device=device)
-        self.q[..., 0] = slope * torch.rand(Q_LEN, KV_HEADS, GROUP, device=device)
-        sink = torch.randn(KV_HEADS, GROUP, device=device) if sinks else None
+        self.q[..., 0] = slope * torch.rand(Q_LEN, KV_HEADS, GROUP).to(device)
+        sink = torch.randn(KV_HEADS, GROUP).to(device) if sinks else None
         self.softmax = Softmax(1.0, sink_logits=sink)
         self.selected = torch.zeros_like(self.scores, dtype=torch.bool)
         self.selected.scatter_(2, self.scores[:, :, : SEQ_LEN - Q_LEN].topk(20).indices, True)

@@ -25,7 +25,7 @@ from cache_model import (
 from closeness import assert_equal
 from devices import gpu_only
 from hata import HataCache, HataConfig, ops
-from hata.host_memory import HostMemory
+from hata.host_memory import HostMemory, release_host_memory
 from hata.integrations.model_shape import model_shape
 from hata.integrations.transformers import enable
 from hata.integrations.transformers_cache import CACHE_ARGUMENT
@@ -237,7 +237,9 @@ def test_a_system_that_refuses_is_an_error_before_anything_changes(
     def no_memory(*args: object, **kwargs: object) -> None:
         raise OSError(12, "Cannot allocate memory")
 
+    release_host_memory()
     monkeypatch.setattr("hata.host_memory.mmap.mmap", no_memory)
+    monkeypatch.setattr("hata.host_memory._call", no_memory)  # of CUDA's driver
     message = "hata.OffloadedCache: host memory must have room for .* bytes, got .*Cannot allocate"
     with pytest.raises(RuntimeError, match=message):
         make_cache(device, torch.float16, config=SPARSE, host_memory=ROOM, page_size=16)

@@ -25,6 +25,7 @@ def test_the_kernels_are_clean(tool):
     if sanitizer is None:
         pytest.fail('compute-sanitizer must be on the PATH, or be left out with -m "not sanitizer"')
     command = [sanitizer, "--tool", tool, "--error-exitcode", "1", "--print-limit", "20", *DRIVER]
+    command.append(tool)
     # Each tensor in an allocation of its own: what lies beyond it is out of bounds.
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
