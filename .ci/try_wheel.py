@@ -37,7 +37,8 @@ def failure(*command: str | Path, cwd: Path = ROOT) -> str | None:
 def serves(python: str, wheel: Path, torch: str) -> bool:
     """Whether torch is to be had for this Python; the wheel must then install and work."""
     readme = (ROOT / "README.md").read_text()
-    example = re.search(r"```python\n(import torch\nimport hata\n.*?)```", readme, re.DOTALL).group(1)
+    block = re.search(r"```python\n(import torch\nimport hata\n.*?)```", readme, re.DOTALL)
+    example = block.group(1)
     with tempfile.TemporaryDirectory() as folder:
         fresh = Path(folder, "venv/bin/python")
         empty = Path(folder, "empty")
