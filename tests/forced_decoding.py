@@ -47,6 +47,7 @@ def main(folder: str, out: str) -> None:
     num_kv_heads = cache.hata_cache.num_kv_heads
     assert num_kv_heads * torch.distributed.get_world_size() == model_shape(model)["num_kv_heads"]
     torch.save((logits, selected), Path(out) / f"{torch.distributed.get_rank()}.pt")
+    torch.distributed.barrier()  # no rank leaves while another may talk to it
     torch.distributed.destroy_process_group()
 
 
