@@ -231,8 +231,10 @@ def test_every_way_to_read_rows_of_host_memory_is_measured(device, tmp_path):
     assert [row["mode"] for row in measured] == [*first, *["row_cache", "hybrid"] * 6]
     for mode in ("row_cache", "hybrid"):
         hit_rates = [float(row["hit_rate"]) for row in measured if row["mode"] == mode]
-        # They are those of the last steps, and the time decides which steps are the last.
-        assert all(more > less - 0.02 for less, more in itertools.pairwise(hit_rates))
+        # The rates of the last steps; of 0.8, 0.87 and 0.9 they are a row or two apart.
+        spread = [*hit_rates[:2], *hit_rates[-2:]]
+        assert spread == sorted(spread)
+        assert all(hit_rates[1] < rate <= hit_rates[-1] for rate in hit_rates[2:-1])
         assert 0 < hit_rates[0] < 0.7 < 0.9 < hit_rates[-1]
     assert 0 < float(measured[first.index("magicpig")]["retrieved"]) < 0.05
     assert all(float(row["us"]) > 0 for row in measured)
