@@ -1,6 +1,7 @@
 """The cache: keys, values and key codes of every layer, paged or contiguous."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -24,7 +25,8 @@ class HataCache:
     Attributes:
         k_cache: Per layer ``[num_pages, page_size, num_kv_heads, head_dim]``, ``kv_cache_dtype``.
         v_cache: The same shapes.
-        code_cache: Per layer ``[num_pages, num_kv_heads, page_size, num_words]``, int32.
+        code_cache: Per layer ``[num_pages, num_kv_heads, page_size, num_words]``, int32;
+            None for a layer that attends to another's selection.
         norm_cache: Per layer ``[num_pages, num_kv_heads, page_size]``, float16; or None.
         k_scale: Per layer ``[num_kv_heads]``, float32: keys of a float8 cache are what it holds
             times this. Ones, until the caller writes others, before the first token. None where
@@ -33,6 +35,7 @@ class HataCache:
         block_table: ``[batch, max_pages]``, int32; -1 where a sequence has no page yet.
         cache_seqlens: ``[batch]``, int32: positions in use, those of the last step included.
         layer_budgets: The `hata.config.LayerBudget` of each layer, ``[num_layers]``.
+        selecting_layers: The layer whose selection each layer attends to, ``[num_layers]``.
         min_sparse_len: The config's, resolved: shorter sequences are decoded densely.
 
     Args:
@@ -80,6 +83,7 @@ class HataCache:
         check_kv_cache_dtype(where, kv_cache_dtype, dtype)
         num_layers, num_kv_heads, head_dim, _ = weights.shape
         self.layer_budgets = config.layer_budgets(num_layers, max_seq_len)
+        self.selecting_layers = config.selecting_layers(num_layers)
 
         self.weights, self.config = weights, config
         self.num_layers, self.num_kv_heads, self.head_dim = num_layers, num_kv_heads, head_dim
@@ -109,6 +113,7 @@ class HataCache:
             head_dim=head_dim,
             capacity=self.block_table.shape[1] * self.page_size,
             top_k=[budget.top_k for budget in self.layer_budgets],
+            selecting_layers=self.selecting_layers,
             dtype=dtype,
             score_dtype=weights.score_dtype if record_cuts else None,
             device=self.device,
@@ -321,18 +326,31 @@ class HataCache:
         if pool is not None:
             num_pages, page_size = pool.num_pages, pool.page_size
         return pool, PageStorage.allocate(
-            self.weights, num_pages=num_pages, page_size=page_size, dtype=dtype, device=device
+            self.weights,
+            num_pages=num_pages,
+            page_size=page_size,
+            dtype=dtype,
+            device=device,
+            without_codes=self._sharing_layers,
         )
+
+    @property
+    def _sharing_layers(self) -> list[int]:
+        """Layers that attend to another's selection."""
+        return [i for i, selecting in enumerate(self.selecting_layers) if selecting != i]
 
     def _write(self, layer_idx: int, k: Tensor, v: Tensor, new_seqlens: Tensor | None) -> None:
         """Writes a layer's new tokens, in a step that is open."""
+        codes, key_weights = self.code_cache[layer_idx], None
+        if codes is not None:
+            key_weights = self.weights.layer(layer_idx, self.dtype, self.device)[0]
         ops.cache_append(
             k,
             v,
-            self.weights.layer(layer_idx, self.dtype, self.device)[0],
+            key_weights,
             self.k_cache[layer_idx],
             self.v_cache[layer_idx],
-            self.code_cache[layer_idx],
+            codes,
             self.norm_cache[layer_idx],
             self.block_table,
             self.cache_seqlens,
@@ -359,12 +377,29 @@ class HataCache:
         Returns:
             Where the results are: in ``buffers``, or in tensors of their own.
         """
+        code_cache = self.code_cache[layer_idx]
+        if code_cache is None:
+            made = self._shared_selection(layer_idx)
+            self._write(layer_idx, k, v, None)
+            out, lse = ops.gather_attention(
+                q,
+                self.k_cache[layer_idx],
+                self.v_cache[layer_idx],
+                self.block_table,
+                self.cache_seqlens,
+                made.indices,
+                softmax_scale=softmax_scale,
+                softcap=softcap,
+                k_scale=self.k_scale[layer_idx],
+                v_scale=self.v_scale[layer_idx],
+            )
+            return replace(made, out=out, lse=lse)
         ops.decode_step(
             *(q, k, v),
             *self.weights.layer(layer_idx, self.dtype, self.device),
             self.k_cache[layer_idx],
             self.v_cache[layer_idx],
-            self.code_cache[layer_idx],
+            code_cache,
             self.norm_cache[layer_idx],
             self.block_table,
             self.cache_seqlens,
@@ -378,6 +413,14 @@ class HataCache:
             v_scale=self.v_scale[layer_idx],
         )
         return buffers
+
+    def _shared_selection(self, layer_idx: int) -> DecodeBuffers:
+        """Returns what the layer whose selection this layer attends to has made in this step."""
+        selecting, step = self.selecting_layers[layer_idx], self._sequences.num_steps
+        made = self._buffers.last_step.get(selecting) == step
+        rule = f"follow layer {selecting}, whose selection it shares, in the same sparse step"
+        check(made, "decode_attention", f"layer {layer_idx}", rule, "no selection of this step")
+        return self._buffers.last[selecting]
 
     def _new_tokens(
         self,

@@ -1,7 +1,7 @@
 """What one decoding step of a sparse layer writes, allocated once per shape."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -76,6 +76,7 @@ class DecodeBufferPool:
 
     Attributes:
         last: By layer, the buffers that its last step wrote.
+        last_step: By layer, the number of that step.
 
     Args:
         batch: Sequences.
@@ -83,6 +84,7 @@ class DecodeBufferPool:
         head_dim: Channels of a head.
         capacity: Positions that a sequence can have.
         top_k: The most positions that each KV head of a layer attends to, ``[num_layers]``.
+        selecting_layers: The layer whose selection each layer attends to, ``[num_layers]``.
         dtype: The dtype of ``out``.
         score_dtype: The dtype of ``last_score``; None where cuts are not recorded.
         device: Where they lie.
@@ -96,24 +98,43 @@ class DecodeBufferPool:
         head_dim: int,
         capacity: int,
         top_k: Sequence[int],
+        selecting_layers: Sequence[int],
         dtype: torch.dtype,
         score_dtype: torch.dtype | None,
         device: torch.device,
     ) -> None:
         self.batch, self.num_kv_heads, self.head_dim = batch, num_kv_heads, head_dim
-        self.capacity, self.top_k = capacity, top_k
+        self.capacity, self.top_k, self.selecting_layers = capacity, top_k, selecting_layers
         self.dtype, self.score_dtype, self.device = dtype, score_dtype, device
         self.last: dict[int, DecodeBuffers] = {}
+        self.last_step: dict[int, int] = {}
         self._workspaces: dict[tuple[int, int], Tensor] = {}
         self._buffers: dict[tuple[int, int, int], DecodeBuffers] = {}
 
     def get(self, layer_idx: int, q_len: int, num_heads: int) -> DecodeBuffers:
-        """Returns the layer's buffers for this shape."""
+        """Returns the layer's buffers for this shape, with the selection that it attends to."""
         key = (layer_idx, q_len, num_heads)
         buffers = self._buffers.get(key)
         if buffers is None:
-            buffers = self._buffers[key] = self._allocate(self.top_k[layer_idx], q_len, num_heads)
+            selecting = self.selecting_layers[layer_idx]
+            if selecting == layer_idx:
+                buffers = self._allocate(self.top_k[layer_idx], q_len, num_heads)
+            else:
+                buffers = self.get(selecting, q_len, num_heads)
+                out, lse = torch.empty_like(buffers.out), torch.empty_like(buffers.lse)
+                buffers = replace(buffers, out=out, lse=lse)
+            self._buffers[key] = buffers
         return buffers
+
+    def note(self, layer_idx: int, buffers: DecodeBuffers, step: int) -> None:
+        """Notes what a layer's step has written.
+
+        Args:
+            layer_idx: The layer.
+            buffers: Where the results are.
+            step: The number of the step.
+        """
+        self.last[layer_idx], self.last_step[layer_idx] = buffers, step
 
     def _allocate(self, top_k: int, q_len: int, num_heads: int) -> DecodeBuffers:
         if (q_len, num_heads) not in self._workspaces:

@@ -1,6 +1,7 @@
 """The tensors of a cache: pages of keys, values, codes and norms for every layer."""
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +23,7 @@ class PageStorage:
         k_cache: Per layer ``[num_pages, page_size, num_kv_heads, head_dim]``.
         v_cache: The same shapes.
         code_cache: Per layer ``[num_pages, num_kv_heads, page_size, num_words]``, int32; num_words
-            is the layer's own.
+            is the layer's own. None for a layer without codes.
         norm_cache: Per layer ``[num_pages, num_kv_heads, page_size]``, float16; or None.
         k_scale: Per layer ``[num_kv_heads]``, float32, ones: a key is what its row holds times
             this. None but for float8.
@@ -31,7 +32,7 @@ class PageStorage:
 
     k_cache: list[Tensor]
     v_cache: list[Tensor]
-    code_cache: list[Tensor]
+    code_cache: list[Tensor | None]
     norm_cache: list[Tensor | None]
     k_scale: list[Tensor | None]
     v_scale: list[Tensor | None]
@@ -45,6 +46,7 @@ class PageStorage:
         page_size: int,
         dtype: torch.dtype,
         device: torch.device | str,
+        without_codes: Collection[int] = (),
         host: HostMemory | None = None,
         num_resident_layers: int = 0,
     ) -> "PageStorage":
@@ -56,6 +58,7 @@ class PageStorage:
             page_size: Positions of a page.
             dtype: The dtype of keys and values.
             device: Where the tensors lie.
+            without_codes: Layers that keep neither codes nor norms.
             host: Where the keys and values of all but the first layers lie: page after page, in
                 each one layer and KV head after the other, and a position's key beside its value.
                 So a row is one piece of memory, and neighbouring rows are neighbours, in as few of
@@ -85,8 +88,14 @@ class PageStorage:
         return cls(
             k_cache=k_cache,
             v_cache=v_cache,
-            code_cache=[pages((*slots, num_bits // 32), torch.int32) for num_bits in bits],
-            norm_cache=[pages(slots, torch.float16) if norms else None for _ in bits],
+            code_cache=[
+                None if i in without_codes else pages((*slots, num_bits // 32), torch.int32)
+                for i, num_bits in enumerate(bits)
+            ],
+            norm_cache=[
+                None if i in without_codes or not norms else pages(slots, torch.float16)
+                for i in range(len(bits))
+            ],
             k_scale=scales(),
             v_scale=scales(),
         )
@@ -119,8 +128,8 @@ class PageStorage:
             used: Rows at the start of a page that are worth copying.
         """
         pages = [_copyable(cache)[:, :used] for cache in (*self.k_cache, *self.v_cache)]
-        pages += [cache[:, :, :used] for cache in self.code_cache]
-        pages += [cache[:, :, :used] for cache in self.norm_cache if cache is not None]
+        hashed = (*self.code_cache, *self.norm_cache)
+        pages += [cache[:, :, :used] for cache in hashed if cache is not None]
         for cache in pages:
             cache.index_copy_(0, copies.long(), cache.index_select(0, sources))
 
