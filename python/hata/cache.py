@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -264,14 +265,8 @@ class HataCache:
             k, v = self._storage.gather(layer_idx, pages)
         else:
             k, v = self.k_cache[layer_idx][sequences], self.v_cache[layer_idx][sequences]
-        k, v = (
-            rows if scale is None else (rows.float() * scale[:, None]).to(self.dtype)
-            for rows, scale in (
-                (k[:, : lengths[0]], self.k_scale[layer_idx]),
-                (v[:, : lengths[0]], self.v_scale[layer_idx]),
-            )
-        )
-        return k, v
+        rows = (k[:, : lengths[0]], v[:, : lengths[0]])
+        return self._storage.unscaled(layer_idx, *rows, self.dtype)
 
     def last_selection(self, layer_idx: int) -> tuple[Tensor, Tensor]:
         """Returns the positions that the layer's last decoding step attended to.
@@ -331,33 +326,14 @@ class HataCache:
             page_size=page_size,
             dtype=dtype,
             device=device,
-            without_codes=self._sharing_layers,
+            selecting_layers=self.selecting_layers,
         )
-
-    @property
-    def _sharing_layers(self) -> list[int]:
-        """Layers that attend to another's selection."""
-        return [i for i, selecting in enumerate(self.selecting_layers) if selecting != i]
 
     def _write(self, layer_idx: int, k: Tensor, v: Tensor, new_seqlens: Tensor | None) -> None:
         """Writes a layer's new tokens, in a step that is open."""
-        codes, key_weights = self.code_cache[layer_idx], None
-        if codes is not None:
-            key_weights = self.weights.layer(layer_idx, self.dtype, self.device)[0]
-        ops.cache_append(
-            k,
-            v,
-            key_weights,
-            self.k_cache[layer_idx],
-            self.v_cache[layer_idx],
-            codes,
-            self.norm_cache[layer_idx],
-            self.block_table,
-            self.cache_seqlens,
-            new_seqlens=new_seqlens,
-            k_scale=self.k_scale[layer_idx],
-            v_scale=self.v_scale[layer_idx],
-        )
+        key_weights = self.weights.layer(layer_idx, self.dtype, self.device)[0]
+        tables = (self.block_table, self.cache_seqlens, new_seqlens)
+        self._storage.append(layer_idx, k, v, key_weights, *tables)
 
     def _reordered(self, order: list[int], sources: list[int], copies: list[int]) -> None:
         """Follows a `reorder` that has copied some pages onto others."""
@@ -377,50 +353,31 @@ class HataCache:
         Returns:
             Where the results are: in ``buffers``, or in tensors of their own.
         """
-        code_cache = self.code_cache[layer_idx]
-        if code_cache is None:
-            made = self._shared_selection(layer_idx)
+        logits: dict[str, Any] = {"softmax_scale": softmax_scale, "softcap": softcap}
+        logits |= {"k_scale": self.k_scale[layer_idx], "v_scale": self.v_scale[layer_idx]}
+        codes = self.code_cache[layer_idx]
+        if codes is None:
+            made = self._buffers.shared(layer_idx, self._sequences.num_steps)
             self._write(layer_idx, k, v, None)
-            out, lse = ops.gather_attention(
-                q,
-                self.k_cache[layer_idx],
-                self.v_cache[layer_idx],
-                self.block_table,
-                self.cache_seqlens,
-                made.indices,
-                softmax_scale=softmax_scale,
-                softcap=softcap,
-                k_scale=self.k_scale[layer_idx],
-                v_scale=self.v_scale[layer_idx],
-            )
+            caches = (self.k_cache[layer_idx], self.v_cache[layer_idx])
+            where = (self.block_table, self.cache_seqlens, made.indices)
+            out, lse = ops.gather_attention(q, *caches, *where, **logits)
             return replace(made, out=out, lse=lse)
         ops.decode_step(
             *(q, k, v),
             *self.weights.layer(layer_idx, self.dtype, self.device),
             self.k_cache[layer_idx],
             self.v_cache[layer_idx],
-            code_cache,
+            codes,
             self.norm_cache[layer_idx],
             self.block_table,
             self.cache_seqlens,
             query_bits=self.weights.query_bits,
-            **(self.layer_budgets[layer_idx]._asdict() | vars(buffers)),
+            **(self.layer_budgets[layer_idx]._asdict() | vars(buffers) | logits),
             num_sink=self.config.num_sink,
             num_recent=self.config.num_recent,
-            softmax_scale=softmax_scale,
-            softcap=softcap,
-            k_scale=self.k_scale[layer_idx],
-            v_scale=self.v_scale[layer_idx],
         )
         return buffers
-
-    def _shared_selection(self, layer_idx: int) -> DecodeBuffers:
-        """Returns what the layer whose selection this layer attends to has made in this step."""
-        selecting, step = self.selecting_layers[layer_idx], self._sequences.num_steps
-        made = self._buffers.last_step.get(selecting) == step
-        rule = f"follow layer {selecting}, whose selection it shares, in the same sparse step"
-        check(made, "decode_attention", f"layer {layer_idx}", rule, "no selection of this step")
-        return self._buffers.last[selecting]
 
     def _new_tokens(
         self,

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from hata import ops
+from hata.checks import check
 
 
 @dataclass(frozen=True)
@@ -135,6 +136,22 @@ class DecodeBufferPool:
             step: The number of the step.
         """
         self.last[layer_idx], self.last_step[layer_idx] = buffers, step
+
+    def shared(self, layer_idx: int, step: int) -> DecodeBuffers:
+        """Returns what another layer has written whose selection a layer attends to.
+
+        Args:
+            layer_idx: The layer.
+            step: The number of the step.
+
+        Raises:
+            ValueError: The other layer has not selected in this step.
+        """
+        selecting = self.selecting_layers[layer_idx]
+        made = self.last_step.get(selecting) == step
+        rule = f"follow layer {selecting}, whose selection it shares, in the same sparse step"
+        check(made, "decode_attention", f"layer {layer_idx}", rule, "no selection of this step")
+        return self.last[selecting]
 
     def _allocate(self, top_k: int, q_len: int, num_heads: int) -> DecodeBuffers:
         if (q_len, num_heads) not in self._workspaces:

@@ -1,12 +1,13 @@
 """The tensors of a cache: pages of keys, values, codes and norms for every layer."""
 
 import math
-from collections.abc import Collection
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from hata import ops
 from hata.checks import check
 from hata.host_memory import HostMemory
 from hata.weights import HashWeights
@@ -46,7 +47,7 @@ class PageStorage:
         page_size: int,
         dtype: torch.dtype,
         device: torch.device | str,
-        without_codes: Collection[int] = (),
+        selecting_layers: Sequence[int],
         host: HostMemory | None = None,
         num_resident_layers: int = 0,
     ) -> "PageStorage":
@@ -58,7 +59,8 @@ class PageStorage:
             page_size: Positions of a page.
             dtype: The dtype of keys and values.
             device: Where the tensors lie.
-            without_codes: Layers that keep neither codes nor norms.
+            selecting_layers: The layer whose selection each layer attends to; a layer that attends
+                to another's keeps neither codes nor norms.
             host: Where the keys and values of all but the first layers lie: page after page, in
                 each one layer and KV head after the other, and a position's key beside its value.
                 So a row is one piece of memory, and neighbouring rows are neighbours, in as few of
@@ -77,6 +79,7 @@ class PageStorage:
             return [torch.ones(num_kv_heads, device=device) if scaled else None for _ in bits]
 
         bits, norms = weights.layer_bits, weights.key_norms
+        hashed = [i == selecting for i, selecting in enumerate(selecting_layers)]
         num_resident = len(bits) if host is None else num_resident_layers
         k_cache, v_cache = ([pages(rows, dtype) for _ in range(num_resident)] for _ in range(2))
         if host is not None:
@@ -89,16 +92,52 @@ class PageStorage:
             k_cache=k_cache,
             v_cache=v_cache,
             code_cache=[
-                None if i in without_codes else pages((*slots, num_bits // 32), torch.int32)
-                for i, num_bits in enumerate(bits)
+                pages((*slots, num_bits // 32), torch.int32) if has_codes else None
+                for num_bits, has_codes in zip(bits, hashed, strict=True)
             ],
             norm_cache=[
-                None if i in without_codes or not norms else pages(slots, torch.float16)
-                for i in range(len(bits))
+                pages(slots, torch.float16) if has_codes and norms else None for has_codes in hashed
             ],
             k_scale=scales(),
             v_scale=scales(),
         )
+
+    def append(
+        self,
+        layer_idx: int,
+        k: Tensor,
+        v: Tensor,
+        key_weights: Tensor,
+        block_table: Tensor,
+        cache_seqlens: Tensor,
+        new_seqlens: Tensor | None,
+    ) -> None:
+        """Writes a layer's new tokens, with codes where it keeps them, by `hata.cache_append`."""
+        codes = self.code_cache[layer_idx]
+        ops.cache_append(
+            k,
+            v,
+            None if codes is None else key_weights,
+            self.k_cache[layer_idx],
+            self.v_cache[layer_idx],
+            codes,
+            self.norm_cache[layer_idx],
+            block_table,
+            cache_seqlens,
+            new_seqlens=new_seqlens,
+            k_scale=self.k_scale[layer_idx],
+            v_scale=self.v_scale[layer_idx],
+        )
+
+    def unscaled(
+        self, layer_idx: int, k: Tensor, v: Tensor, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """Returns rows of a layer, those of a float8 cache times their scales in ``dtype``."""
+        k, v = (
+            rows if scale is None else (rows.float() * scale[:, None]).to(dtype)
+            for rows, scale in ((k, self.k_scale[layer_idx]), (v, self.v_scale[layer_idx]))
+        )
+        return k, v
 
     def gather(self, layer_idx: int, pages: Tensor) -> tuple[Tensor, Tensor]:
         """Copies a layer's keys and values together.
