@@ -144,6 +144,6 @@ def test_a_model_attends_to_shared_selections(device: str, settings: dict[str, A
 def test_a_model_names_layers_that_it_has() -> None:
     model = make_model("llama-group4")
     config = HataConfig(share_selection=(2, 5))
-    rule = r"config.share_selection must name layers that attend to the whole context, \[0, 1, 2\]"
+    rule = r"share_selection must name layers that attend to the whole context, \[0, 1, 2\], got"
     with pytest.raises(ValueError, match=rule):
         enable(model, config, weights=make_weights(model))

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -147,6 +147,32 @@ class HataConfig:
             i if i < first else max(layer for layer in chosen if layer <= i)
             for i in range(num_layers)
         )
+
+    def for_layers(self, layers: Sequence[int], num_layers: int) -> "HataConfig":
+        """Returns the settings of some of a model's layers, which are numbered anew.
+
+        Args:
+            layers: The model's index of each of them, ascending.
+            num_layers: Layers of the model.
+
+        Raises:
+            ValueError: ``top_k`` names another number of layers, or ``share_selection`` a layer
+                that is not among them or none for their first sparse one.
+        """
+        budgets, chosen = self.layer_top_k(num_layers), self.share_selection
+        if isinstance(chosen, tuple):
+            others = sorted(set(chosen) - set(layers))
+            rule = f"name layers that attend to the whole context, {list(layers)}"
+            check(not others, "HataConfig", "share_selection", rule, others)
+            chosen = tuple(map(list(layers).index, chosen))
+        config = replace(
+            self,
+            top_k=tuple(budgets[layer] for layer in layers),
+            num_dense_layers=sum(layer < self.num_dense_layers for layer in layers),
+            share_selection=chosen,
+        )
+        config.selecting_layers(len(layers))  # raises where the first sparse one does not select
+        return config
 
     def layer_budgets(self, num_layers: int, max_seq_len: int) -> tuple[LayerBudget, ...]:
         """Returns the budget of each layer, ``[num_layers]``.

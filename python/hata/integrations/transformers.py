@@ -166,15 +166,8 @@ def enable(
     check_type(callable_observer, where, "observer", "be callable", observer)
     check(verify in (None, "dense"), where, "verify", 'be None or "dense"', verify)
     check_int(where, "num_draft_tokens", num_draft_tokens, 1, MAX_DRAFT_LEN - 1)
-    budgets = config.layer_top_k(shape["num_layers"])  # raises if it names another number of layers
+    layer_config = config.for_layers(layers, shape["num_layers"])
     chosen = _choose_weights(where, model, shape, layers, weights)
-    layer_config = replace(
-        config,
-        top_k=tuple(budgets[layer] for layer in layers),
-        num_dense_layers=sum(layer < config.num_dense_layers for layer in layers),
-        share_selection=_of_rows(where, config.share_selection, layers),
-    )
-    layer_config.selecting_layers(len(layers))  # raises if the first sparse layer does not select
     windows = window_layers(model)
     settings = CacheSettings(
         model_config=model.config,
@@ -308,18 +301,6 @@ def _supported(function: str, model: Any) -> tuple[ModelShape, tuple[int, ...]]:
     got = f"sliding_window={window}" if kinds is None else f"layer_types {sorted(set(kinds))}"
     check(layers != (), function, "model", rule, got)
     return model_shape(model), layers
-
-
-def _of_rows(
-    function: str, share_selection: int | tuple[int, ...], layers: tuple[int, ...]
-) -> int | tuple[int, ...]:
-    """Returns which of the layers that are hata's select, by their number among them."""
-    if isinstance(share_selection, int):
-        return share_selection
-    others = sorted(set(share_selection) - set(layers))
-    rule = f"name layers that attend to the whole context, {list(layers)}"
-    check(not others, function, "config.share_selection", rule, others)
-    return tuple(map(layers.index, share_selection))
 
 
 def _check_capturable(function: str, model: PreTrainedModel, settings: CacheSettings) -> None:
