@@ -191,8 +191,7 @@ class HataFit(Fit):
 
         Both ``[heads, num_rows, num_keys]``.
         """
-        last = data.positions[sequence_idx, rows, None] - data.num_recent
-        contested = (keys[:, None] <= last) & (keys[:, None] >= data.num_sink)
+        contested = _contested(data, sequence_idx, rows, keys)
         k = _rows_of(data.k[sequence_idx], keys).transpose(1, 2)
         q = data.q[sequence_idx, :, rows] * data.softmax.scale
         log_sums = self.log_sums[sequence_idx, :, rows]
@@ -292,6 +291,15 @@ def _rows_of(x: Tensor, positions: Tensor) -> Tensor:
     return x.gather(1, positions[..., None].expand(-1, -1, x.shape[-1]))
 
 
+def _contested(data: TrainingData, sequence_idx: int, rows: Tensor | slice, keys: Tensor) -> Tensor:
+    """Returns whether a query sees a key that is not always selected.
+
+    ``[..., num_rows, num_keys]``, for positions ``[..., num_keys]``.
+    """
+    last = data.positions[sequence_idx, rows, None] - data.num_recent
+    return (keys[..., None, :] <= last) & (keys[..., None, :] >= data.num_sink)
+
+
 def _survey(data: TrainingData, power: float) -> tuple[Tensor, Tensor]:
     """Looks at every query and every key once.
 
@@ -301,13 +309,15 @@ def _survey(data: TrainingData, power: float) -> tuple[Tensor, Tensor]:
 
     Returns:
         The logarithms of the softmax's denominators, over every key that a query sees and its sink,
-        ``[num_sequences, heads, num_queries, group]``; the mean over the queries of the group's
-        attention to the power, normalized, ``[num_sequences, heads, seq_len]``.
+        ``[num_sequences, heads, num_queries, group]``; the sum over the queries of the group's
+        attention to the power, normalized, to keys that are not always selected,
+        ``[num_sequences, heads, seq_len]``.
     """
     num_sequences, heads, num_queries, group, _ = data.q.shape
     sums = torch.empty(data.q.shape[:-1], device=data.q.device)
     attention = torch.zeros(num_sequences, heads, data.seq_len, device=data.q.device)
     sinks = data.softmax.sink_logits  # [heads, group]
+    positions = torch.arange(data.seq_len, device=data.k.device)
     for sequence_idx in range(num_sequences):
         k = data.k[sequence_idx].transpose(1, 2)
         for start in range(0, num_queries, _SURVEY_ROWS):
@@ -322,9 +332,9 @@ def _survey(data: TrainingData, power: float) -> tuple[Tensor, Tensor]:
                     found = torch.logaddexp(found, sinks[:, group_idx, None])
                 sums[sequence_idx, :, rows, group_idx] = found
                 p += logits.sub_(found[..., None]).exp_()
-            p = p.div_(group).pow_(power)
-            p /= p.sum(-1, keepdim=True)
-            attention[sequence_idx] += p.sum(1) / num_queries
+            p = p.masked_fill_(~_contested(data, sequence_idx, rows, positions), 0).pow_(power)
+            p /= p.sum(-1, keepdim=True).clamp(min=1e-30)
+            attention[sequence_idx] += p.sum(1)
     return sums, attention
 
 
@@ -335,15 +345,16 @@ def _odds(attention: Tensor, num_keys: int) -> Tensor:
     are exact: no key is drawn twice. Half of the keys are spread evenly, the others by attention.
 
     Args:
-        attention: ``[num_sequences, heads, seq_len]``, sums to 1.
+        attention: ``[num_sequences, heads, seq_len]``, in any unit.
         num_keys: Keys of a step.
     """
     seq_len = attention.shape[-1]
     if num_keys >= seq_len:
         return torch.full_like(attention, _UNIT, dtype=torch.int64)
     even = torch.full_like(attention, 1 / seq_len, dtype=torch.float64)
-    # Where attention is not finite any key will do: the loss is not finite either, and is checked.
-    found = torch.where(attention.isfinite(), attention.double(), even)
+    total = attention.double().sum(-1, keepdim=True)
+    # Where it is not finite the loss is not either, and is checked: any keys will do.
+    found = torch.where(total.isfinite() & (total > 0), attention / total, even)
     odds = num_keys * torch.lerp(found, even, _UNIFORM)
     while bool((odds > 1).any()):  # what is above one goes to the others
         certain = odds >= 1
