@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from hata.training.data import turned
 from hata.training.recipes.fit import generator_of
 from hata.training.recipes.hata import HataRecipe
 from training_data import dense_attention, make_data, trained
@@ -106,6 +107,20 @@ def test_the_keys_of_a_step_stand_for_all_keys_and_are_the_attended_ones_more_of
     everything = HataRecipe(num_bits=32, num_keys=300).fit(data)._draw(data, generator_of(1, 0))
     assert torch.equal(everything[2], torch.arange(200).expand(2, -1))
     assert torch.equal(everything[3], torch.ones(2, 1, 200))
+
+
+def test_a_turned_step_sees_the_queries_and_keys_of_other_positions():
+    angles = torch.linspace(2.0, 0.01, 16, dtype=torch.float64)
+    data = replace(make_data(num_layers=1), rotary=angles)
+    later = replace(data, q=turned(data.q, angles, -7), k=turned(data.k, angles, -7))
+    fit = HataRecipe(num_bits=32).fit(data)
+    where = (1, torch.arange(40), torch.arange(200).expand(2, -1))
+    for found, wanted in zip(fit._teacher(later, *where), fit._teacher(data, *where), strict=True):
+        torch.testing.assert_close(found, wanted)  # products stay
+    here = fit._logits(data, *where, 1.0)
+    there = fit._logits(data, *where, 1.0, turn=-7)
+    assert (here - there).std() > 0.1 * here.std()
+    torch.testing.assert_close(there, fit._logits(later, *where, 1.0))
 
 
 def test_queries_that_see_few_keys_do_no_harm():

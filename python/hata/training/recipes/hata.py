@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hata.checks import check, check_int
 from hata.reference.bits import quantize
-from hata.training.data import TrainingData
+from hata.training.data import TrainingData, turned
 from hata.training.recipes.fit import Fit, Recipe, generator_of, orthogonal, sign
 
 _WARM_UP = 10  # steps until the learning rate has its full height
@@ -39,6 +39,9 @@ class HataRecipe(Recipe):
       and what is selected does not depend on their scale. Budgets are drawn log-uniformly. It sets
       in when the codes have settled.
 
+    Where the model's rotary embedding is known, queries and keys of a step are turned as if the
+    sequence began elsewhere, so that each is seen at more than one position.
+
     Signs pass gradients as ``tanh(slope x)`` would, the quantized query as if it were not. Keys and
     queries have weights of their own, which begin as the same random rotation.
 
@@ -55,6 +58,7 @@ class HataRecipe(Recipe):
         budget_first: The smallest budget, as a share of the keys that a query sees.
         budget_last: The largest.
         width: Of the bell, in standard deviations of a query's scores.
+        turn: By how many positions a step is turned at most, as a share of the sequence's.
     """
 
     name: ClassVar[str] = "hata"
@@ -71,6 +75,7 @@ class HataRecipe(Recipe):
     budget_first: float = 0.01
     budget_last: float = 0.08
     width: float = 0.3
+    turn: float = 0.125
 
     def __post_init__(self) -> None:
         """Checks the rules of this recipe."""
@@ -82,12 +87,12 @@ class HataRecipe(Recipe):
 
     def head_bytes(self, shape: tuple[int, int, int, int, int, int]) -> int:
         """What the survey keeps, and what a step holds for every pair and every bit of a key."""
-        num_sequences, num_queries, group, _, seq_len, _ = shape
+        num_sequences, num_queries, group, _, seq_len, head_dim = shape
         pairs = min(self.num_queries, num_queries) * min(self.num_keys, seq_len)
         survey = _SURVEY_ROWS * seq_len * 3
-        bits = min(self.num_keys, seq_len) * self.num_bits
+        columns = min(self.num_keys, seq_len) * (8 * self.num_bits + 4 * head_dim)
         kept = num_sequences * (num_queries * group + 2 * seq_len)
-        return 4 * (kept + max(14 * pairs + 8 * bits, survey))
+        return 4 * (kept + max(14 * pairs + columns, survey))
 
     def fit(self, data: TrainingData) -> "HataFit":
         """Draws the first weights."""
@@ -136,7 +141,9 @@ class HataFit(Fit):
         generator = generator_of(recipe.seed, step)
         sequence_idx, rows, keys, counts = self._draw(data, generator)
         p, contested = self._teacher(data, sequence_idx, rows, keys)
-        logits = self._logits(data, sequence_idx, rows, keys, slope)
+        most = int(recipe.turn * data.seq_len)
+        turn = int(torch.randint(-most, most + 1, (), generator=generator))
+        logits = self._logits(data, sequence_idx, rows, keys, slope, turn)
         with torch.no_grad():
             at_stake = (p * counts).sum(-1, keepdim=True)
             shown = logits.masked_fill(~contested, _HIDDEN)
@@ -203,12 +210,19 @@ class HataFit(Fit):
         return p.div_(q.shape[2]).masked_fill_(~contested, 0), contested
 
     def _logits(
-        self, data: TrainingData, sequence_idx: int, rows: Tensor, keys: Tensor, slope: float
+        self,
+        data: TrainingData,
+        sequence_idx: int,
+        rows: Tensor,
+        keys: Tensor,
+        slope: float,
+        turn: int = 0,
     ) -> Tensor:
         """Returns the student's logits, ``[heads, num_rows, num_keys]``."""
-        k = _rows_of(data.k[sequence_idx], keys)
+        k = turned(_rows_of(data.k[sequence_idx], keys), data.rotary, turn)
         x = torch.bmm(k, self.key_weights * self.key_scale)
-        q, weights = data.q[sequence_idx, :, rows], self.query_weights * self.query_scale
+        q = turned(data.q[sequence_idx, :, rows], data.rotary, turn)
+        weights = self.query_weights * self.query_scale
         if self.recipe.query_bits == 1:
             z = torch.bmm(q.flatten(1, 2), weights)
             c = _Sign.apply(z, slope).unflatten(1, q.shape[1:3]).sum(2)
