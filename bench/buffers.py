@@ -181,6 +181,19 @@ class CodePool:
             self.kv.cache_seqlens,
         )
 
+    def append_without_codes(self, i: int) -> None:
+        hata.cache_append(
+            cyclic(self.kv.ks, i),
+            cyclic(self.kv.vs, i),
+            None,
+            self.k_cache(i),
+            self.v_cache(i),
+            None,
+            None,
+            self.block_table,
+            self.kv.cache_seqlens,
+        )
+
     def encode_append(self, i: int) -> None:
         self.encode_query(i)
         self.cache_append(i)
@@ -207,6 +220,11 @@ class CodePool:
             self.kv.cache_seqlens,
             cyclic(self.indices, i),
         )
+
+    def shared_step(self, i: int) -> tuple[Tensor, Tensor]:
+        """The step of a layer that attends to the selection of an earlier one."""
+        self.append_without_codes(i)
+        return self.gather_attention(i)
 
     def dense_attention(self, i: int) -> tuple[Tensor, Tensor]:
         return hata.dense_attention(
@@ -257,6 +275,7 @@ class CodePool:
             "encode_append": encodes,
             "score_select": self.case.code_bytes,
             "gather_attention": self.case.row_bytes,
+            "shared_step": self.case.row_bytes,
             "dense_attention": self.kv.shape.kv_bytes,
             "decode_step": encodes + self.case.num_bytes,
         }

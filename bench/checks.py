@@ -79,6 +79,17 @@ def require_same_bits(actual: Tensor, expected: Tensor, fact: str) -> None:
     require(differing <= MAX_DIFFERING_BITS, f"{fact} ({differing:.1%} of the bits differ)")
 
 
+def check_new_rows(pool: CodePool) -> tuple[Tensor, Tensor]:
+    """Requires that set 0's tokens are in the caches; returns their pages and rows."""
+    kv, shape = pool.kv, pool.kv.shape
+    new = torch.arange(shape.seq_len - shape.q_len, shape.seq_len, device=kv.qs.device)
+    pages, rows = pool.slots(new)  # [batch, q_len], [q_len]
+    for name, cache, tokens in (("k", pool.k_cache(0), kv.ks), ("v", pool.v_cache(0), kv.vs)):
+        written = reference.as_rows(tokens[0], cache.dtype, None)
+        require(torch.equal(cache[pages, rows], written), f"cache_append wrote {name}")
+    return pages, rows
+
+
 def check_encode(pool: CodePool) -> None:
     """Requires that encoding and appending set 0's token wrote what they should."""
     kv = pool.kv
@@ -86,12 +97,7 @@ def check_encode(pool: CodePool) -> None:
     planes = reference.encode_query(kv.qs[0], pool.query_weights[0], **bits)
     require_same_bits(pool.encode_query(0), planes, "encode_query equals the reference")
     pool.cache_append(0)
-    shape = kv.shape
-    new = torch.arange(shape.seq_len - shape.q_len, shape.seq_len, device=kv.qs.device)
-    pages, rows = pool.slots(new)  # [batch, q_len], [q_len]
-    for name, cache, tokens in (("k", pool.k_cache(0), kv.ks), ("v", pool.v_cache(0), kv.vs)):
-        written = reference.as_rows(tokens[0], cache.dtype, None)
-        require(torch.equal(cache[pages, rows], written), f"cache_append wrote {name}")
+    pages, rows = check_new_rows(pool)
     codes = reference.hash_encode(kv.ks[0], pool.key_weights[0]).transpose(1, 2)
     require_same_bits(
         pool.codes[0][pages, :, rows], codes, "cache_append wrote the reference's codes"
@@ -133,6 +139,16 @@ def check_gathered(pool: CodePool, out: Tensor, name: str) -> None:
             kv.qs[0, b, j, heads], k_cache[pages[b], rows, h], v_cache[pages[b], rows, h]
         )
         require_close(out[b, j, heads], expected, f"{name} is attention over the selected rows")
+
+
+def check_shared_step(pool: CodePool) -> None:
+    """Requires that a step over a given selection writes set 0's token and attends to it."""
+    pages, rows = check_new_rows(pool)
+    for cache in (pool.k_cache(0), pool.v_cache(0)):
+        cache[pages, rows] = 0
+    out, _ = pool.shared_step(0)
+    check_new_rows(pool)
+    check_gathered(pool, out, "shared_step")
 
 
 def check_step(pool: CodePool) -> None:

@@ -8,7 +8,7 @@ from rich.progress import Progress
 from .baselines import DENSE, DENSE_MORE
 from .buffers import KvPool
 from .cases import Case, Shape
-from .checks import check_step
+from .checks import check_shared_step, check_step
 from .grids import Sweep
 from .report import Report, Row
 from .run import CASE_COLUMNS, Run
@@ -19,6 +19,7 @@ COLUMNS = (
     "dtype", *CASE_COLUMNS, "hata_us", *(f"{part}_us" for part in PARTS), *DENSE,
     "floor_us", "read_tbps", *DENSE_MORE, "spread_us", "bytes", "gbps", "percent_of_read",
     "speedup", "portable_us", "host_us", "max_seq_len", "inputs", "kv_cache_dtype",
+    "shared_us",
 )  # fmt: skip
 
 SHOWN = {
@@ -33,6 +34,7 @@ SHOWN = {
     "encode_append_us": "encode, append",
     "score_select_us": "score, select",
     "gather_attention_us": "gather",
+    "shared_us": "shared",
     "portable_us": "portable",
     "host_us": "host",
     "fa2_us": "FA2",
@@ -87,7 +89,8 @@ def step_row(run: Run, kv: KvPool, case: Case) -> Row:
 
     The floor counts what no step can avoid reading, every code and norm and the selected rows.
     ``portable_us`` is the step as GPUs other than Hopper run it, ``host_us`` what an eager call
-    takes the host.
+    takes the host. ``shared_us`` is the step of a layer that attends to what another has selected:
+    appending without codes, and attention over the selection.
     """
     pool = run.code_pool(kv, case)
     check_step(pool)
@@ -98,4 +101,6 @@ def step_row(run: Run, kv: KvPool, case: Case) -> Row:
         row["host_us"] = run.timer.host_us(pool.prepared_step(0))
         with patch.dict(os.environ, HATA_SCORE_SELECT="two_kernels"):
             row["portable_us"] = run.timer(pool.calls("decode_step")).us
+    check_shared_step(pool)
+    row["shared_us"] = run.timer(pool.calls("shared_step")).us
     return row | {f"{part}_us": run.timer(pool.calls(part)).us for part in PARTS}

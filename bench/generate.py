@@ -77,6 +77,7 @@ COLUMNS = [
     "context",
     "method",
     "dense_layers",
+    "share_selection",
     "top_k",
     "kv_cache_dtype",
     "fill",
@@ -110,6 +111,12 @@ class Options(Output):
     kv_cache_dtype: Annotated[
         str | None, Option(help="float8_e4m3fn: keys and values of hata's caches in float8.")
     ] = None
+    share_selection: Annotated[
+        list[int],
+        Option(
+            help="Every so many sparse layers select, with hata; may be repeated. By default 1."
+        ),
+    ] = field(default_factory=list)
     similarity: Annotated[
         float | None,
         Option(help="Cosine between the queries of two tokens; by default as they are drawn."),
@@ -123,6 +130,7 @@ class Options(Output):
             *repeated("--case", self.case),
             *repeated("--method", self.method),
             *repeated("--dense-layers", [str(count) for count in self.dense_layers]),
+            *repeated("--share-selection", [str(count) for count in self.share_selection]),
             *([f"--kv-cache-dtype {self.kv_cache_dtype}"] if self.kv_cache_dtype else []),
             *([] if self.similarity is None else [f"--similarity {self.similarity:g}"]),
         ]
@@ -153,18 +161,19 @@ def measure_generate(options: Options) -> None:
     common = {"transformers": transformers.__version__, "model": name}
     common["dtype"] = str(model.dtype).removeprefix("torch.")
     common |= {"layers": model_shape(model)["num_layers"], "similarity": similarity}
+    dense, share = options.dense_layers or [2, 0], options.share_selection or [1]
     runs = [
-        (method, count)
+        (method, *counts)
         for method in methods
-        for count in ((options.dense_layers or [2, 0]) if "hata" in method else [None])
+        for counts in (itertools.product(dense, share) if "hata" in method else [(None, None)])
     ]
     with Progress(console=console, transient=True) as progress, torch.no_grad():
         for batch, context in progress.track(cases, description="cases"):
-            for method, dense_layers in runs:
+            for method, *counts in runs:
                 row = common | {"batch": batch, "context": context, "method": method}
                 try:
                     kv_cache_dtype = FLOAT8 if float8 else None
-                    measured = measure(model, method, dense_layers, batch, context, kv_cache_dtype)
+                    measured = measure(model, method, *counts, batch, context, kv_cache_dtype)
                 except torch.OutOfMemoryError as error:
                     where = f"{method}, {batch} x {tokens(context)}"
                     console.print(f"{where}: {first_line(error)}", highlight=False)
@@ -180,6 +189,7 @@ def measure(
     model: Any,
     method: str,
     dense_layers: int | None,
+    share_selection: int | None,
     batch: int,
     context: int,
     kv_cache_dtype: torch.dtype | None,
@@ -198,7 +208,9 @@ def measure(
         make = partial(StaticCache, config=model.config, max_cache_len=max_seq_len)
     else:
         count = model_shape(model)["num_layers"] if method == "dense" else dense_layers
-        budget = hata.HataConfig(top_k=top_k_of(context), num_dense_layers=count)
+        budget = hata.HataConfig(
+            top_k=top_k_of(context), num_dense_layers=count, share_selection=share_selection or 1
+        )
         make = partial(
             *(enable, model, budget),
             weights=hata.HashWeights.random(**model_shape(model)),
@@ -208,6 +220,7 @@ def measure(
             offload=HOST_MEMORY if method == "hata-offload" else None,
         )
         row |= {"dense_layers": count, "top_k": budget.top_k}
+        row["share_selection"] = share_selection
     flash = on_gpu and method == "dynamic"
     ids = torch.randint(3, model.config.vocab_size, (batch, context), device=device)
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION) if flash else nullcontext():
@@ -340,8 +353,8 @@ def fill(model: Any, cache: Any, batch: int, context: int) -> None:
 def of_cache(cache: hata.HataCache, step: Callable[[Tensor], Tensor], token: Tensor) -> Row:
     """Returns the columns that a cache of hata's has: bytes, and how often its row cache hits."""
     kv = [k.nbytes + v.nbytes for k, v in zip(cache.k_cache, cache.v_cache, strict=True)]
-    norms = cache.norm_cache if cache.weights.key_norms else ()
-    codes = sum(t.nbytes for t in (*cache.code_cache, *norms))
+    hashed = (*cache.code_cache, *cache.norm_cache)
+    codes = sum(t.nbytes for t in hashed if t is not None)
     row: Row = {
         "kv_cache_dtype": name_of(cache.kv_cache_dtype),
         "codes_percent": 100 * codes / sum(kv),

@@ -4,9 +4,9 @@
 
 namespace hata {
 
-// Writes token j of q_len to position cache_seqlens[b] - q_len + j of sequence b: its k, its v, its
-// code and its norm (hash_encode.h). Tokens with a negative position (left padding), those before
-// the last new_seqlens[b], and those past the cache's capacity are not written.
+// Writes token j of q_len to position cache_seqlens[b] - q_len + j of sequence b: its k, its v, and
+// where codes have words its code and norm (hash_encode.h). Tokens with a negative position (left
+// padding), before the last new_seqlens[b], or past the cache's capacity are not written.
 //
 // cache_write is the same for a batch of one "sequence" whose tokens name their rows themselves:
 // token j goes to row slot_mapping[j] % page_size of page slot_mapping[j] / page_size, and nowhere
@@ -22,7 +22,7 @@ struct CacheAppendParams {
 
   const void* k;            // [batch, q_len, num_kv_heads, head_dim], last dimension contiguous
   const void* v;            // the same shape
-  const void* key_weights;  // [num_kv_heads, head_dim, num_bits], contiguous
+  const void* key_weights;  // [num_kv_heads, head_dim, num_bits], contiguous; null without codes
 
   int64_t k_batch_stride, k_token_stride, k_head_stride;
   int64_t v_batch_stride, v_token_stride, v_head_stride;

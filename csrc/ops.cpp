@@ -13,8 +13,8 @@ STABLE_TORCH_LIBRARY(hata, m) {
   m.def("encode_query(Tensor q, Tensor query_weights, int query_bits) -> Tensor");
 
   m.def(
-      "cache_append(Tensor k, Tensor v, Tensor key_weights, Tensor(a!) k_cache, "
-      "Tensor(b!) v_cache, Tensor(c!) code_cache, Tensor(d!)? norm_cache, Tensor block_table, "
+      "cache_append(Tensor k, Tensor v, Tensor? key_weights, Tensor(a!) k_cache, "
+      "Tensor(b!) v_cache, Tensor(c!)? code_cache, Tensor(d!)? norm_cache, Tensor block_table, "
       "Tensor cache_seqlens, Tensor? new_seqlens=None, *, Tensor? k_scale=None, "
       "Tensor? v_scale=None) -> ()");
   m.def(

@@ -10,7 +10,14 @@ from bench import decode, generate, random_model, report, timing
 from bench.__main__ import app
 from bench.buffers import CodePool, KvPool
 from bench.cases import CONFIGS, Case, Shape
-from bench.checks import CheckError, check_dense, check_encode, check_selection, check_step
+from bench.checks import (
+    CheckError,
+    check_dense,
+    check_encode,
+    check_selection,
+    check_shared_step,
+    check_step,
+)
 from hata.cli import run_app
 from hata.provenance import commit
 from tiny_folder import save_tiny_llama
@@ -293,7 +300,9 @@ def make_pool(page_size: int = 0, **options: Any) -> CodePool:
     ],
 )
 def test_checks_accept_right_results(options):
-    check_step(make_pool(**options))
+    pool = make_pool(**options)
+    check_step(pool)
+    check_shared_step(pool)
 
 
 def test_checks_refuse_wrong_results():
@@ -313,6 +322,9 @@ def test_checks_refuse_wrong_results():
     pool.indices[0, 0, 0, 0, 7] -= 1
     with pytest.raises(CheckError, match="score_select picks"):
         check_selection(pool, (pool.indices[0], pool.num_selected[0]))
+    pool.append_without_codes = lambda i: None
+    with pytest.raises(CheckError, match="cache_append wrote k"):
+        check_shared_step(pool)
     pool.kv.ks[0].neg_()  # what the cache holds is no longer the new token
     pool.cache_append = lambda i: None
     with pytest.raises(CheckError, match="cache_append wrote k"):

@@ -42,6 +42,18 @@ def test_every_head_dim_and_number_of_bits(device, dtype, head_dim, num_bits):
     assert_same_caches(caches, expected)
 
 
+@pytest.mark.parametrize("q_len", [1, 21])  # CUDA gives words to blocks otherwise from 17 on
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_without_codes_keys_and_values_are_all_that_is_written(device, dtype, layout, q_len):
+    caches = make_caches([53, 8, 0, 64], device=device, dtype=dtype, layout=layout)
+    expected = caches.clone()
+    k, v = (random_vectors(4, q_len, 2, 64, dtype=dtype, device=device) for _ in range(2))
+    k_cache, v_cache, *tables = caches.kv
+    cache_append(strided(k), strided(v), None, k_cache, v_cache, None, None, *tables)
+    reference.cache_append(k, v, None, *expected.kv[:2], None, None, *tables)
+    assert_same_caches(caches, expected)
+
+
 def test_only_new_tokens_are_written(device):
     caches = make_caches([53, 30, 16, 5], device=device, key_norms=True)
     expected = caches.clone()
@@ -131,3 +143,11 @@ def test_opcheck(device, key_norms):
         torch.ops.hata.cache_append.default,
         (k, k.clone(), key_weights, *caches.all, new_seqlens),
     )
+
+
+def test_opcheck_without_codes(device):
+    caches = make_caches([20, 7], device=device, page_size=4)
+    k = random_vectors(2, 3, 2, 64, dtype=torch.float16, device=device)
+    k_cache, v_cache, *tables = caches.kv
+    arguments = (k, k.clone(), None, k_cache, v_cache, None, None, *tables)
+    torch.library.opcheck(torch.ops.hata.cache_append.default, arguments)

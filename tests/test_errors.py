@@ -199,6 +199,9 @@ def test_cache_append(device):
         key_weights=r.half(2, 64, 96),
     )
     r("key_weights must be Half, got BFloat16", key_weights=torch.bfloat16)
+    r("key_weights must be given with code_cache, got None", key_weights=None)
+    r("key_weights must be None without code_cache, got a tensor", code_cache=None)
+    r("norm_cache must be None without code_cache, got a tensor", key_weights=None, code_cache=None)
     r("new_seqlens must be Int, got Half", new_seqlens=r.half(2))
     r("new_seqlens must have shape [batch=2], got [3]", new_seqlens=r.int32(3))
     r("new_seqlens must be contiguous, got other strides", new_seqlens=r.int32(4)[::2])

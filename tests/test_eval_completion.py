@@ -111,5 +111,5 @@ def test_decoding_is_completed_token_by_token(device):
     everything = decoder.decode(tokens[70:], Setting(selector, 80, completion=KNOWN))
     dense = decoder.decode(tokens[70:], DENSE)
     torch.testing.assert_close(everything, dense, rtol=1e-4, atol=1e-4)
-    with pytest.raises(ValueError, match="share_layers must be 1 with a completion, got 2"):
-        Setting(selector, 12, share_layers=2, completion=KNOWN)
+    with pytest.raises(ValueError, match="share_selection must be 1 with a completion, got 2"):
+        Setting(selector, 12, share_selection=2, completion=KNOWN)

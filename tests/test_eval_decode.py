@@ -1,5 +1,7 @@
 """One forward pass of `hata eval` is what decoding step by step through `enable` gives."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
@@ -38,13 +40,17 @@ def family_of(model: str) -> Family:
 
 # float32, in which the two agree to the last digits; caches on a GPU have 16 bits.
 # Logits of Gemma 2 are capped, those of gpt-oss have sinks.
-@pytest.mark.parametrize("name", ["llama-group4", "qwen3", "Gemma2", "GptOss"])
-def test_one_pass_is_decoding_step_by_step(name):
+@pytest.mark.parametrize(
+    ("name", "share"),
+    [("llama-group4", 1), ("llama-group4", 2), ("qwen3", 1), ("Gemma2", 1), ("GptOss", 1)],
+)
+def test_one_pass_is_decoding_step_by_step(name, share):
     model = make_model(name) if name in MODELS else family_of(name).make()
     weights = HashWeights.random(**model_shape(model), num_bits=64)
     prompt, answer = random_prompt(1, PROMPT + DECODED).split((PROMPT, DECODED), 1)
     steps = []
-    with torch.no_grad(), enabled(model, FEW, weights=weights) as cache:
+    config = replace(FEW, share_selection=share)
+    with torch.no_grad(), enabled(model, config, weights=weights) as cache:
         model(prompt, **{CACHE_ARGUMENT: cache})
         for token in answer.split(1, 1):
             steps.append(model(token, **{CACHE_ARGUMENT: cache}).logits[0, 0])
@@ -52,7 +58,7 @@ def test_one_pass_is_decoding_step_by_step(name):
     decoder = SparseDecoder(model)
     decoder.read(prompt[0].tolist())
     weights = weights.for_model("test", **model_shape(model), layers=full_attention_layers(model))
-    setting = Setting(HataSelector(weights), FEW.top_k, FEW.num_dense_layers, 2, 4)
+    setting = Setting(HataSelector(weights), FEW.top_k, FEW.num_dense_layers, 2, 4, share)
     for _ in range(2):  # each call begins where the prompt ends
         found = decoder.decode(answer[0].tolist(), setting)
         torch.testing.assert_close(found, torch.stack(steps), rtol=1e-4, atol=1e-4)
@@ -141,7 +147,7 @@ def test_layers_that_share_attend_to_the_selection_of_the_first(device):
     decoder = SparseDecoder(model)
     decoder.read(tokens[:PROMPT])
     own = decoder.decode(tokens[PROMPT:], Setting(Asked(), 12, 1, 2, 4))
-    shared = decoder.decode(tokens[PROMPT:], Setting(Asked(), 12, 1, 2, 4, share_layers=2))
+    shared = decoder.decode(tokens[PROMPT:], Setting(Asked(), 12, 1, 2, 4, share_selection=2))
     assert asked == [1, 2, 1]
     torch.testing.assert_close(shared, own)  # what it says is the same in all layers
 

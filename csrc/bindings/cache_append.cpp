@@ -9,36 +9,53 @@
 namespace hata {
 namespace {
 
+// Codes and norms, of num_words words; without a code cache no word, and no norm.
+CodeCache checked_code_cache(const ArgumentChecks& check, const KvCache& cache, DType dtype,
+                             const std::optional<Tensor>& key_weights, const Tensor& k_cache,
+                             const std::optional<Tensor>& codes,
+                             const std::optional<Tensor>& norm_cache) {
+  check.rule(codes.has_value() == key_weights.has_value(), "key_weights",
+             codes ? "be given with code_cache" : "be None without code_cache",
+             codes ? "None" : "a tensor");
+  if (!codes) {
+    check.rule(!norm_cache, "norm_cache", "be None without code_cache", "a tensor");
+    return CodeCache{};
+  }
+  const int words = check_hash_weights(check, *key_weights, "key_weights", dtype,
+                                       cache.num_kv_heads, cache.head_dim);
+  check.tensor(*codes, "code_cache", ScalarType::Int,
+               {{"num_pages", k_cache.size(0)},
+                {"num_kv_heads", cache.num_kv_heads},
+                {"page_size", k_cache.size(1)},
+                {"num_words", words}});
+  return code_cache(check, *codes, norm_cache);
+}
+
 // The new tokens, whose shapes are checked, and the caches that they go to. k and v are [batch,
 // q_len, num_kv_heads, head_dim], or without the batch.
 CacheAppendParams token_params(const ArgumentChecks& check, const PageTable& table,
                                const KvCache& cache, const Tensor& k, const Tensor& v,
-                               const Tensor& key_weights, const Tensor& k_cache,
-                               const Tensor& code_cache_, const std::optional<Tensor>& norm_cache) {
+                               const std::optional<Tensor>& key_weights, const Tensor& k_cache,
+                               const std::optional<Tensor>& code_cache,
+                               const std::optional<Tensor>& norm_cache) {
   const DType dtype = dtype_beside(check, cache, k, "k");
   for (const auto& [t, name] : {std::pair{&k, "k"}, std::pair{&v, "v"}}) {
     check.last_dims_contiguous(*t, name, 1);
     check.rows_aligned(*t, name);
   }
-  const int words = check_hash_weights(check, key_weights, "key_weights", dtype, cache.num_kv_heads,
-                                       cache.head_dim);
-  check.tensor(code_cache_, "code_cache", ScalarType::Int,
-               {{"num_pages", k_cache.size(0)},
-                {"num_kv_heads", cache.num_kv_heads},
-                {"page_size", k_cache.size(1)},
-                {"num_words", words}});
   const int64_t token_dim = k.dim() - 3;
   return CacheAppendParams{
       .table = table,
       .cache = cache,
-      .code_cache = code_cache(check, code_cache_, norm_cache),
+      .code_cache =
+          checked_code_cache(check, cache, dtype, key_weights, k_cache, code_cache, norm_cache),
       .dtype = dtype,
       .q_len = static_cast<int>(k.size(token_dim)),
       .new_seqlens = nullptr,
       .slot_mapping = nullptr,
       .k = k.data_ptr(),
       .v = v.data_ptr(),
-      .key_weights = key_weights.data_ptr(),
+      .key_weights = key_weights ? key_weights->data_ptr() : nullptr,
       .k_batch_stride = k.stride(0),
       .k_token_stride = k.stride(token_dim),
       .k_head_stride = k.stride(token_dim + 1),
@@ -51,8 +68,9 @@ CacheAppendParams token_params(const ArgumentChecks& check, const PageTable& tab
 }  // namespace
 
 CacheAppendParams cache_append_params(const ArgumentChecks& check, const Tensor& k, const Tensor& v,
-                                      const Tensor& key_weights, const Tensor& k_cache,
-                                      const Tensor& v_cache, const Tensor& code_cache,
+                                      const std::optional<Tensor>& key_weights,
+                                      const Tensor& k_cache, const Tensor& v_cache,
+                                      const std::optional<Tensor>& code_cache,
                                       const std::optional<Tensor>& norm_cache,
                                       const Tensor& block_table, const Tensor& cache_seqlens,
                                       const std::optional<Tensor>& new_seqlens,
@@ -84,11 +102,11 @@ CacheAppendParams cache_append_params(const ArgumentChecks& check, const Tensor&
 
 namespace {
 
-void cache_append(const Tensor& k, const Tensor& v, const Tensor& key_weights, Tensor k_cache,
-                  Tensor v_cache, Tensor code_cache, std::optional<Tensor> norm_cache,
-                  const Tensor& block_table, const Tensor& cache_seqlens,
-                  std::optional<Tensor> new_seqlens, std::optional<Tensor> k_scale,
-                  std::optional<Tensor> v_scale) {
+void cache_append(const Tensor& k, const Tensor& v, std::optional<Tensor> key_weights,
+                  Tensor k_cache, Tensor v_cache, std::optional<Tensor> code_cache,
+                  std::optional<Tensor> norm_cache, const Tensor& block_table,
+                  const Tensor& cache_seqlens, std::optional<Tensor> new_seqlens,
+                  std::optional<Tensor> k_scale, std::optional<Tensor> v_scale) {
   const ArgumentChecks check("cache_append", k, "k");
   launch(k,
          cache_append_params(check, k, v, key_weights, k_cache, v_cache, code_cache, norm_cache,

@@ -13,8 +13,9 @@
 namespace hata {
 
 CacheAppendParams cache_append_params(const ArgumentChecks& check, const Tensor& k, const Tensor& v,
-                                      const Tensor& key_weights, const Tensor& k_cache,
-                                      const Tensor& v_cache, const Tensor& code_cache,
+                                      const std::optional<Tensor>& key_weights,
+                                      const Tensor& k_cache, const Tensor& v_cache,
+                                      const std::optional<Tensor>& code_cache,
                                       const std::optional<Tensor>& norm_cache,
                                       const Tensor& block_table, const Tensor& cache_seqlens,
                                       const std::optional<Tensor>& new_seqlens,

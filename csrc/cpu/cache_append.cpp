@@ -50,6 +50,7 @@ void append_tile(const HotLoops& loops, const CacheAppendParams& p, int64_t b, i
     pages[n] = page;
     rows[n++] = row;
   }
+  if (num_words == 0) return;
 
   uint32_t codes[kEncodeTile * kMaxWords];
   uint16_t norms[kEncodeTile];

@@ -49,7 +49,7 @@ __device__ __forceinline__ void write_float8_row(const T* from, float scale, uin
 
 // grid: (blocks of tokens, num_kv_heads, groups of words). A block keeps the weights of its words
 // in shared memory and goes over every gridDim.x-th tile of tokens, 16 tokens a warp. The blocks of
-// the first word group copy keys and values and write norms.
+// the first word group copy keys and values and write norms; without codes there are no others.
 template <typename T, int kHeadDim>
 __global__ void __launch_bounds__(kThreads)
     encode_keys_kernel(const __grid_constant__ CacheAppendParams p, int words_per_group) {
@@ -162,14 +162,15 @@ void launch(const CacheAppendParams& p, const char* op, CudaStream stream) {
   // Few tokens want each word in a block of its own, a prompt wants the keys read once.
   const bool prompt = p.q_len > kProjectionRows;
   const int words_per_group =
-      prompt ? std::min(num_words, kMaxWeightBytes / word_weight_bytes(kHeadDim)) : 1;
-  launch_kernel(encode_keys_kernel<T, kHeadDim>,
-                {.grid = dim3(prompt ? ceil_div(tiles, kTilesPerBlock) : tiles,
-                              p.cache.num_kv_heads, ceil_div(num_words, words_per_group)),
-                 .threads = kThreads,
-                 .shared_bytes = words_per_group * word_weight_bytes(kHeadDim),
-                 .overlaps_previous = true},
-                stream, op, p, words_per_group);
+      prompt ? std::clamp(num_words, 1, kMaxWeightBytes / word_weight_bytes(kHeadDim)) : 1;
+  launch_kernel(
+      encode_keys_kernel<T, kHeadDim>,
+      {.grid = dim3(prompt ? ceil_div(tiles, kTilesPerBlock) : tiles, p.cache.num_kv_heads,
+                    std::max(1, ceil_div(num_words, words_per_group))),
+       .threads = kThreads,
+       .shared_bytes = num_words == 0 ? 0 : words_per_group * word_weight_bytes(kHeadDim),
+       .overlaps_previous = true},
+      stream, op, p, words_per_group);
 }
 
 }  // namespace

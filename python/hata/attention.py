@@ -81,7 +81,9 @@ def decode_attention(
 
     Layers below ``config.num_dense_layers`` attend to everything, by `hata.ops.dense_attention`.
     The others run `hata.ops.decode_step` into buffers that the cache owns, or what a
-    `hata.offload.OffloadedCache` does in its place.
+    `hata.offload.OffloadedCache` does in its place; those that ``config.share_selection`` lets
+    share the selection of an earlier layer append their tokens and attend to it, after that layer
+    in the same step.
     `HataCache.last_selection` tells what was selected; where a sequence has at most ``top_k``
     positions, that is all of them and the result is dense attention's. Inference only: no
     gradients.
@@ -122,7 +124,8 @@ def decode_attention(
 
     Raises:
         TypeError: An argument has another type.
-        ValueError: An argument breaks its rule, or the cache has no room; it is then unchanged.
+        ValueError: An argument breaks its rule, the layer shares a selection that this step has
+            not made, or the cache has no room; it is then unchanged.
         RuntimeError: The operator rejects a shape, dtype, device or stride; likewise.
     """
     where = "decode_attention"
@@ -168,7 +171,7 @@ def decode_attention(
             )
     if sink_logits is not None:
         add_sink_logits(buffers.out, buffers.lse, sink_logits)
-    cache._buffers.last[layer_idx] = buffers
+    cache._buffers.note(layer_idx, buffers, cache._sequences.num_steps)
     return buffers.out
 
 

@@ -1,6 +1,8 @@
 """The cache: keys, values and key codes of every layer, paged or contiguous."""
 
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +26,8 @@ class HataCache:
     Attributes:
         k_cache: Per layer ``[num_pages, page_size, num_kv_heads, head_dim]``, ``kv_cache_dtype``.
         v_cache: The same shapes.
-        code_cache: Per layer ``[num_pages, num_kv_heads, page_size, num_words]``, int32.
+        code_cache: Per layer ``[num_pages, num_kv_heads, page_size, num_words]``, int32;
+            None for a layer that attends to another's selection.
         norm_cache: Per layer ``[num_pages, num_kv_heads, page_size]``, float16; or None.
         k_scale: Per layer ``[num_kv_heads]``, float32: keys of a float8 cache are what it holds
             times this. Ones, until the caller writes others, before the first token. None where
@@ -33,6 +36,7 @@ class HataCache:
         block_table: ``[batch, max_pages]``, int32; -1 where a sequence has no page yet.
         cache_seqlens: ``[batch]``, int32: positions in use, those of the last step included.
         layer_budgets: The `hata.config.LayerBudget` of each layer, ``[num_layers]``.
+        selecting_layers: The layer whose selection each layer attends to, ``[num_layers]``.
         min_sparse_len: The config's, resolved: shorter sequences are decoded densely.
 
     Args:
@@ -80,6 +84,7 @@ class HataCache:
         check_kv_cache_dtype(where, kv_cache_dtype, dtype)
         num_layers, num_kv_heads, head_dim, _ = weights.shape
         self.layer_budgets = config.layer_budgets(num_layers, max_seq_len)
+        self.selecting_layers = config.selecting_layers(num_layers)
 
         self.weights, self.config = weights, config
         self.num_layers, self.num_kv_heads, self.head_dim = num_layers, num_kv_heads, head_dim
@@ -109,6 +114,7 @@ class HataCache:
             head_dim=head_dim,
             capacity=self.block_table.shape[1] * self.page_size,
             top_k=[budget.top_k for budget in self.layer_budgets],
+            selecting_layers=self.selecting_layers,
             dtype=dtype,
             score_dtype=weights.score_dtype if record_cuts else None,
             device=self.device,
@@ -259,14 +265,8 @@ class HataCache:
             k, v = self._storage.gather(layer_idx, pages)
         else:
             k, v = self.k_cache[layer_idx][sequences], self.v_cache[layer_idx][sequences]
-        k, v = (
-            rows if scale is None else (rows.float() * scale[:, None]).to(self.dtype)
-            for rows, scale in (
-                (k[:, : lengths[0]], self.k_scale[layer_idx]),
-                (v[:, : lengths[0]], self.v_scale[layer_idx]),
-            )
-        )
-        return k, v
+        rows = (k[:, : lengths[0]], v[:, : lengths[0]])
+        return self._storage.unscaled(layer_idx, *rows, self.dtype)
 
     def last_selection(self, layer_idx: int) -> tuple[Tensor, Tensor]:
         """Returns the positions that the layer's last decoding step attended to.
@@ -321,25 +321,19 @@ class HataCache:
         if pool is not None:
             num_pages, page_size = pool.num_pages, pool.page_size
         return pool, PageStorage.allocate(
-            self.weights, num_pages=num_pages, page_size=page_size, dtype=dtype, device=device
+            self.weights,
+            num_pages=num_pages,
+            page_size=page_size,
+            dtype=dtype,
+            device=device,
+            selecting_layers=self.selecting_layers,
         )
 
     def _write(self, layer_idx: int, k: Tensor, v: Tensor, new_seqlens: Tensor | None) -> None:
         """Writes a layer's new tokens, in a step that is open."""
-        ops.cache_append(
-            k,
-            v,
-            self.weights.layer(layer_idx, self.dtype, self.device)[0],
-            self.k_cache[layer_idx],
-            self.v_cache[layer_idx],
-            self.code_cache[layer_idx],
-            self.norm_cache[layer_idx],
-            self.block_table,
-            self.cache_seqlens,
-            new_seqlens=new_seqlens,
-            k_scale=self.k_scale[layer_idx],
-            v_scale=self.v_scale[layer_idx],
-        )
+        key_weights = self.weights.layer(layer_idx, self.dtype, self.device)[0]
+        tables = (self.block_table, self.cache_seqlens, new_seqlens)
+        self._storage.append(layer_idx, k, v, key_weights, *tables)
 
     def _reordered(self, order: list[int], sources: list[int], copies: list[int]) -> None:
         """Follows a `reorder` that has copied some pages onto others."""
@@ -359,23 +353,29 @@ class HataCache:
         Returns:
             Where the results are: in ``buffers``, or in tensors of their own.
         """
+        logits: dict[str, Any] = {"softmax_scale": softmax_scale, "softcap": softcap}
+        logits |= {"k_scale": self.k_scale[layer_idx], "v_scale": self.v_scale[layer_idx]}
+        codes = self.code_cache[layer_idx]
+        if codes is None:
+            made = self._buffers.shared(layer_idx, self._sequences.num_steps)
+            self._write(layer_idx, k, v, None)
+            caches = (self.k_cache[layer_idx], self.v_cache[layer_idx])
+            where = (self.block_table, self.cache_seqlens, made.indices)
+            out, lse = ops.gather_attention(q, *caches, *where, **logits)
+            return replace(made, out=out, lse=lse)
         ops.decode_step(
             *(q, k, v),
             *self.weights.layer(layer_idx, self.dtype, self.device),
             self.k_cache[layer_idx],
             self.v_cache[layer_idx],
-            self.code_cache[layer_idx],
+            codes,
             self.norm_cache[layer_idx],
             self.block_table,
             self.cache_seqlens,
             query_bits=self.weights.query_bits,
-            **(self.layer_budgets[layer_idx]._asdict() | vars(buffers)),
+            **(self.layer_budgets[layer_idx]._asdict() | vars(buffers) | logits),
             num_sink=self.config.num_sink,
             num_recent=self.config.num_recent,
-            softmax_scale=softmax_scale,
-            softcap=softcap,
-            k_scale=self.k_scale[layer_idx],
-            v_scale=self.v_scale[layer_idx],
         )
         return buffers
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -44,7 +44,8 @@ class HataConfig:
 
     How keys are coded is said by `HashWeights`.
 
-    Source: HATA, arXiv 2506.02572, sections 3 and 4.
+    Source: HATA, arXiv 2506.02572, sections 3 and 4; ``share_selection`` after Kascade, arXiv
+    2512.16391.
 
     Attributes:
         top_k: Positions that each KV head attends to: a count of at least 1, or a share of the
@@ -60,6 +61,11 @@ class HataConfig:
             densely, at least 0; 0 is none. None is the length from which a sparse step was measured
             to be the faster one, which `HataCache.min_sparse_len` then says. See
             `hata.decode_attention`.
+        share_selection: Which sparse layers select. A layer that does not attends to the positions
+            that the last one before it that does has selected in the same step, for the same KV
+            heads; it keeps no codes. An int n is every n-th sparse layer, 1 all of them; a tuple
+            names their indices, ascending, the first sparse layer's among them; dense layers'
+            do not matter.
 
     Raises:
         TypeError: A value has another type.
@@ -72,6 +78,7 @@ class HataConfig:
     num_recent: int = 16
     num_dense_layers: int = 2
     min_sparse_len: int | None = None
+    share_selection: int | tuple[int, ...] = 1
 
     def __post_init__(self) -> None:
         """Checks every rule."""
@@ -91,6 +98,15 @@ class HataConfig:
         check_int(where, "num_dense_layers", self.num_dense_layers, 0)
         if self.min_sparse_len is not None:
             check_int(where, "min_sparse_len", self.min_sparse_len, 0)
+        chosen = self.share_selection
+        if isinstance(chosen, Sequence) and not isinstance(chosen, str):
+            object.__setattr__(self, "share_selection", tuple(chosen))  # JSON has lists
+            for layer in chosen:
+                check_int(where, "share_selection", layer, 0)
+            rule = "name each layer once, in ascending order"
+            check(sorted(set(chosen)) == list(chosen), where, "share_selection", rule, chosen)
+        else:
+            check_int(where, "share_selection", chosen, 1)
 
     def layer_top_k(self, num_layers: int) -> tuple[int | float, ...]:
         """Returns ``top_k`` of each layer, ``[num_layers]``.
@@ -106,6 +122,57 @@ class HataConfig:
         rule, entries = f"be one number or have num_layers={num_layers} entries", len(self.top_k)
         check(entries == num_layers, "HataConfig", "top_k", rule, f"{entries} entries")
         return self.top_k
+
+    def selecting_layers(self, num_layers: int) -> tuple[int, ...]:
+        """Returns the layer whose selection each layer attends to, ``[num_layers]``.
+
+        That is the layer itself where it selects, and where it is dense.
+
+        Args:
+            num_layers: Layers of the model.
+
+        Raises:
+            ValueError: ``share_selection`` names a layer that there is not, or does not name the
+                first sparse layer.
+        """
+        first, chosen = self.num_dense_layers, self.share_selection
+        if isinstance(chosen, int):
+            return tuple(i - max(i - first, 0) % chosen for i in range(num_layers))
+        where, name = "HataConfig", "share_selection"
+        rule = f"name layers below num_layers={num_layers}"
+        check(max(chosen, default=0) < num_layers, where, name, rule, chosen)
+        rule = f"name the first sparse layer, {first}"
+        check(first in chosen or first >= num_layers, where, name, rule, chosen)
+        return tuple(
+            i if i < first else max(layer for layer in chosen if layer <= i)
+            for i in range(num_layers)
+        )
+
+    def for_layers(self, layers: Sequence[int], num_layers: int) -> "HataConfig":
+        """Returns the settings of some of a model's layers, which are numbered anew.
+
+        Args:
+            layers: The model's index of each of them, ascending.
+            num_layers: Layers of the model.
+
+        Raises:
+            ValueError: ``top_k`` names another number of layers, or ``share_selection`` a layer
+                that is not among them or none for their first sparse one.
+        """
+        budgets, chosen = self.layer_top_k(num_layers), self.share_selection
+        if isinstance(chosen, tuple):
+            others = sorted(set(chosen) - set(layers))
+            rule = f"name layers that attend to the whole context, {list(layers)}"
+            check(not others, "HataConfig", "share_selection", rule, others)
+            chosen = tuple(map(list(layers).index, chosen))
+        config = replace(
+            self,
+            top_k=tuple(budgets[layer] for layer in layers),
+            num_dense_layers=sum(layer < self.num_dense_layers for layer in layers),
+            share_selection=chosen,
+        )
+        config.selecting_layers(len(layers))  # raises where the first sparse one does not select
+        return config
 
     def layer_budgets(self, num_layers: int, max_seq_len: int) -> tuple[LayerBudget, ...]:
         """Returns the budget of each layer, ``[num_layers]``.

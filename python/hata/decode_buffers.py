@@ -1,12 +1,13 @@
 """What one decoding step of a sparse layer writes, allocated once per shape."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from hata import ops
+from hata.checks import check
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,7 @@ class DecodeBufferPool:
 
     Attributes:
         last: By layer, the buffers that its last step wrote.
+        last_step: By layer, the number of that step.
 
     Args:
         batch: Sequences.
@@ -83,6 +85,7 @@ class DecodeBufferPool:
         head_dim: Channels of a head.
         capacity: Positions that a sequence can have.
         top_k: The most positions that each KV head of a layer attends to, ``[num_layers]``.
+        selecting_layers: The layer whose selection each layer attends to, ``[num_layers]``.
         dtype: The dtype of ``out``.
         score_dtype: The dtype of ``last_score``; None where cuts are not recorded.
         device: Where they lie.
@@ -96,24 +99,59 @@ class DecodeBufferPool:
         head_dim: int,
         capacity: int,
         top_k: Sequence[int],
+        selecting_layers: Sequence[int],
         dtype: torch.dtype,
         score_dtype: torch.dtype | None,
         device: torch.device,
     ) -> None:
         self.batch, self.num_kv_heads, self.head_dim = batch, num_kv_heads, head_dim
-        self.capacity, self.top_k = capacity, top_k
+        self.capacity, self.top_k, self.selecting_layers = capacity, top_k, selecting_layers
         self.dtype, self.score_dtype, self.device = dtype, score_dtype, device
         self.last: dict[int, DecodeBuffers] = {}
+        self.last_step: dict[int, int] = {}
         self._workspaces: dict[tuple[int, int], Tensor] = {}
         self._buffers: dict[tuple[int, int, int], DecodeBuffers] = {}
 
     def get(self, layer_idx: int, q_len: int, num_heads: int) -> DecodeBuffers:
-        """Returns the layer's buffers for this shape."""
+        """Returns the layer's buffers for this shape, with the selection that it attends to."""
         key = (layer_idx, q_len, num_heads)
         buffers = self._buffers.get(key)
         if buffers is None:
-            buffers = self._buffers[key] = self._allocate(self.top_k[layer_idx], q_len, num_heads)
+            selecting = self.selecting_layers[layer_idx]
+            if selecting == layer_idx:
+                buffers = self._allocate(self.top_k[layer_idx], q_len, num_heads)
+            else:
+                buffers = self.get(selecting, q_len, num_heads)
+                out, lse = torch.empty_like(buffers.out), torch.empty_like(buffers.lse)
+                buffers = replace(buffers, out=out, lse=lse)
+            self._buffers[key] = buffers
         return buffers
+
+    def note(self, layer_idx: int, buffers: DecodeBuffers, step: int) -> None:
+        """Notes what a layer's step has written.
+
+        Args:
+            layer_idx: The layer.
+            buffers: Where the results are.
+            step: The number of the step.
+        """
+        self.last[layer_idx], self.last_step[layer_idx] = buffers, step
+
+    def shared(self, layer_idx: int, step: int) -> DecodeBuffers:
+        """Returns what another layer has written whose selection a layer attends to.
+
+        Args:
+            layer_idx: The layer.
+            step: The number of the step.
+
+        Raises:
+            ValueError: The other layer has not selected in this step.
+        """
+        selecting = self.selecting_layers[layer_idx]
+        made = self.last_step.get(selecting) == step
+        rule = f"follow layer {selecting}, whose selection it shares, in the same sparse step"
+        check(made, "decode_attention", f"layer {layer_idx}", rule, "no selection of this step")
+        return self.last[selecting]
 
     def _allocate(self, top_k: int, q_len: int, num_heads: int) -> DecodeBuffers:
         if (q_len, num_heads) not in self._workspaces:

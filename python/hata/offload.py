@@ -173,6 +173,7 @@ class OffloadedCache(HataCache):
             dtype=dtype,
             device=device,
             host=host,
+            selecting_layers=self.selecting_layers,
             num_resident_layers=self.num_resident_layers,
         )
 
@@ -209,27 +210,14 @@ class OffloadedCache(HataCache):
         if self.row_cache is None or layer < 0:
             return super()._sparse_step(layer_idx, q, k, v, buffers, softmax_scale, softcap)
         self._write(layer_idx, k, v, None)
-        query_bits = self.weights.query_bits
-        query_weights = self.weights.layer(layer_idx, self.dtype, self.device)[1]
+        buffers = self._select(layer_idx, q, buffers)
         tables = (self.block_table, self.cache_seqlens)
-        indices, num_selected, *cut = ops.score_select(
-            ops.encode_query(q, query_weights, query_bits=query_bits),
-            self.code_cache[layer_idx],
-            self.norm_cache[layer_idx],
-            *tables,
-            weight_sum=ops.plane_weight_sum(query_bits, q.shape[2] // self.num_kv_heads),
-            **self.layer_budgets[layer_idx]._asdict(),
-            num_sink=self.config.num_sink,
-            num_recent=self.config.num_recent,
-            return_cut=buffers.last_score is not None,
-        )
-        last_score, num_ties = cut or (None, None)
         caches = (self.k_cache[layer_idx], self.v_cache[layer_idx], *tables)
         try:
             out, lse = self.row_cache.attend(
                 layer,
                 q,
-                indices,
+                buffers.indices,
                 *caches,
                 softmax_scale=softmax_scale,
                 softcap=softcap,
@@ -239,12 +227,31 @@ class OffloadedCache(HataCache):
         except BaseException:  # the new tokens are about to be taken back
             self.row_cache.forget(self.cache_seqlens - q.shape[1])
             raise
+        return replace(buffers, out=out, lse=lse)
+
+    def _select(self, layer_idx: int, q: Tensor, buffers: DecodeBuffers) -> DecodeBuffers:
+        """Returns the buffers with what a layer selects, or what another has that it shares."""
+        codes, query_bits = self.code_cache[layer_idx], self.weights.query_bits
+        if codes is None:
+            return self._buffers.shared(layer_idx, self._sequences.num_steps)
+        query_weights = self.weights.layer(layer_idx, self.dtype, self.device)[1]
+        indices, num_selected, *cut = ops.score_select(
+            ops.encode_query(q, query_weights, query_bits=query_bits),
+            codes,
+            self.norm_cache[layer_idx],
+            self.block_table,
+            self.cache_seqlens,
+            weight_sum=ops.plane_weight_sum(query_bits, q.shape[2] // self.num_kv_heads),
+            **self.layer_budgets[layer_idx]._asdict(),
+            num_sink=self.config.num_sink,
+            num_recent=self.config.num_recent,
+            return_cut=buffers.last_score is not None,
+        )
+        last_score, num_ties = cut or (None, None)
         return replace(
             buffers,
             indices=indices,
             num_selected=num_selected,
-            out=out,
-            lse=lse,
             last_score=last_score,
             num_ties=num_ties,
         )

@@ -130,6 +130,7 @@ class Sequences:
         block_table: ``[batch, max_pages]``, int32; -1 where a sequence has no page yet.
         cache_seqlens: ``[batch]``, int32: positions in use, those of the last step included.
         seq_lens: The same numbers on the host.
+        num_steps: Steps that have been opened.
 
     Args:
         batch: Sequences.
@@ -157,6 +158,7 @@ class Sequences:
             self.block_table.copy_(self.to_device([[b] for b in range(batch)]))
         self.cache_seqlens = torch.zeros(batch, dtype=torch.int32, device=device)
         self.seq_lens = [0] * batch
+        self.num_steps = 0
         self._step: list[int] | None = None  # new tokens of the last step
         self._filled: set[int] = set()  # layers that hold them
         self._captured: set[int] = set()  # layers in a CUDA graph, whose replays cannot be seen
@@ -169,6 +171,7 @@ class Sequences:
         check(max(lengths) <= self.max_seq_len, function, "sequence lengths", rule, lengths)
         self._set_lengths(function, lengths)
         self._step, self._filled = new, set()
+        self.num_steps += 1
 
     @contextmanager
     def filling(self, function: str, layer_idx: int, new: list[int]) -> Iterator[None]:

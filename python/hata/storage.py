@@ -1,11 +1,13 @@
 """The tensors of a cache: pages of keys, values, codes and norms for every layer."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from hata import ops
 from hata.checks import check
 from hata.host_memory import HostMemory
 from hata.weights import HashWeights
@@ -22,7 +24,7 @@ class PageStorage:
         k_cache: Per layer ``[num_pages, page_size, num_kv_heads, head_dim]``.
         v_cache: The same shapes.
         code_cache: Per layer ``[num_pages, num_kv_heads, page_size, num_words]``, int32; num_words
-            is the layer's own.
+            is the layer's own. None for a layer without codes.
         norm_cache: Per layer ``[num_pages, num_kv_heads, page_size]``, float16; or None.
         k_scale: Per layer ``[num_kv_heads]``, float32, ones: a key is what its row holds times
             this. None but for float8.
@@ -31,7 +33,7 @@ class PageStorage:
 
     k_cache: list[Tensor]
     v_cache: list[Tensor]
-    code_cache: list[Tensor]
+    code_cache: list[Tensor | None]
     norm_cache: list[Tensor | None]
     k_scale: list[Tensor | None]
     v_scale: list[Tensor | None]
@@ -45,6 +47,7 @@ class PageStorage:
         page_size: int,
         dtype: torch.dtype,
         device: torch.device | str,
+        selecting_layers: Sequence[int],
         host: HostMemory | None = None,
         num_resident_layers: int = 0,
     ) -> "PageStorage":
@@ -56,6 +59,8 @@ class PageStorage:
             page_size: Positions of a page.
             dtype: The dtype of keys and values.
             device: Where the tensors lie.
+            selecting_layers: The layer whose selection each layer attends to; a layer that attends
+                to another's keeps neither codes nor norms.
             host: Where the keys and values of all but the first layers lie: page after page, in
                 each one layer and KV head after the other, and a position's key beside its value.
                 So a row is one piece of memory, and neighbouring rows are neighbours, in as few of
@@ -74,6 +79,7 @@ class PageStorage:
             return [torch.ones(num_kv_heads, device=device) if scaled else None for _ in bits]
 
         bits, norms = weights.layer_bits, weights.key_norms
+        hashed = [i == selecting for i, selecting in enumerate(selecting_layers)]
         num_resident = len(bits) if host is None else num_resident_layers
         k_cache, v_cache = ([pages(rows, dtype) for _ in range(num_resident)] for _ in range(2))
         if host is not None:
@@ -85,11 +91,53 @@ class PageStorage:
         return cls(
             k_cache=k_cache,
             v_cache=v_cache,
-            code_cache=[pages((*slots, num_bits // 32), torch.int32) for num_bits in bits],
-            norm_cache=[pages(slots, torch.float16) if norms else None for _ in bits],
+            code_cache=[
+                pages((*slots, num_bits // 32), torch.int32) if has_codes else None
+                for num_bits, has_codes in zip(bits, hashed, strict=True)
+            ],
+            norm_cache=[
+                pages(slots, torch.float16) if has_codes and norms else None for has_codes in hashed
+            ],
             k_scale=scales(),
             v_scale=scales(),
         )
+
+    def append(
+        self,
+        layer_idx: int,
+        k: Tensor,
+        v: Tensor,
+        key_weights: Tensor,
+        block_table: Tensor,
+        cache_seqlens: Tensor,
+        new_seqlens: Tensor | None,
+    ) -> None:
+        """Writes a layer's new tokens, with codes where it keeps them, by `hata.cache_append`."""
+        codes = self.code_cache[layer_idx]
+        ops.cache_append(
+            k,
+            v,
+            None if codes is None else key_weights,
+            self.k_cache[layer_idx],
+            self.v_cache[layer_idx],
+            codes,
+            self.norm_cache[layer_idx],
+            block_table,
+            cache_seqlens,
+            new_seqlens=new_seqlens,
+            k_scale=self.k_scale[layer_idx],
+            v_scale=self.v_scale[layer_idx],
+        )
+
+    def unscaled(
+        self, layer_idx: int, k: Tensor, v: Tensor, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """Returns rows of a layer, those of a float8 cache times their scales in ``dtype``."""
+        k, v = (
+            rows if scale is None else (rows.float() * scale[:, None]).to(dtype)
+            for rows, scale in ((k, self.k_scale[layer_idx]), (v, self.v_scale[layer_idx]))
+        )
+        return k, v
 
     def gather(self, layer_idx: int, pages: Tensor) -> tuple[Tensor, Tensor]:
         """Copies a layer's keys and values together.
@@ -119,8 +167,8 @@ class PageStorage:
             used: Rows at the start of a page that are worth copying.
         """
         pages = [_copyable(cache)[:, :used] for cache in (*self.k_cache, *self.v_cache)]
-        pages += [cache[:, :, :used] for cache in self.code_cache]
-        pages += [cache[:, :, :used] for cache in self.norm_cache if cache is not None]
+        hashed = (*self.code_cache, *self.norm_cache)
+        pages += [cache[:, :, :used] for cache in hashed if cache is not None]
         for cache in pages:
             cache.index_copy_(0, copies.long(), cache.index_select(0, sources))
 

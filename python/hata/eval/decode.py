@@ -4,6 +4,7 @@ import copy
 from collections.abc import Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -69,12 +70,12 @@ class _Selection:
     mask: Tensor | None = None
     rest: Tensor | None = None
 
-    @property
-    def sparse_layers(self) -> list[int]:
-        """The model's layers that attend to a selection."""
+    @cached_property
+    def selecting(self) -> dict[int, int]:
+        """The layer whose selection each of the model's sparse layers attends to."""
         if self.setting.selector is None:
-            return []
-        return [layer for layer in self.layers if layer >= self.setting.num_dense_layers]
+            return {}
+        return self.setting.selecting(list(self.layers))
 
     def select(self, layer: int, query: Tensor, key: Tensor, softmax: Softmax) -> None:
         """Selects for a layer; see `_selected`."""
@@ -204,7 +205,7 @@ class SparseDecoder:
             if setting.selector is not None and setting.selector.foresees:
                 selection.foresight = stack.enter_context(_Foresight(self._reading.modules))
             logits = self._forward(tokens, cache, selection).float()
-        reached = selection.mask is not None or not selection.sparse_layers
+        reached = selection.mask is not None or not selection.selecting
         rule, name = "hand its arguments on to its attention function", type(self._model).__name__
         check(reached, where, "model", rule, name)
         return logits
@@ -280,10 +281,9 @@ def _attend(
         hata_selection.keep(module, query, key.shape[1])
     rest = None
     if isinstance(hata_selection, _Selection):
-        sparse = hata_selection.sparse_layers
-        if module.layer_idx in sparse:
-            share = hata_selection.setting.share_layers
-            if sparse.index(module.layer_idx) % share == 0:
+        selecting = hata_selection.selecting.get(module.layer_idx)
+        if selecting is not None:
+            if selecting == module.layer_idx:
                 logits = (scaling, kwargs.get("softcap"), kwargs.get("s_aux"))
                 softmax = Softmax.of_attention(query, key, *logits)
                 hata_selection.select(module.layer_idx, query, key, softmax)

@@ -64,8 +64,13 @@ class EvalOptions(ModelOptions, LineupOptions):
         list[int], Option(help="Leading layers that stay dense; repeatable.")
     ] = field(default_factory=lambda: [_DEFAULT.num_dense_layers])
     share_layers: Annotated[
-        list[int], Option(help="Sparse layers in a row that share a selection; repeatable.")
-    ] = field(default_factory=lambda: [1])
+        list[str],
+        Option(
+            metavar="COUNT|LAYERS",
+            help="Sparse layers in a row that share a selection, or the layers that select, such "
+            "as 2,5,9; repeatable.",
+        ),
+    ] = field(default_factory=lambda: ["1"])
     leading_top_k: Annotated[
         list[float],
         Option(
@@ -111,8 +116,7 @@ class EvalOptions(ModelOptions, LineupOptions):
             check(0.0 <= depth <= 1.0, WHERE, "--depth", "be in 0..1", depth)
         for layers in self.num_dense_layers:
             check_int(WHERE, "--num-dense-layers", layers, 0)
-        for layers in self.share_layers:
-            check_int(WHERE, "--share-layers", layers, 1)
+        self.share_selections()
         for name in self.completion:
             rule = f"be one of {', '.join(COMPLETIONS)}"
             check(name in COMPLETIONS, WHERE, "--completion", rule, name)
@@ -136,6 +140,20 @@ class EvalOptions(ModelOptions, LineupOptions):
     def leading_budgets(self, context: int) -> list[int]:
         """Returns the positions that leading layers may attend to where others have fewer."""
         return sorted(chosen_budgets(WHERE, self.leading_top_k, context))
+
+    def share_selections(self) -> dict[str, int | tuple[int, ...]]:
+        """Returns what `hata.HataConfig.share_selection` takes, by how it was written."""
+        found: dict[str, int | tuple[int, ...]] = {}
+        for text in self.share_layers:
+            numbers = text.split(",")
+            are = all(number.isdecimal() for number in numbers) and text != "0"
+            rule = "be a number of layers from 1 on, or layers such as 2,5,9"
+            check(are, WHERE, "--share-layers", rule, text)
+            layers = tuple(map(int, numbers))
+            found[text] = HataConfig(
+                share_selection=layers if len(layers) > 1 else layers[0]
+            ).share_selection
+        return found
 
     def torch_device(self) -> torch.device:
         """Returns the device to run on."""

@@ -158,25 +158,26 @@ def _planned(
     dense = {"method": "dense", "bytes_per_token": 0.0, "bytes_read": float(selected)}
     yield {**of_case, **dense}, DENSE
     always = (options.num_sink, options.num_recent)
-    for selector, top_k, num_dense, share, leading, completion in itertools.product(
+    for selector, top_k, num_dense, (written, share), leading, completion in itertools.product(
         selectors,
         options.budgets(case.context),
         dict.fromkeys(options.num_dense_layers),
-        dict.fromkeys(options.share_layers),
+        options.share_selections().items(),
         [None, *options.leading_budgets(case.context)],
         [None, *dict.fromkeys(options.completion)],
     ):
         sparse = [layer for layer in layers if layer >= num_dense]
         if leading is not None and (leading <= top_k or sparse[0] >= NUM_LEADING):
             continue
-        if completion is not None and (not isinstance(selector, HataSelector) or share > 1):
+        if completion is not None and (not isinstance(selector, HataSelector) or share != 1):
             continue
         setting = Setting(
             *(selector, top_k, num_dense, *always, share),
             leading_top_k=leading,
             completion=None if completion is None else COMPLETIONS[completion],
         )
-        selecting = -(-len(sparse) // share) / len(sparse)  # share of the sparse layers
+        followed = setting.selecting(layers)
+        selecting = len(set(followed.values())) / len(followed)  # share of the sparse layers
         mean_top_k = sum(map(setting.budget, sparse)) / len(sparse)
         scan = selector.bytes_per_token(shape["head_dim"]) * selecting
         row = {
@@ -185,7 +186,7 @@ def _planned(
             **selector.settings,
             "top_k": top_k,
             "dense_layers": num_dense,
-            "share_layers": share,
+            "share_layers": written,
             "leading_top_k": leading,
             "completion": completion,
             "bytes_per_token": scan,

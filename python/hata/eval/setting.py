@@ -1,8 +1,10 @@
 """How known tokens are decoded."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hata.checks import check
+from hata.config import HataConfig
 from hata.eval.completion import Completion
 from hata.eval.prose import WHERE
 from hata.selectors import Selector
@@ -20,10 +22,7 @@ class Setting:
         num_dense_layers: The model's leading layers that attend to everything.
         num_sink: First positions that are always among them.
         num_recent: Last positions that are always among them.
-        share_layers: Sparse layers in a row that attend to one selection, that of the first of
-            them. Source: Kascade, arXiv 2512.16391, which chooses by calibration the layers that
-            select, and which heads go together; here each ``share_layers``-th selects, for the same
-            heads.
+        share_selection: Which sparse layers select, as `hata.HataConfig` takes it.
         leading_top_k: ``top_k`` of the model's first `NUM_LEADING` layers; None: the same.
         completion: What is done about the positions that are left out; None: nothing.
 
@@ -36,14 +35,30 @@ class Setting:
     num_dense_layers: int = 0
     num_sink: int = 0
     num_recent: int = 0
-    share_layers: int = 1
+    share_selection: int | tuple[int, ...] = 1
     leading_top_k: int | None = None
     completion: Completion | None = None
 
     def __post_init__(self) -> None:
         """Checks the rule: a selection is completed by the logits of the layer that made it."""
-        alone = self.completion is None or self.share_layers == 1
-        check(alone, WHERE, "share_layers", "be 1 with a completion", self.share_layers)
+        alone = self.completion is None or self.share_selection == 1
+        rule = "be 1 with a completion"
+        check(alone, WHERE, "share_selection", rule, self.share_selection)
+
+    def selecting(self, layers: Sequence[int]) -> dict[int, int]:
+        """Returns the layer whose selection each sparse layer attends to, both the model's.
+
+        Args:
+            layers: The model's layers that attend to the whole context, ascending.
+        """
+        if not layers:
+            return {}
+        config = HataConfig(
+            num_dense_layers=self.num_dense_layers, share_selection=self.share_selection
+        )
+        numbers = config.for_layers(layers, layers[-1] + 1).selecting_layers(len(layers))
+        followed = zip(layers, numbers, strict=True)
+        return {layer: layers[i] for layer, i in followed if layer >= self.num_dense_layers}
 
     def budget(self, layer: int) -> int:
         """Positions that each KV head of a layer of the model attends to."""

@@ -166,13 +166,8 @@ def enable(
     check_type(callable_observer, where, "observer", "be callable", observer)
     check(verify in (None, "dense"), where, "verify", 'be None or "dense"', verify)
     check_int(where, "num_draft_tokens", num_draft_tokens, 1, MAX_DRAFT_LEN - 1)
-    budgets = config.layer_top_k(shape["num_layers"])  # raises if it names another number of layers
+    layer_config = config.for_layers(layers, shape["num_layers"])
     chosen = _choose_weights(where, model, shape, layers, weights)
-    layer_config = replace(
-        config,
-        top_k=tuple(budgets[layer] for layer in layers),
-        num_dense_layers=sum(layer < config.num_dense_layers for layer in layers),
-    )
     windows = window_layers(model)
     settings = CacheSettings(
         model_config=model.config,

@@ -84,13 +84,18 @@ class CacheSettings:
         return found
 
     def config_for(self, rows: tuple[int, ...]) -> HataConfig:
-        """Returns the budget of one device's layers."""
+        """Returns the budget of one device's layers, of which the first sparse one selects."""
         budgets = self.layer_config.layer_top_k(len(self.layers))
         dense = self.layer_config.num_dense_layers
+        selecting = self.layer_config.selecting_layers(len(self.layers))
+        first = sum(row < dense for row in rows)
         return replace(
             self.layer_config,
             top_k=tuple(budgets[row] for row in rows),
-            num_dense_layers=sum(row < dense for row in rows),
+            num_dense_layers=first,
+            share_selection=tuple(
+                i for i, row in enumerate(rows) if i == first or selecting[row] == row
+            ),
         )
 
     def new_cache(self, rows: tuple[int, ...], k: Tensor, max_seq_len: int) -> HataCache:

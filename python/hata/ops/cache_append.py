@@ -10,10 +10,10 @@ from hata.ops.inference import inference_only
 def cache_append(
     k: Tensor,
     v: Tensor,
-    key_weights: Tensor,
+    key_weights: Tensor | None,
     k_cache: Tensor,
     v_cache: Tensor,
-    code_cache: Tensor,
+    code_cache: Tensor | None,
     norm_cache: Tensor | None,
     block_table: Tensor,
     cache_seqlens: Tensor,
@@ -29,6 +29,9 @@ def cache_append(
     1 and 3). Tokens with a negative position are the left padding of a ragged batch: they are not
     written.
 
+    Without ``key_weights`` and ``code_cache`` keys and values are all that is written, for layers
+    that do not select.
+
     A float8 cache (e4m3 without infinities, as vLLM and FlashInfer write it) gets ``k / k_scale``
     and ``v / v_scale``, rounded to nearest even and at most 448 in magnitude; the codes are of
     ``k`` as it was before.
@@ -37,12 +40,14 @@ def cache_append(
         k: New keys after position embedding, ``[batch, q_len, num_kv_heads, head_dim]``, dtype of
             the caches, or any float's beside float8 caches; any strides, last dimension contiguous.
         v: New values, the same.
-        key_weights: ``[num_kv_heads, head_dim, num_bits]``, dtype of ``k``, contiguous.
+        key_weights: ``[num_kv_heads, head_dim, num_bits]``, dtype of ``k``, contiguous; or None.
         k_cache: ``[num_pages, page_size, num_kv_heads, head_dim]``, float16, bfloat16 (float32 too
             on CPU) or float8_e4m3fn. Written.
         v_cache: The same. Written.
-        code_cache: ``[num_pages, num_kv_heads, page_size, num_bits // 32]``, int32. Written.
-        norm_cache: ``[num_pages, num_kv_heads, page_size]``, float16, written; or None.
+        code_cache: ``[num_pages, num_kv_heads, page_size, num_bits // 32]``, int32, written;
+            or None, with and only with ``key_weights``.
+        norm_cache: ``[num_pages, num_kv_heads, page_size]``, float16, written; or None, as without
+            codes it must be.
         block_table: ``[batch, max_pages]``, int32. No page may be another sequence's as well.
         cache_seqlens: ``[batch]``, int32: lengths after this call.
         new_seqlens: ``[batch]``, int32: only the last ``new_seqlens[b]`` of the ``q_len`` tokens
@@ -76,10 +81,10 @@ def cache_append(
 def _(
     k: Tensor,
     v: Tensor,
-    key_weights: Tensor,
+    key_weights: Tensor | None,
     k_cache: Tensor,
     v_cache: Tensor,
-    code_cache: Tensor,
+    code_cache: Tensor | None,
     norm_cache: Tensor | None,
     block_table: Tensor,
     cache_seqlens: Tensor,

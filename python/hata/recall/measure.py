@@ -128,14 +128,14 @@ def _measure_layer(
     always = {"num_sink": options.num_sink, "num_recent": options.num_recent}
     softmax = layer.softmax.to(device)
     exact_selector = ExactSelector()
-    chunk = _queries_at_once(layer, budgets[-1], options)
+    chunk = queries_at_once(layer, budgets[-1], options)
     sums: list[Quality] = []
     num_tokens = 0
     for sequence_idx in range(layer.k.shape[0]):
         k = layer.k[sequence_idx].to(device)
         v = None if layer.v is None else layer.v[sequence_idx].to(device)
-        captured = _captured(layer, sequence_idx, options)
-        q, positions = _measured(captured, options)
+        captured = captured_queries(layer, sequence_idx, options)
+        q, positions = measured_queries(captured, options)
         exact = exact_selector.index(layer_idx, k, softmax)
         scores = [selector.index(layer_idx, k, softmax, captured) for selector in selectors]
         for q_some, seen in zip(q.split(chunk), positions.split(chunk), strict=True):
@@ -151,14 +151,14 @@ def _measure_layer(
     return [total.mean(num_tokens) for total in sums]
 
 
-def _captured(layer: LayerCapture, sequence_idx: int, options: MeasureOptions) -> Queries:
+def captured_queries(layer: LayerCapture, sequence_idx: int, options: MeasureOptions) -> Queries:
     """The captured queries of one sequence."""
     q = layer.q[sequence_idx].unflatten(1, (layer.k.shape[2], -1)).float()
     device = options.torch_device()
     return Queries(q.to(device), layer.positions[sequence_idx].to(device))
 
 
-def _measured(captured: Queries, options: MeasureOptions) -> tuple[Tensor, Tensor]:
+def measured_queries(captured: Queries, options: MeasureOptions) -> tuple[Tensor, Tensor]:
     """Those of them that are measured: ``[num_queries, ...]`` and their positions."""
     num_captured, number = len(captured.q), options.num_queries
     if number is None or number >= num_captured:
@@ -167,7 +167,7 @@ def _measured(captured: Queries, options: MeasureOptions) -> tuple[Tensor, Tenso
     return captured.q[wanted], captured.positions[wanted]
 
 
-def _queries_at_once(layer: LayerCapture, largest: int, options: MeasureOptions) -> int:
+def queries_at_once(layer: LayerCapture, largest: int, options: MeasureOptions) -> int:
     """How many queries fit into the memory limit, at least one."""
     seq_len, num_kv_heads, head_dim = layer.k.shape[1:]
     num_heads = layer.q.shape[2]

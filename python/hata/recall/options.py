@@ -168,6 +168,13 @@ class RecallOptions(MeasureOptions, LineupOptions):
             "among weights that differ in num_bits alone; write them to this JSON file."
         ),
     ] = None
+    share_selection: Annotated[
+        Path | None,
+        Option(
+            help="Find the layers that select best for those after them, for every number of "
+            "them, with the first --weights; write them to this JSON file."
+        ),
+    ] = None
     csv: Annotated[Path | None, Option(help="Write the means to this CSV file.")] = None
     per_head: Annotated[
         Path | None, Option(help="Write every layer and KV head to this CSV file.")
@@ -183,6 +190,8 @@ class RecallOptions(MeasureOptions, LineupOptions):
         check(some, WHERE, "--weights", "be given with --no-baselines", "none")
         rule = "be given with --frontier"
         check(not self.frontier or bool(self.weights), WHERE, "--weights", rule, "none")
+        rule = "be given with --share-selection"
+        check(not self.share_selection or bool(self.weights), WHERE, "--weights", rule, "none")
 
     def make_folders(self) -> None:
         """Makes the folders of what will be written.
@@ -191,6 +200,7 @@ class RecallOptions(MeasureOptions, LineupOptions):
             ValueError: One cannot be made or written.
         """
         files = {"--frontier": self.frontier, "--csv": self.csv, "--per-head": self.per_head}
+        files["--share-selection"] = self.share_selection
         for option, file in files.items():
             if file is not None:
                 make_room_for(file, WHERE, option)

@@ -14,6 +14,7 @@ from hata.outputs import whole_file
 from hata.recall.frontier import Allocation
 from hata.recall.measure import Measurement, Results
 from hata.recall.options import WHERE
+from hata.recall.sharing import Sharing
 from hata.training.captures import CaptureInfo
 
 METRICS = ("recall", "attention_mass", "output_error")
@@ -185,3 +186,44 @@ def write_frontier(
     ]
     with whole_file(path, WHERE) as partial:
         partial.write_text(json.dumps({**heading, **where_from, "levels": found}) + "\n")
+
+
+def print_sharings(console: Console, results: Results, found: Sequence[Sharing]) -> None:
+    """Prints which layers select best for all, for every number of them."""
+    table = Table(
+        title="Shared selections",
+        caption=f"top_k {results.budgets[results.shown]}; means over KV heads and "
+        f"{_layers_in_means(results)}",
+        box=SIMPLE_HEAD,
+    )
+    for heading in ("selecting", "mass lost"):
+        table.add_column(heading, justify="right")
+    table.add_column("layers")
+    for sharing in found:
+        layers = " ".join(map(str, _model_layers(results, sharing)))
+        lost = f"{1 - sharing.attention_mass:.4f}"
+        table.add_row(str(len(sharing.selecting)), lost, layers)
+    console.print(table)
+
+
+def write_sharings(
+    path: Path, results: Results, found: Sequence[Sharing], where_from: Mapping[str, str]
+) -> None:
+    """Writes them as JSON; a level's ``share_selection`` is what `hata.HataConfig` takes."""
+    info, top_k = results.info, results.budgets[results.shown]
+    heading = {"model": info.model, "context": info.seq_len, "top_k": top_k}
+    heading["num_dense_layers"] = results.num_dense_layers
+    levels = [
+        {
+            "share_selection": _model_layers(results, sharing),
+            "attention_mass": round(sharing.attention_mass, 5),
+        }
+        for sharing in found
+    ]
+    with whole_file(path, WHERE) as partial:
+        partial.write_text(json.dumps({**heading, **where_from, "levels": levels}) + "\n")
+
+
+def _model_layers(results: Results, sharing: Sharing) -> list[int]:
+    layers = results.info.layers[results.first_sparse :]
+    return [layers[i] for i in sharing.selecting]

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from rich.console import Console
+from torch import Tensor
 
 from hata.checks import check
 from hata.progress import progress_bar
@@ -21,9 +22,12 @@ from hata.recall.report import (
     print_frontier,
     print_layers,
     print_means,
+    print_sharings,
     write_frontier,
     write_rows,
+    write_sharings,
 )
+from hata.recall.sharing import Sharing, measured_on, shared_mass, sharings
 from hata.selectors import ExactSelector, Selector
 from hata.training.captures import Captures
 
@@ -82,6 +86,10 @@ def run_recall(options: RecallOptions) -> Results:
         levels = frontier.levels(chosen_on)
         print_frontier(console, levels)
         write_frontier(options.frontier, results, levels, made)
+    if options.share_selection is not None:
+        shared = _shared(captures, calibration, trained[0], results, options)
+        print_sharings(console, results, shared)
+        write_sharings(options.share_selection, results, shared, made)
     if options.plot is not None:
         from hata.recall import plots  # matplotlib is an extra
 
@@ -91,6 +99,26 @@ def run_recall(options: RecallOptions) -> Results:
         if levels is not None:
             plots.plot_frontier(options.plot / "frontier.png", info, frontier, levels)
     return results
+
+
+def _shared(
+    captures: Captures,
+    calibration: Captures | None,
+    selector: Selector,
+    results: Results,
+    options: RecallOptions,
+) -> list[Sharing]:
+    """Chooses the layers that select, on the calibration text where there is one."""
+    top_k, first = results.budgets[results.shown], results.first_sparse
+
+    def measured(captures: Captures, text: str) -> Tensor:
+        num_layers = captures.info.num_layers - first
+        with progress_bar(f"{text}: shared selections", num_layers) as on_layer:
+            return shared_mass(captures, selector, top_k, first, options, on_layer)
+
+    mass = measured(captures, "held-out text")
+    chosen_on = mass if calibration is None else measured(calibration, "calibration text")
+    return measured_on(mass, sharings(chosen_on))
 
 
 def _measure(

@@ -46,10 +46,10 @@ def encode_query(q: Tensor, query_weights: Tensor, *, query_bits: int) -> Tensor
 def cache_append(
     k: Tensor,
     v: Tensor,
-    key_weights: Tensor,
+    key_weights: Tensor | None,
     k_cache: Tensor,
     v_cache: Tensor,
-    code_cache: Tensor,
+    code_cache: Tensor | None,
     norm_cache: Tensor | None,
     block_table: Tensor,
     cache_seqlens: Tensor,
@@ -61,7 +61,8 @@ def cache_append(
     """Writes k, v, codes and norms of each new token at its position."""
     batch, q_len, _, _ = k.shape
     page_size = k_cache.shape[1]
-    codes, norms = hash_encode(k, key_weights, key_norms=True)
+    if key_weights is not None:
+        codes, norms = hash_encode(k, key_weights, key_norms=True)
     for b in range(batch):
         num_new = q_len if new_seqlens is None else int(new_seqlens[b])
         for j in range(q_len - num_new, q_len):
@@ -71,7 +72,8 @@ def cache_append(
             page, row = int(block_table[b, position // page_size]), position % page_size
             k_cache[page, row] = as_rows(k[b, j], k_cache.dtype, k_scale)
             v_cache[page, row] = as_rows(v[b, j], v_cache.dtype, v_scale)
-            code_cache[page, :, row] = codes[b, :, j]
+            if code_cache is not None:
+                code_cache[page, :, row] = codes[b, :, j]
             if norm_cache is not None:
                 norm_cache[page, :, row] = norms[b, :, j]
 

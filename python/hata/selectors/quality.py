@@ -93,6 +93,24 @@ class DenseAttention:
         ranks[..., self._seq_len] = _NOT_RANKED
         return ranks
 
+    def attention_mass(self, indices: Tensor) -> Tensor:
+        """Returns what `quality` calls so of one selection, ``[num_kv_heads]``: sums over tokens.
+
+        Args:
+            indices: ``[num_queries, num_kv_heads, count]``, int64; -1 is no position.
+        """
+        return self._mass(self._selected_shares(indices))
+
+    def _selected_shares(self, indices: Tensor) -> Tensor:
+        """The shares of selected positions, ``[num_queries, num_kv_heads, group, count]``."""
+        group = self._shares.shape[2]
+        rows = indices.clamp(min=0)[:, :, None].expand(-1, -1, group, -1)
+        return self._shares.gather(3, rows) * (indices >= 0)[:, :, None]
+
+    def _mass(self, shares: Tensor) -> Tensor:
+        """What they are together; a sink is in the denominator of sparse attention too."""
+        return (self._sinks + shares.sum(-1)).double().mean(2).sum(0)
+
     def quality(
         self, selections: Sequence[Selection], exact_ranks: Tensor, budgets: Sequence[int]
     ) -> Quality:
@@ -106,22 +124,18 @@ class DenseAttention:
         Returns:
             Sums over the query tokens of means over a group's heads.
         """
-        group = self._shares.shape[2]
         recalls, masses, errors = [], [], []
         for selection, budget in zip(selections, budgets, strict=True):
             indices = selection.indices
             hit_ranks = exact_ranks.gather(2, indices.where(indices >= 0, self._seq_len))
             hits = (hit_ranks < budget).sum(-1)
             recalls.append((hits.double() / self._num_seen.clamp(max=budget)).sum(0))
-            rows = indices.clamp(min=0)
-            shares = self._shares.gather(3, rows[:, :, None].expand(-1, -1, group, -1))
-            shares = shares * (indices >= 0)[:, :, None]
-            # A sink is in the denominator of sparse attention too.
-            masses.append((self._sinks + shares.sum(-1)).double().mean(2).sum(0))
+            shares = self._selected_shares(indices)
+            masses.append(self._mass(shares))
             if self._values is not None:
                 if selection.weights is not None:
                     shares = shares * selection.weights[:, :, None]
-                values = self._values[self._heads, rows]
+                values = self._values[self._heads, indices.clamp(min=0)]
                 out = torch.einsum("qhgk,qhkd->qhgd", shares, values)
                 whole = (self._sinks + shares.sum(-1)).clamp(min=1e-30)
                 difference = out / whole[..., None] - self._out

@@ -26,7 +26,8 @@ class Settings:
     """What ``additional_config={"hata": {...}}`` says.
 
     Sequences of at most ``top_k`` positions select all of them, which is dense attention; there is
-    no ``min_sparse_len``, since a captured CUDA graph decodes every sequence alike.
+    no ``min_sparse_len``, since a captured CUDA graph decodes every sequence alike, and every
+    sparse layer selects (no ``share_selection``).
 
     Attributes:
         weights: The file of the model's hash weights, or "random" for untrained ones.
@@ -62,7 +63,7 @@ class Settings:
         """
         check_type(isinstance(entry, dict), HERE, 'additional_config["hata"]', "be a dict", entry)
         own = {f.name for f in fields(cls)} - {"config"}
-        budget = {f.name for f in fields(HataConfig)} - {"min_sparse_len"}
+        budget = {f.name for f in fields(HataConfig)} - {"min_sparse_len", "share_selection"}
         unknown, names = sorted(set(entry) - own - budget), ", ".join(sorted(own | budget))
         check(not unknown, HERE, 'additional_config["hata"]', f"name only {names}", unknown)
         for name in ("weights", "top_k"):
