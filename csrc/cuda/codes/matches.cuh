@@ -114,8 +114,8 @@ __device__ __forceinline__ void offset_matches(
   }
 }
 
-// Returns the units in registers as products take them. Words that are loaded together lie in
-// another order there, and the compiler would copy them anew for every product.
+// Copies the units to where products take them. Words that are loaded together lie in registers in
+// another order, and by itself the compiler copies them anew for every product.
 template <int kNumWords, int kUnits>
 __device__ __forceinline__ void copy_for_products(const CodeUnit<kNumWords> (&units)[kUnits],
                                                   CodeUnit<kNumWords> (&copies)[kUnits]) {

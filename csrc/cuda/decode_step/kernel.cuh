@@ -166,8 +166,8 @@ __device__ __forceinline__ void run_step(const Params& params) {
   int repeats = 0;
   const bool shares = kGrid && shares_grid(slice.place);
   if (keeps_all) {
-    if constexpr (kKind == KernelKind::kRanksFit) wait_if_late(params, slice);
     if (chooses) {
+      if constexpr (kKind == KernelKind::kRanksFit) wait_if_late(params, slice);
       scan<kNumWords, kNorms, kTokens>(params, shared, slice, all_ranks,
                                        chunks_of_slice(slice, kChunk));
     }
