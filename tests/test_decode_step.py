@@ -136,6 +136,14 @@ def test_more_positions_than_a_block_keeps(head_dim):
     assert_steps(make_decode_case([9000], device="cuda", top_k=7000, page_size=None, **shape))
 
 
+@gpu_only
+@pytest.mark.parametrize("seq_lens", [[15_000], [7000, 9000], [16_000, 3, 900]])
+def test_half_of_the_pairs_scan_late(seq_lens):
+    """Codes enough for it; the pairs of a sequence that is longer than most do not wait."""
+    shape = {"num_kv_heads": 60, "group": 1, "num_bits": 256, "key_norms": True, "top_k": 150}
+    assert_steps(make_decode_case(seq_lens, device="cuda", dtype=torch.bfloat16, **shape))
+
+
 def grid_case(monkeypatch: pytest.MonkeyPatch, seq_lens: list[int], **shape: Any) -> DecodeCase:
     """A step in which the blocks of the whole grid share the (sequence, KV head) pairs."""
     monkeypatch.setenv("HATA_SCORE_SELECT", "grid")

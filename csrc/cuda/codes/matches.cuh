@@ -88,8 +88,11 @@ __device__ __forceinline__ void count_tile(const CodeUnit<kNumWords> (&units)[kU
     if constexpr (kNumWords % 2 == 1) {
       mma_m16n8k128(counts, {words[2 * kNumWords - 2], words[2 * kNumWords - 1]}, b[kNumWords - 1]);
     }
-    matches[i] += weight.x * counts[0] + weight.y * counts[1];
-    matches[i + 1] += weight.x * counts[2] + weight.y * counts[3];
+    // One after the other, each of them is one instruction; their sum would need another.
+    matches[i] += weight.x * counts[0];
+    matches[i] += weight.y * counts[1];
+    matches[i + 1] += weight.x * counts[2];
+    matches[i + 1] += weight.y * counts[3];
   }
 }
 
@@ -111,6 +114,23 @@ __device__ __forceinline__ void offset_matches(
   }
 }
 
+// Copies the units to where products take them. Words that are loaded together lie in registers in
+// another order, and by itself the compiler copies them anew for every product.
+template <int kNumWords, int kUnits>
+__device__ __forceinline__ void copy_for_products(const CodeUnit<kNumWords> (&units)[kUnits],
+                                                  CodeUnit<kNumWords> (&copies)[kUnits]) {
+  // Grids are flat where codes are scanned, which the compiler does not know: it cannot see that
+  // these are copies, and makes them once.
+  const uint32_t zero = kNumWords > 1 ? blockIdx.z : 0;
+#pragma unroll
+  for (int i = 0; i < kUnits; ++i) {
+#pragma unroll
+    for (int w = 0; w < CodeUnit<kNumWords>::kWords; ++w) {
+      copies[i].words[w] = units[i].words[w] ^ zero;
+    }
+  }
+}
+
 // Computes matches[i] = sum_p w_p (num_bits - popcount(code_i ^ plane_p)) for every position of the
 // units, by a whole warp, from their offsets. popcount(k ^ s) = popcount(k) + popcount(s) - 2
 // popcount(k & s), and the binary product counts k & s: its 16 rows are the codes of eight quads,
@@ -126,8 +146,10 @@ __device__ __forceinline__ void count_matches(
     matches[i] = planes.base + offsets[i];
   }
   if (planes.num_planes == 3 || planes.num_planes == 4) {  // query_bits 3 and 4, groups 4 to 15
-    count_tile(units, planes, 0, matches);
-    count_tile(units, planes, 1, matches);
+    CodeUnit<kNumWords> copies[kUnits];
+    copy_for_products(units, copies);
+    count_tile(copies, planes, 0, matches);
+    count_tile(copies, planes, 1, matches);
   } else {
 #pragma unroll 1
     for (int tile = 0; 2 * tile < planes.num_planes; ++tile) {

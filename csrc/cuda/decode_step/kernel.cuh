@@ -36,6 +36,26 @@ __device__ __forceinline__ void append(const Params& params, const SharedPlan& s
   }
 }
 
+// Lets half of the pairs scan when memory has served the scans of the others: so it has work while
+// those find their cuts and select, and later while these do.
+__device__ __forceinline__ void wait_if_late(const Params& params, const Slice& slice) {
+  const PageTable& table = params.select.table;
+  const int pair = slice.kv_head_idx * table.batch + slice.batch_idx;
+  if (params.late_cycles == 0.0f || pair * 2 < table.batch * params.select.num_kv_heads) return;
+  const int64_t begin = clock64();
+  int kilotokens = 0;  // of all sequences
+  for (int b = threadIdx.x % kWarpSize; b < table.batch; b += kWarpSize) {
+    kilotokens += seq_len_of(table, b) / 1024;
+  }
+  kilotokens = __reduce_add_sync(kFullMask, kilotokens);
+  // What is longer than most is what the whole step waits for.
+  const int most = kilotokens + kilotokens / 4;
+  const auto cycles = static_cast<int>(params.late_cycles * static_cast<float>(kilotokens));
+  if (cycles < kLeastLateCycles || slice.seq_len / 1024 * table.batch > most) return;
+  constexpr int kPause = 100;  // nanoseconds
+  while (clock64() - begin < cycles) __nanosleep(kPause);
+}
+
 // One block's part of the step, from its beginning to its end.
 template <int kNumWords, bool kNorms, KernelKind kKind>
 __device__ __forceinline__ void run_step(const Params& params) {
@@ -147,6 +167,7 @@ __device__ __forceinline__ void run_step(const Params& params) {
   const bool shares = kGrid && shares_grid(slice.place);
   if (keeps_all) {
     if (chooses) {
+      if constexpr (kKind == KernelKind::kRanksFit) wait_if_late(params, slice);
       scan<kNumWords, kNorms, kTokens>(params, shared, slice, all_ranks,
                                        chunks_of_slice(slice, kChunk));
     }

@@ -17,6 +17,7 @@ struct LaunchPlan {
   int threads;
   int rank_bytes;
   int blocks_per_pair;
+  bool is_resident = false;  // all clusters at once
 };
 
 // Returns the positions of a block's slice of a full cache.
@@ -124,6 +125,34 @@ ResidentClusters resident_clusters(const char* op) {
   });
 }
 
+// How long half of the pairs wait before they scan (wait_if_late()): the time in which memory could
+// bring the codes of the others, or a little less. Of 0.7 to 1.1 the best (docs/kernels/log.md).
+constexpr float kLateShare = 0.85f;
+
+// Returns the bytes that memory brings at most in a cycle of the current device's multiprocessors.
+inline float bytes_per_cycle(const char* op) {
+  static Memo<int, float> remembered;
+  return remembered.get(current_device(op), [&] {
+    constexpr float kBitsPerByte = 8, kEdges = 2;  // of a clock of the memory
+    const auto ask = [&](cudaDeviceAttr attribute) {
+      return static_cast<float>(device_attribute(attribute, op));
+    };
+    return ask(cudaDevAttrMemoryClockRate) * kEdges * ask(cudaDevAttrGlobalMemoryBusWidth) /
+           kBitsPerByte / ask(cudaDevAttrClockRate);
+  });
+}
+
+// Returns Params::late_cycles of clusters that are all resident: 0 where nothing follows the scan
+// that memory could work for, and where blocks are bound by their instructions: with codes of one
+// word.
+inline float late_cycles_for(const Params& params, const char* op) {
+  const ScoreSelectParams& p = params.select;
+  if (!params.attends || p.code_cache.num_words == 1) return 0.0f;
+  const int token_bytes = p.code_cache.num_words * 4 + (p.code_cache.norms != nullptr ? 2 : 0);
+  const auto kilotoken_bytes = static_cast<float>(1024 * token_bytes * p.num_kv_heads);
+  return kLateShare * kilotoken_bytes / 2 / bytes_per_cycle(op);
+}
+
 // Chooses the plan with the most threads for which all clusters are resident at once: a second wave
 // would wait for the slowest of the first.
 inline LaunchPlan choose_plan(const ResidentClusters& resident, KernelKind kind,
@@ -137,7 +166,7 @@ inline LaunchPlan choose_plan(const ResidentClusters& resident, KernelKind kind,
     for (int size = 1; size <= kMaxCluster; ++size) {
       if (num_clusters <= clusters[size - 1] && threads * size > most) {
         most = threads * size;
-        best = {threads, rank_bytes_for(params, threads, shares, size), size};
+        best = {threads, rank_bytes_for(params, threads, shares, size), size, true};
       }
     }
   }
@@ -210,6 +239,8 @@ bool launch(Params& params, CudaStream stream) {
   params.blocks_per_pair = plan.blocks_per_pair;
   params.grid_from = grid ? grid->grid_from : 0;
   params.rank_bytes = plan.rank_bytes;
+  const bool is_one_wave = !grid && plan.is_resident;
+  params.late_cycles = is_one_wave ? late_cycles_for(params, kOp) : 0.0f;
   share_out_candidates(params, plan);
   if (params.attends) params.row_end = kRowOffset + attend_bytes(params.attend, plan.threads);
   if (in_teams) params.teams = choose_team_plan(params.attend, plan.threads);

@@ -128,7 +128,10 @@ struct Params {
   int blocks_per_pair;  // kGrid
   int grid_from;        // kGrid: the shortest sequence that all blocks of a pair share
   TeamPlan teams;       // kTeams
+  float late_cycles;    // kRanksFit: what half of the pairs wait for 1024 tokens; 0: nothing
 };
+// A shorter wait before the scan gains nothing.
+constexpr int kLeastLateCycles = 4000;
 
 // Which of the blocks of its pair a block is.
 struct Place {

@@ -77,7 +77,7 @@ __device__ __forceinline__ void keep_ranks(const Params& params, Run run, int po
 }
 
 // Scores one chunk for every query token, one after another.
-template <bool kEdge, typename Keeper, int kNumWords, bool kNorms, int kUnits>
+template <bool kEdge, bool kTokens, typename Keeper, int kNumWords, bool kNorms, int kUnits>
 __device__ __forceinline__ void score_chunk(const Params& params, SharedPlan& shared,
                                             const Slice& slice, const Keeper& keeper,
                                             int num_planes,
@@ -90,8 +90,9 @@ __device__ __forceinline__ void score_chunk(const Params& params, SharedPlan& sh
   const int plane_pitch = padded_planes(num_planes) * kNumWords;
   int offsets[kPositions];
   offset_matches(chunk.units, num_planes, p.weight_sum, offsets);
+  const int q_len = kTokens ? p.q_len : 1;
 #pragma unroll 1
-  for (int j = 0; j < p.q_len; ++j) {
+  for (int j = 0; j < q_len; ++j) {
     int matches[kPositions];
     count_matches(chunk.units, offsets,
                   {plane_column<kNumWords>(tables.planes + j * plane_pitch, tables.no_planes),
@@ -184,7 +185,7 @@ __device__ __forceinline__ void scan(const Params& params, SharedPlan& shared, c
           if (at_once)
             return score_chunk_at_once<kEdge>(params, shared, slice, keeper, chunk, first);
         }
-        score_chunk<kEdge>(params, shared, slice, keeper, num_planes, chunk, first);
+        score_chunk<kEdge, kTokens>(params, shared, slice, keeper, num_planes, chunk, first);
       };
       is_edge ? score.template operator()<true>() : score.template operator()<false>();
     } else {
@@ -193,7 +194,7 @@ __device__ __forceinline__ void scan(const Params& params, SharedPlan& shared, c
       for (int part = first; part < min(stop, slice.end); part += Part::kPositions) {
         Part chunk;
         reader.load_part(chunk, part, slice.end);
-        score_chunk<true>(params, shared, slice, keeper, num_planes, chunk, part);
+        score_chunk<true, kTokens>(params, shared, slice, keeper, num_planes, chunk, part);
       }
     }
   }
