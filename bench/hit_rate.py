@@ -13,7 +13,6 @@ cache lacks, which alone are worth guessing.
 import math
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,7 +32,7 @@ from hata.ops import plane_weight_sum
 from hata.provenance import origin
 
 from .cases import MIN_TOP_K, PAPER_BUDGET
-from .options import Output, check_output
+from .options import Output, check_output, repeated
 from .report import RESULTS, Report, Row
 
 CONTEXTS = [2048, 4096, 7936]
@@ -55,6 +54,18 @@ class Options(Output):
         Option(help="Tokens of the prompt; may be repeated; by default three lengths."),
     ] = field(default_factory=list)
     steps: Annotated[int, Option(help="Tokens that are decoded.")] = 128
+    weights: Annotated[
+        Path | None, Option(help="The model's hash weights; by default the package's.")
+    ] = None
+
+    def words(self) -> list[str]:
+        """Returns the options that decide what a row holds, as they are typed."""
+        return [
+            *(["--model", self.model.name] if self.model else []),
+            *(["--weights", self.weights.name] if self.weights else []),
+            *repeated("--context", map(str, self.context)),
+            *("--steps", str(self.steps)),
+        ]
 
 
 @with_options()
@@ -71,15 +82,14 @@ def measure_hit_rate(options: Options) -> None:
     path = options.output or RESULTS / f"row_cache_{name}.csv"
     check_output(path)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    words = [*(f"--context {context}" for context in options.context), f"--steps {options.steps}"]
-    command = " ".join(["python -m bench hit-rate", *words])
+    command = " ".join(["python -m bench hit-rate", *options.words()])
     report = Report(path, COLUMNS, origin(device, command), options.append)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model, tokenizer = load_model(folder, device, dtype)
     console = Console(stderr=True)
     with Progress(console=console, transient=True) as progress:
         for context in progress.track(contexts, description="contexts"):
-            rows = measure(model, tokenizer, folder, context, options.steps)
+            rows = measure(model, tokenizer, context, options.steps, options.weights)
             for row in rows:
                 report.add({"model": folder.name, "context": context, "steps": options.steps} | row)
     whole = [row for row in report.rows if row["layer"] == "all"]
@@ -88,7 +98,9 @@ def measure_hit_rate(options: Options) -> None:
     print(f"rows in {path}")
 
 
-def measure(model: Any, tokenizer: Any, folder: Path, context: int, steps: int) -> list[Row]:
+def measure(
+    model: Any, tokenizer: Any, context: int, steps: int, weights: Path | None = None
+) -> list[Row]:
     """Returns the columns of each size of the row cache and layer."""
     from hata.demo.prompt import build_prompt
     from hata.integrations.transformers import disable, enable
@@ -98,12 +110,15 @@ def measure(model: Any, tokenizer: Any, folder: Path, context: int, steps: int) 
 
     def keep(layer_idx: int, q: Tensor, cache: hata.HataCache, indices: Tensor, n: Tensor) -> None:
         selections.setdefault(layer_idx, []).append(indices.cpu().clone())
-        guesses.setdefault(layer_idx, []).append(select(early[layer_idx], cache, layer_idx).cpu())
+        guessed = select(early[model_layers[layer_idx]], cache, layer_idx)
+        guesses.setdefault(layer_idx, []).append(guessed.cpu())
 
     token_ids = build_prompt(tokenizer, context, depth=0.5, seed=0).token_ids
     top_k = max(MIN_TOP_K, round(context * PAPER_BUDGET))
     config = hata.HataConfig(top_k=top_k, min_sparse_len=0)
-    cache = enable(model, config, max_seq_len=context + steps, observer=keep)
+    settings = {"weights": weights, "max_seq_len": context + steps, "observer": keep}
+    cache = enable(model, config, **settings)
+    model_layers = cache.hata_layers  # an observer is told numbers of the cache's layers
     early, hooks = early_queries(model)
     prompt = torch.tensor([token_ids], device=model.device)
     model.generate(
@@ -118,15 +133,16 @@ def measure(model: Any, tokenizer: Any, folder: Path, context: int, steps: int) 
         hook.remove()
     disable(model)
     rows: list[Row] = []
-    weights = cache.weights.metadata.get("recipe", "random")
+    recipe = cache.weights.metadata.get("recipe", "random")
     for num_slots in (size * top_k for size in SIZES):
         rates = {
             layer: hit_rates(chosen, guesses[layer], num_slots)
             for layer, chosen in selections.items()
         }
         means = torch.tensor(list(rates.values())).nanmean(0).tolist()
-        for layer, shares in {**rates, "all": means}.items():
-            row = {"weights": weights, "top_k": top_k, "num_slots": num_slots, "layer": layer}
+        of_model = {model_layers[layer]: shares for layer, shares in rates.items()}
+        for layer, shares in {**of_model, "all": means}.items():
+            row = {"weights": recipe, "top_k": top_k, "num_slots": num_slots, "layer": layer}
             rows.append(row | dict(zip(COLUMNS[-3:], shares, strict=True)))
     return rows
 
@@ -139,20 +155,30 @@ def early_queries(model: Any) -> tuple[dict[int, Tensor], list[RemovableHandle]]
         any, and the hooks that make them.
     """
     queries: dict[int, Tensor] = {}
+    inputs: dict[int, Tensor] = {}  # of each layer: the last token's hidden state
 
-    def note(layer_idx: int, layer: Any, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+    def note(layer_idx: int, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
         hidden = args[0] if args else kwargs["hidden_states"]
-        if hidden.shape[1] > 1:  # the prompt
+        inputs[layer_idx] = hidden[:, -1:]
+
+    def guess(layer_idx: int, norm: Any, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        cos, sin = kwargs["position_embeddings"]  # those of this layer: others may rotate otherwise
+        if cos.shape[1] > 1:  # the prompt
             return
-        attention = layer.self_attn
-        q = attention.q_proj(layer.input_layernorm(hidden)).unflatten(-1, (-1, attention.head_dim))
-        cos, sin = kwargs["position_embeddings"]
+        q = module.q_proj(norm(inputs[layer_idx - 1])).unflatten(-1, (-1, module.head_dim))
+        if hasattr(module, "q_norm"):
+            q = module.q_norm(q)
         queries[layer_idx], _ = apply_rotary_pos_emb(q, q, cos, sin, unsqueeze_dim=2)
 
-    return queries, [
-        before.register_forward_pre_hook(partial(note, layer_idx, layer), with_kwargs=True)
-        for layer_idx, (before, layer) in enumerate(pairwise(model.model.layers), start=1)
-    ]
+    hooks = []
+    for layer_idx, layer in enumerate(model.model.layers):
+        calls = [(layer, partial(note, layer_idx))]
+        if layer_idx > 0:
+            calls.append((layer.self_attn, partial(guess, layer_idx, layer.input_layernorm)))
+        hooks += [
+            module.register_forward_pre_hook(call, with_kwargs=True) for module, call in calls
+        ]
+    return queries, hooks
 
 
 def select(q: Tensor, cache: hata.HataCache, layer_idx: int) -> Tensor:
