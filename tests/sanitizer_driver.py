@@ -78,6 +78,9 @@ def run(case: DecodeCase) -> dict[str, Tensor]:
     group = case.q.shape[2] // case.k.shape[2]
     scored = {"weight_sum": hata.plane_weight_sum(query_bits, group)}
     codes, key_norms = hata.hash_encode(case.k, case.key_weights, key_norms=True)
+    rows = case.caches.clone()
+    without_codes = (None, *rows.kv[:2], None, None, *rows.kv[2:])
+    hata.cache_append(case.k, case.v, *without_codes)
     hata.cache_append(case.k, case.v, case.key_weights, *caches.all)
     planes = hata.encode_query(case.q, case.query_weights, query_bits=query_bits)
     scores = hata.hamming_score(planes, *caches.codes, max_seq_len=caches.capacity, **scored)
@@ -103,6 +106,7 @@ def run(case: DecodeCase) -> dict[str, Tensor]:
         **{f"{name}.cut": t for name, t in zip(step_cut, cut, strict=True)},
         **{f"{name}.best_cut": t for name, t in zip(step_cut, best_cut, strict=True)},
         **{"k_cache": caches.k_cache, "code_cache": caches.code_cache},
+        **{"rows.k_cache": rows.k_cache, "rows.v_cache": rows.v_cache},
         **{"step.v_cache": whole.caches.v_cache, "step.code_cache": whole.caches.code_cache},
     }
     return {name: t.cpu() for name, t in results.items()}

@@ -52,9 +52,10 @@ def test_a_share_is_of_the_longest_sequence_and_of_a_token_s_own() -> None:
         (1, 32, "cuda", 2048),
         (8, 8, "cuda", 1024),
         (8, 32, "cuda", 256),
-        (1, 3, "cuda:1", 21846),  # rounded up
-        (1, 1, "cuda", 32768),  # of run 29 in bench/results/tuning_h100.csv
+        (1, 5, "cuda:1", 13108),  # rounded up
+        (1, 1, "cuda", 32768),  # of bench/results/crossover_h100.csv
         (2, 1, "cuda", 16384),
+        (1, 4, "cuda", 8192),
         (70_000, 1, "cuda", 1),
         (1, 8, "cpu", 0),
     ],

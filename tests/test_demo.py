@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-import hata
 from families import FAMILIES
 from hata.config import HataConfig
 from hata.demo import mass
@@ -70,7 +69,7 @@ def test_weights_of_a_file_say_how_they_are_used(tiny_llama, tmp_path, capsys):
 
 
 def test_random_weights_can_be_asked_for():
-    name = hata.pretrained_names()[0]
+    name = "SmolLM2-135M-Instruct"
     model = ({"num_layers": 30, "num_kv_heads": 3, "head_dim": 64}, tuple(range(30)))
     assert choose_weights(DemoOptions(), name, *model).metadata["recipe"] == "hata"
     drawn = choose_weights(DemoOptions(weights="random", seed=5), name, *model)

@@ -217,6 +217,23 @@ def test_rows_and_a_report_are_written_and_a_run_continues(folder, tmp_path, cap
     assert re.search(r"quest.* 32 +\d\.\d+ ± \d\.\d+ +\d\.\d+ ± ", out)
 
 
+def test_rows_of_shared_selections(folder, tmp_path, capsys):
+    """Of three sparse layers two select, or one: as many bytes are read to choose."""
+    args = ["--model", folder, "--csv", tmp_path / "rows.csv", "--device", "cpu"]
+    args += ["--context", 400, "--num-decoded", 8, "--num-samples", 1, "--task", "likelihood"]
+    args += ["--method", "hata", "--random-bits", 64, "--no-key-norms", "--top-k", 32]
+    args += ["--num-dense-layers", 1, "--share-layers", 2, "--share-layers", "1,2"]
+    code, out, err = run(capsys, *args, "--share-layers", 3)
+    assert code == 0, err
+    assert "2 layers share" in out
+    assert "layers 1,2 select" in out
+    found = {
+        row["share_layers"]: float(row["bytes_per_token"])
+        for row in rows_of(tmp_path / "rows.csv")[1:]
+    }
+    assert found == pytest.approx({"2": 8 * 2 / 3, "1,2": 8 * 2 / 3, "3": 8 / 3}, rel=1e-3)
+
+
 def test_rows_of_larger_budgets_in_the_first_layers_and_of_completions(folder, tmp_path, capsys):
     """A larger budget is of sparse layers alone, a completion of codes alone."""
     args = ["--model", folder, "--csv", tmp_path / "rows.csv", "--device", "cpu"]

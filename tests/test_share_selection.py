@@ -1,6 +1,7 @@
 """Layers that attend to what an earlier layer has selected."""
 
 import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -89,6 +90,25 @@ def test_layers_attend_to_what_an_earlier_one_has_selected(
                 *(q.cpu().double(), keys.double(), values.double(), table, lengths, indices.cpu())
             )
             torch.testing.assert_close(out.cpu().double(), expected, rtol=0, atol=2e-3)
+
+
+@pytest.mark.parametrize("min_sparse_len", [50, 100])  # of sequences of 61 and 31 positions
+def test_short_sequences_attend_to_everything(device: str, min_sparse_len: int) -> None:
+    config = replace(CONFIG, min_sparse_len=min_sparse_len)
+    cache = make_cache(device, "paged", config)
+    for layer_idx in range(cache.num_layers):
+        hata.prefill(*tokens(device, 60), cache, layer_idx, new_seqlens=[60, 30])
+    for layer_idx in range(cache.num_layers):
+        q, k, v = tokens(device, 1)
+        out = hata.decode_attention(q, k, v, cache, layer_idx)
+        for b in range(1 if min_sparse_len < 61 else 0, BATCH):
+            rows = cache.keys_values(layer_idx, b)
+            keys, values = (t[0].repeat_interleave(GROUP, 1).float() for t in rows)
+            shares = (torch.einsum("hd,shd->hs", q[b, 0].float(), keys) / HEAD_DIM**0.5).softmax(-1)
+            expected = torch.einsum("hs,shd->hd", shares, values)
+            torch.testing.assert_close(out[b, 0].float(), expected, rtol=0, atol=2e-3)
+            if layer_idx > 0:
+                assert int(cache.last_selection(layer_idx)[1][b].min()) == cache.seq_lens[b]
 
 
 def test_a_selection_must_be_of_the_same_step(device: str) -> None:

@@ -21,6 +21,7 @@ os.environ.update(ENVIRONMENT, VLLM_CPU_OMP_THREADS_BIND="nobind")
 
 from vllm import LLM, SamplingParams, TokensPrompt
 from vllm.distributed import cleanup_dist_env_and_memory
+from vllm.platforms import current_platform
 
 from hata import HashWeights, save_weights
 from hata.integrations.vllm import engine_args
@@ -87,6 +88,14 @@ def observe(layer_idx: int, indices: Tensor, num_selected: Tensor, cache_seqlens
     observed.add(layer_idx)
 
 
+def forget_graph_pool() -> None:
+    """Lets the next engine's graphs have memory of their own.
+
+    vLLM keeps one pool for the process, which torch gives up with the last graph that has it.
+    """
+    type(current_platform)._global_graph_pool = None
+
+
 @contextmanager
 def engine(model: Path, **changes: Any) -> Iterator[LLM]:
     settings = {
@@ -103,6 +112,7 @@ def engine(model: Path, **changes: Any) -> Iterator[LLM]:
         **changes,
     }
     with ExitStack() as stack:
+        stack.callback(forget_graph_pool)
         stack.callback(cleanup_dist_env_and_memory)  # an engine that does not start, too
         llm = LLM(str(model), **settings)
         stack.callback(llm.llm_engine.engine_core.shutdown)

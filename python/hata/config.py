@@ -17,10 +17,10 @@ from hata.checks import check, check_int, check_type
 # Source: bench/results/decode_h100.csv, `python -m bench decode --grid crossover`.
 MEASURED_SPARSE_ROWS = 65536
 # The same for few (sequence, KV head) pairs, whose dense attention is far from the bandwidth: with
-# one pair at 32K tokens and two at 16K, the fewest measured, a step with 64 bits takes 13 and 12 us
-# and dense attention 22.
-# Source: bench/results/tuning_h100.csv, run 29.
-FEW_PAIRS = 2
+# one pair at 32K tokens, two at 16K and four at 8K a step with 64 bits takes 13.1, 12.6 and 12.2 us
+# and dense attention 13.8, 13.2 and 13.7; at half of these lengths dense attention is faster.
+# Source: bench/results/crossover_h100.csv, `python -m bench decode --grid crossover --codes B`.
+FEW_PAIRS = 4
 MEASURED_SPARSE_ROWS_OF_FEW = 32768
 
 

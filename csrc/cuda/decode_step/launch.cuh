@@ -142,12 +142,20 @@ inline float bytes_per_cycle(const char* op) {
   });
 }
 
+// What a multiprocessor scans at most in a cycle, in bytes of codes of two words or more. B and A
+// gain from late pairs where half of the multiprocessors ask for 1.25 times what memory brings, on
+// an H100, and lose where they ask for 0.85 of it, on an H200 (docs/kernels/log.md).
+constexpr float kScannedBytes = 32;
+
 // Returns Params::late_cycles of clusters that are all resident: 0 where nothing follows the scan
-// that memory could work for, and where blocks are bound by their instructions: with codes of one
-// word.
+// that memory could work for, and where half of the multiprocessors cannot keep memory busy, since
+// their instructions bind them: with codes of one word, and where memory is fast.
 inline float late_cycles_for(const Params& params, const char* op) {
   const ScoreSelectParams& p = params.select;
   if (!params.attends || p.code_cache.num_words == 1) return 0.0f;
+  const auto multiprocessors =
+      static_cast<float>(device_attribute(cudaDevAttrMultiProcessorCount, op));
+  if (kScannedBytes * multiprocessors / 2 < bytes_per_cycle(op)) return 0.0f;
   const int token_bytes = p.code_cache.num_words * 4 + (p.code_cache.norms != nullptr ? 2 : 0);
   const auto kilotoken_bytes = static_cast<float>(1024 * token_bytes * p.num_kv_heads);
   return kLateShare * kilotoken_bytes / 2 / bytes_per_cycle(op);

@@ -37,7 +37,9 @@ def label(row: Row) -> str:
     words += [f"query {row['query_bits']}"] if row["query_bits"] else []
     words += ["norms"] if row["key_norms"] == "1" else []
     words += [f"{row['channels']} channels"] if row["channels"] else []
-    words += [f"{row['share_layers']} layers share"] if row["share_layers"] not in ("", "1") else []
+    shared = row["share_layers"]
+    words += [f"{shared} layers share"] if shared not in ("", "1") and "," not in shared else []
+    words += [f"layers {shared} select"] if "," in shared else []
     words += [f"{row['leading_top_k']} in the first layers"] if row["leading_top_k"] else []
     words += [f"completed: {row['completion']}"] if row["completion"] else []
     said = ", ".join(word for word in words if word)
