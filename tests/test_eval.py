@@ -164,6 +164,12 @@ def test_a_picture_of_answers_is_of_the_tasks_that_count(tmp_path):
     assert hata.eval.plots._answers(sparse, dense[2:]) == []
 
 
+def test_a_curve_goes_from_budget_to_budget_whatever_order_rows_are_in():
+    rows = [dict.fromkeys(COLUMNS, "") | {"top_k": k, "bytes_read": k} for k in ("64", "8", "128")]
+    (curve,) = hata.eval.plots._curves(rows, lambda _: (0.0, None)).values()
+    assert [point.top_k for point in curve] == [8, 64, 128]
+
+
 def test_rows_and_a_report_are_written_and_a_run_continues(folder, tmp_path, capsys, monkeypatch):
     written = tmp_path / "not" / "there" / "yet"
     args = ["--model", folder, "--csv", written / "rows.csv"]

@@ -86,7 +86,7 @@ def plot_run(folder: Path, number: int, rows: Sequence[Row]) -> list[Path]:
 def _curves(
     rows: Sequence[Row], measured: Callable[[list[Row]], tuple[float, float | None] | None]
 ) -> dict[str, list[_Point]]:
-    """Returns the points of each method, those that ``measured`` makes of a setting's rows."""
+    """Returns each method's points by budget, those that ``measured`` makes of a setting's rows."""
     curves: dict[str, list[_Point]] = {}
     groups: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
@@ -96,7 +96,7 @@ def _curves(
         if found is not None:
             point = _Point(float(bytes_read), float(top_k), *found)
             curves.setdefault(name, []).append(point)
-    return curves
+    return {name: sorted(points, key=lambda x: x.top_k) for name, points in curves.items()}
 
 
 def _likelihood(rows: Sequence[Row]) -> list[_Panel]:
