@@ -22,7 +22,8 @@ import hata.training.captures
 from closeness import assert_equal
 from families import FAMILIES
 from hata.training.captures import CaptureInfo, Captures, CaptureWriter, shard_path
-from hata.training.record import CaptureOptions, capture
+from hata.training.data import turned
+from hata.training.record import CaptureOptions, capture, rotary_angles
 from hata.training.source import Source
 from hata.training.texts import text_files, token_sequences
 from tiny_folder import bytewise_tokenizer
@@ -287,7 +288,7 @@ def test_an_older_capture_is_read_for_the_layers_that_attend_to_everything(tmp_p
     found = run(tmp_path, Gemma3ForCausalLM(config).eval())
     file = found.folder / "captures.json"
     settings = {**json.loads(file.read_text()), "num_layers": 4}
-    del settings["softcap"]
+    del settings["softcap"], settings["rotary"]
     file.write_text(json.dumps(settings))
     assert Captures.open(found.folder).info == found.info
 
@@ -366,3 +367,24 @@ def test_rotated_keys_are_captured(tmp_path):
         cos, sin = decoder.rotary_emb(hidden, torch.arange(SEQ_LEN)[None])
         _, rotated = apply_rotary_pos_emb(k, k, cos, sin)
     torch.testing.assert_close(found.layer(0).k[0], rotated[0].transpose(0, 1))
+
+
+@pytest.mark.parametrize(
+    ("family", "turns"),
+    [
+        *((name, True) for name in ("Llama", "Qwen2", "Gemma")),
+        *((name, False) for name in ("Ernie4_5", "Gemma3", "DeepseekV3", "SmolLM3")),
+    ],
+)
+def test_angles_are_captured_where_they_turn_keys(family, turns):
+    # Ernie 4.5 pairs neighbouring channels, Gemma 3's layers have angles of their own, DeepSeek
+    # turns some channels, SmolLM3 some layers.
+    model = next(x for x in FAMILIES if x.model == family).make(vocab_size=256)
+    angles = rotary_angles(model)
+    assert bool(angles) == turns
+    if turns:
+        with torch.no_grad():
+            ids = torch.full((1, 60), 7)
+            k = model(ids, use_cache=True).past_key_values.layers[0].keys[0]
+        later = turned(k[:, 3], torch.tensor(angles).double(), 56)
+        torch.testing.assert_close(later, k[:, 59], rtol=1e-4, atol=1e-5)

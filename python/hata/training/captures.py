@@ -44,6 +44,9 @@ class CaptureInfo:
         layer_types: transformers' name of the kind of each of the model's layers. Those of
             "full_attention", which hata can decode, are captured.
         softcap: Cap of the model's logits, or None; sink logits lie in the layers' files.
+        rotary: Angles, ``[head_dim / 2]``, by which the rotary embedding turns channels i and
+            ``i + head_dim / 2`` of queries and keys for each position, in radians. Empty where the
+            model embeds positions otherwise.
     """
 
     model: str
@@ -59,6 +62,7 @@ class CaptureInfo:
     texts: tuple[str, ...]
     layer_types: tuple[str, ...]
     softcap: float | None = None
+    rotary: tuple[float, ...] = ()
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -308,8 +312,8 @@ def _read_info(folder: Path, function: str) -> CaptureInfo:
         found: dict[str, Any] = json.loads(file.read_text())
         check(found.pop("format", None) == _FORMAT, function, "folder", "hold a capture", folder)
         found.pop("num_layers", None)  # what layer_types says too, in older files
-        for name in ("texts", "layer_types"):
-            found[name] = tuple(found[name])
+        for name in ("texts", "layer_types", "rotary"):
+            found[name] = tuple(found.get(name, ()))
         return CaptureInfo(**found)
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(

@@ -22,6 +22,7 @@ class TrainingData:
         softmax: Of all these heads.
         num_sink: First positions that are always selected.
         num_recent: Last positions that a query sees that are always selected.
+        rotary: `CaptureInfo.rotary`, ``[head_dim / 2]``, float64; None where it is not known.
     """
 
     layers: tuple[int, ...]
@@ -31,6 +32,7 @@ class TrainingData:
     softmax: Softmax
     num_sink: int
     num_recent: int
+    rotary: Tensor | None = None
 
     @property
     def heads(self) -> int:
@@ -61,3 +63,19 @@ class TrainingData:
         """Which keys each query token sees: ``[num_rows, seq_len]``, bool."""
         positions = self.positions[sequence_idx, rows]
         return torch.arange(self.seq_len, device=self.k.device) <= positions[:, None]
+
+
+def turned(x: Tensor, angles: Tensor | None, by: int) -> Tensor:
+    """Turns queries or keys as the rotary embedding does; their products with each other stay.
+
+    Args:
+        x: ``[..., head_dim]``.
+        angles: For one position, ``[head_dim / 2]``: channels i and ``i + head_dim / 2`` are turned
+            by the i-th. None returns ``x``.
+        by: Positions.
+    """
+    if angles is None:
+        return x
+    cos, sin = (by * angles).cos().to(x), (by * angles).sin().to(x)
+    first, second = x.chunk(2, -1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)

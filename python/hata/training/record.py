@@ -20,11 +20,13 @@ from hata.integrations.transformers_cache import CACHE_ARGUMENT
 from hata.selectors import Softmax
 from hata.torch_attention import MAX_LOGITS, torch_attention
 from hata.training.captures import FULL_ATTENTION, CaptureInfo, Captures, CaptureWriter
+from hata.training.data import turned
 from hata.training.options import CaptureOptions
 from hata.training.texts import text_files, token_sequences
 
 _WHERE = "capture"
 _SMALLEST_CHUNK = 256
+_SAME_KEYS = 0.1  # relative difference of keys that are alike but for the rounding of all layers
 _ATTENTION = "hata_capture"  # the attention function's name in transformers
 
 
@@ -94,6 +96,7 @@ def capture(
         layer_types=tuple(kinds),
         num_kv_heads=shape["num_kv_heads"],
         head_dim=shape["head_dim"],
+        rotary=rotary_angles(model),
     )
     writer = CaptureWriter(folder, info)
     for sequence_idx, sequence in enumerate(sequences):
@@ -126,6 +129,31 @@ def capture(
 
         recorder.run(sequence.token_ids, positions, write)
     return Captures.open(folder)
+
+
+@torch.inference_mode()
+def rotary_angles(model: Any) -> tuple[float, ...]:
+    """Returns by how many radians the model turns queries and keys for each position.
+
+    One for each pair of channels i and ``i + head_dim / 2``. Empty where the model pairs channels
+    otherwise, turns some of them or in some layers alone, or differently by layer or by length: the
+    angles it names are compared with its keys. A text of one token again and again has, at every
+    position, the same keys but for the turn, whatever attention does with values that are equal.
+    """
+    rotary = getattr(model.base_model, "rotary_emb", None)
+    angles = getattr(rotary, "inv_freq", None)
+    if angles is None or getattr(rotary, "rope_type", None) in ("dynamic", "longrope"):
+        return ()
+    tokens = torch.ones(1, 8, dtype=torch.int64, device=model.device)
+    cache = getattr(model.base_model(tokens, use_cache=True), CACHE_ARGUMENT)
+    for layer in full_attention_layers(model):
+        keys = cache.layers[layer].keys[0].float()  # [num_kv_heads, 8, head_dim]
+        if not keys.shape[-1] == model_shape(model)["head_dim"] == 2 * len(angles):
+            return ()
+        wanted = torch.stack([turned(keys[:, 0], angles.double(), by) for by in range(8)], 1)
+        if not (wanted - keys).norm() < _SAME_KEYS * keys.norm():
+            return ()
+    return tuple(angles.tolist())
 
 
 def _chunk(model: Any, options: CaptureOptions) -> int:

@@ -68,7 +68,10 @@ class Source:
                 if "sink_logits" in found:
                     sinks[of_layer].copy_(found["sink_logits"])
         softmax = self.captures.info.softmax(None if bool(sinks.isinf().all()) else sinks)
-        return TrainingData(tuple(layers), q, k, positions, softmax, self.num_sink, self.num_recent)
+        angles = self.captures.info.rotary
+        rotary = torch.tensor(angles, dtype=torch.float64, device=device) if angles else None
+        always = (self.num_sink, self.num_recent)
+        return TrainingData(tuple(layers), q, k, positions, softmax, *always, rotary)
 
 
 def captured_sources(
