@@ -89,11 +89,6 @@ def fp8() -> list[Sweep]:
     return [Sweep(tuple(replace(shape, kv_cache_dtype=torch.float8_e4m3fn) for shape in TABLE))]
 
 
-def shared() -> list[Sweep]:
-    """Where a layer that attends to another's selection is compared with one that selects."""
-    return [Sweep((*TABLE[:4], Shape(16, 32, 8, 8 * K)), configs=CONFIGS[1:2])]
-
-
 def wide() -> list[Sweep]:
     """Head_dim 256, as Gemma 3 has it, and groups of sixteen, each of few and of many pairs."""
     heads_256 = (Shape(1, 4, 1, 32 * K, head_dim=256), Shape(8, 16, 8, 32 * K, head_dim=256))
@@ -109,7 +104,6 @@ GRIDS = {
     "few": few,
     "million": million,
     "fp8": fp8,
-    "shared": shared,
     "wide": wide,
 }
 

@@ -59,8 +59,8 @@ class Options(Output):
             "figure5: the axes of the paper's figure 5. budget: top_k from 0.4 to 12.5 %. "
             "crossover: from 512 tokens until hata wins. few: few KV heads, or many short "
             "sequences. million: a million tokens. fp8: the table over float8 caches. "
-            "shared: five shapes in setting B. wide: head_dim 256, and groups of sixteen. "
-            "docs/benchmarks.md says how long each takes."
+            "wide: head_dim 256, and groups of sixteen. docs/benchmarks.md says how long each "
+            "takes."
         ),
     ] = field(default_factory=list)
     op: Annotated[

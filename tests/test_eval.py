@@ -267,8 +267,11 @@ def test_rows_of_larger_budgets_in_the_first_layers_and_of_completions(folder, t
         ("--num-decoded 2", "--num-decoded must be in 3..1024, got 2"),
         ("--completion half", "--completion must be one of estimate, cap, .* got half"),
         ("--leading-top-k 8", "--top-k must be at least num_sink .* got 8"),
-        ("--share-layers 0", "--share-layers must be a number of layers from 1 on, or layers"),
-        ("--share-layers 4,2", "share_selection must name each layer once, in ascending order"),
+        ("--share-layers 0", "--share-layers must be a number of layers from 1 on, .* got 0"),
+        (
+            "--share-layers 4,2",
+            r"share_selection must name each layer once, in ascending order, got \(4, 2\)",
+        ),
         ("--context 512 --model MODEL --num-dense-layers 4", "--num-dense-layers must leave one"),
         (
             "--context 512 --model MODEL --random-bits 64 --random-bits 64",

@@ -86,6 +86,10 @@ def test_what_follows_the_name_does_not_matter(end):
 
 def test_an_unknown_model_is_an_error():
     assert find_pretrained("SmolLM2-135M", **SMOLLM2) is None
-    for name in ("pretrained_weights", "pretrained_frontier", "pretrained_config"):
-        with pytest.raises(ValueError, match=rf"hata.{name}: model must be one of .*SmolLM2-135M"):
+    for name, first in (
+        ("pretrained_weights", "Qwen2.5-Coder-1.5B-Instruct, SmolLM2-135M"),
+        ("pretrained_frontier", "SmolLM2-135M"),
+        ("pretrained_config", "SmolLM2-135M"),
+    ):
+        with pytest.raises(ValueError, match=rf"hata.{name}: model must be one of {first}"):
             getattr(hata, name)("SmolLM2-135M")
