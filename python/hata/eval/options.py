@@ -12,12 +12,12 @@ from hata.config import HataConfig
 from hata.device import ModelOptions, torch_device, torch_dtype
 from hata.eval.completion import COMPLETIONS
 from hata.eval.prose import WHERE
-from hata.eval.setting import NUM_LEADING
 from hata.eval.tasks import LIKELIHOOD, TASKS
 from hata.outputs import make_output_folder, make_room_for
 from hata.recall.options import TOP_K_METAVAR, LineupOptions, chosen_budgets
 
 _DEFAULT = HataConfig()
+NUM_LEADING = 2  # first layers that `--leading-top-k` is of
 _SHARES = (64, 32, 16)  # default budgets are these parts of the context: 1.56 to 6.25 %
 
 
@@ -76,6 +76,13 @@ class EvalOptions(ModelOptions, LineupOptions):
         Option(
             metavar=TOP_K_METAVAR,
             help=f"Other budgets of the first {NUM_LEADING} layers, where they are sparse.",
+        ),
+    ] = field(default_factory=list)
+    layer_budgets: Annotated[
+        list[Path],
+        Option(
+            help="Measure the budgets of each layer's own in this file of hata recall --frontier "
+            "too, at each --top-k; repeatable."
         ),
     ] = field(default_factory=list)
     completion: Annotated[
