@@ -317,7 +317,23 @@ def test_rows_of_budgets_from_a_file(folder, tmp_path, capsys):
         ("--context 2048 --model MODEL", "--context must be at most .* got 2048"),
         ("--context 512 --model MODEL --method dense", "--method must be one of exact, .* dense"),
         ("--context 512 --model MODEL --csv OTHER", "--csv must be a file of hata eval, .* x,y"),
-        ("--layer-budgets OTHER", "--layer-budgets must name files of hata recall --frontier, got"),
+        (
+            "--layer-budgets OTHER",
+            "--layer-budgets must be of hata recall --frontier or of --cho",
+        ),
+        ("--choose-on TEXT", "--layer-budgets must be given once with --choose-on, got none"),
+        (
+            "--choose-on TEXT --layer-budgets NEW --context 512 --context 600",
+            "--context must be given once with --choose-on, got 512, 600",
+        ),
+        (
+            "--choose-on TEXT --layer-budgets NEW --context 512 --model MODEL --top-k 256",
+            "--top-k must be at most half of the prompt, 192, with --choose-on, got 256",
+        ),
+        (
+            "--choose-on TEXT --layer-budgets NEW --context 512 --model MODEL --method exact",
+            "--weights must name hash weights, or the package .* with --choose-on, got none",
+        ),
         ("--layer-budgets BITS", r"--layer-budgets must name files of one .* with \[32, 64\]"),
         ("--layer-budgets OWN", r"--num-dense-layers must include 1, as .*own.json .* got \[2\]"),
         (
@@ -337,6 +353,7 @@ def test_rows_of_budgets_from_a_file(folder, tmp_path, capsys):
 def test_a_mistake_is_one_line(folder, tmp_path, capsys, args, message):
     (tmp_path / "other.csv").write_text("x,y\n1,2\n")
     places = {"MODEL": folder, "OTHER": tmp_path / "other.csv"}
+    places |= {"TEXT": Path(__file__), "NEW": tmp_path / "new.json"}
     places["OWN"] = budget_file(tmp_path / "own.json", (32, [32] * 3))
     places["BITS"] = budget_file(tmp_path / "bits.json", (32, [32] * 4), num_bits=32)
     words = [places.get(word, word) for word in args.split()]

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from hata.checks import check
 from hata.demo.model import bundled_model, check_model_folder, load_model
-from hata.eval.budgets import BudgetFile
+from hata.eval.budgets import BudgetFile, choose_budgets
 from hata.eval.completion import COMPLETIONS
 from hata.eval.datasets import Dataset, open_datasets
 from hata.eval.decode import SparseDecoder
@@ -64,7 +64,8 @@ def run_eval(options: EvalOptions) -> list[Row]:
             be.
     """
     prose, datasets = Prose.open(options.texts), open_datasets(options.dataset)
-    files = [BudgetFile.open(path, options) for path in options.layer_budgets]
+    chosen = [path for path in options.layer_budgets if options.choose_on and not path.exists()]
+    files = [BudgetFile.open(x, options) for x in options.layer_budgets if x not in chosen]
     folder = options.model or bundled_model()
     check_model_folder(folder, max(options.context))
     options.make_folders()
@@ -78,9 +79,16 @@ def run_eval(options: EvalOptions) -> list[Row]:
     check(any(layer >= dense for layer in layers), WHERE, "--num-dense-layers", rule, dense)
     selectors = _selectors(options, folder, shape, layers)
     made = origin(device, shlex.join(["hata", *sys.argv[1:]]))
+    of_model = {**made, "model": folder.name}
+    decoder = SparseDecoder(model, observe=any(x.observes for x in selectors))
+    for path in chosen:
+        coded = [x for x in selectors if isinstance(x, HataSelector)]
+        rule = "name hash weights, or the package have the model's, with --choose-on"
+        check(len(coded) > 0, WHERE, "--weights", rule, "none")
+        choose_budgets(path, options, decoder, tokenizer, coded[0], shape, layers, of_model)
+        files.append(BudgetFile.open(path, options))
     common = {
-        **made,
-        "model": folder.name,
+        **of_model,
         "dtype": str(model.dtype).removeprefix("torch."),
         "texts": prose.name,
         "num_sink": options.num_sink,
@@ -95,7 +103,6 @@ def run_eval(options: EvalOptions) -> list[Row]:
         if missing:
             work.append((_samples(case, options, tokenizer, prose), missing))
 
-    decoder = SparseDecoder(model, observe=any(x.observes for x in selectors))
     total = sum(len(samples) * len(missing) for samples, missing in work)
     with progress_bar("decoding samples", total) as on_decoded:
         for samples, missing in work:

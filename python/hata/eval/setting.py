@@ -9,6 +9,8 @@ from hata.eval.completion import Completion
 from hata.eval.prose import WHERE
 from hata.selectors import Selector
 
+DENSE_LAYER = 0  # the budget of a layer that attends to everything
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -16,8 +18,8 @@ class Setting:
 
     Attributes:
         selector: Chooses what each token attends to; None attends to everything.
-        top_k: Positions that each KV head attends to, sinks and recent ones included; or a number
-            for each of the model's layers.
+        top_k: Positions that each KV head attends to, sinks and recent ones included; or one for
+            each of the model's layers, where `DENSE_LAYER` attends to everything.
         num_dense_layers: The model's leading layers that attend to everything.
         num_sink: First positions that are always among them.
         num_recent: Last positions that are always among them.
@@ -55,7 +57,12 @@ class Setting:
         )
         numbers = config.for_layers(layers, layers[-1] + 1).selecting_layers(len(layers))
         followed = zip(layers, numbers, strict=True)
-        return {layer: layers[i] for layer, i in followed if layer >= self.num_dense_layers}
+        first = self.num_dense_layers
+        return {
+            layer: layers[i]
+            for layer, i in followed
+            if layer >= first and self.budget(layer) != DENSE_LAYER
+        }
 
     def budget(self, layer: int) -> int:
         """Positions that each KV head of a layer of the model attends to."""
