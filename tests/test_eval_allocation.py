@@ -51,12 +51,11 @@ def test_no_row_is_worth_more_in_another_layer(exponent):
 
 
 def test_budgets_have_bounds():
-    """A quarter and four times the mean, the least that is allowed, and what never fell: rows that
-    matter nowhere go where there is room."""
+    """A quarter and four times the mean, and the least; where nothing is lost all are alike."""
     uneven = torch.tensor([1e6, 1.0, 1.0, 1e-9, 1e-9, 0.0])
-    assert power_law(uneven, 0.1).share_out(100, 20)[0] == 400
-    assert power_law(uneven, 0.1).share_out(100, 20)[-1] == 25
-    assert min(power_law(uneven, 0.1).share_out(100, 40)) == 40
+    losses = power_law(uneven, 0.1)
+    assert losses.share_out(100, 20)[::5] == [400, 25]
+    assert min(losses.share_out(100, 40)) == 40
     alike = power_law(torch.ones(3), 1.0)
     assert alike.share_out(100, 20) == [100] * 3
     assert alike.share_out(20, 20) == [20] * 3
@@ -64,6 +63,16 @@ def test_budgets_have_bounds():
     assert rising.exponent() == 0.0
     only = LayerLosses(BUDGETS, torch.tensor([[1.0, 0.5, 0.25], [0.0, 0.0, 0.0]]).double())
     assert only.share_out(100, 20) == [175, 25]
+    unheard = LayerLosses(BUDGETS, torch.tensor([[-1e-12] * 3, [0.0] * 3]).double())
+    assert unheard.share_out(100, 20) == [100, 100]
+
+
+def test_a_budget_is_judged_by_what_was_measured_near_it():
+    losses = power_law(torch.rand(4) + 0.2, 1.0)
+    assert losses.near(61).budgets == BUDGETS
+    near = losses.near(120)
+    assert near.budgets == (60, 120)
+    assert torch.equal(near.kl, losses.kl[:, 1:])
 
 
 def test_a_layers_loss_is_that_of_the_layer_alone(device):

@@ -24,6 +24,8 @@ from hata.eval.tasks import Sample
 
 _MOST_APART = 4  # times or parts of the mean budget that a layer's is at most and at least
 
+_ROUNDING = 1e-9  # nats: a layer that is not heard has a KL of nothing, or a little less
+
 
 @dataclass(frozen=True)
 class LayerLosses:
@@ -38,14 +40,23 @@ class LayerLosses:
     budgets: tuple[int, ...]
     kl: Tensor
 
+    def near(self, top_k: int) -> "LayerLosses":
+        """Returns what was measured from half of a budget to twice as much."""
+        near = [i for i, x in enumerate(self.budgets) if top_k // 2 <= x <= 2 * top_k]
+        return LayerLosses(tuple(self.budgets[i] for i in near), self.kl[:, near])
+
+    @property
+    def _positive(self) -> Tensor:
+        return self.kl.clamp(min=_ROUNDING)
+
     def weights(self) -> Tensor:
         """Returns each layer's loss as a share of the mean layer's, mean over budgets."""
-        return (self.kl / self.kl.mean(0)).mean(1)
+        return (self._positive / self._positive.mean(0)).mean(1)
 
     def exponent(self) -> float:
         """Returns how steeply the mean loss falls: a line over logarithms, by least squares."""
         x = torch.tensor(self.budgets, dtype=torch.float64).log()
-        y, x = self.kl.mean(0).log(), x - x.mean()
+        y, x = self._positive.mean(0).log(), x - x.mean()
         return max(0.0, float(-(x * y).sum() / x.square().sum()))
 
     def share_out(self, top_k: int, least: int) -> list[int]:

@@ -128,7 +128,7 @@ def choose_budgets(
     scan = context * selector.bytes_per_token(shape["head_dim"])
     found = []
     for top_k in levels:
-        own = dict(zip(sparse, losses.share_out(top_k, least), strict=True))
+        own = dict(zip(sparse, losses.near(top_k).share_out(top_k, least), strict=True))
         of_all = [own.get(layer, top_k) for layer in range(shape["num_layers"])]
         bits = selector.num_bits
         found.append(

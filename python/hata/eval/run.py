@@ -183,7 +183,7 @@ def _planned(
         )
         followed = setting.selecting(layers)
         selecting = len(set(followed.values())) / len(followed)  # share of the sparse layers
-        mean_top_k = statistics.fmean(map(setting.budget, followed))
+        mean_top_k = statistics.fmean(map(setting.budget, followed.values()))
         scan = selector.bytes_per_token(shape["head_dim"]) * selecting
         row = {
             **of_case,
