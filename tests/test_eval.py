@@ -1,6 +1,7 @@
 """The command `hata eval` on a tiny model, its tasks and its rows."""
 
 import csv
+import json
 import math
 import re
 from pathlib import Path
@@ -256,6 +257,40 @@ def test_rows_of_larger_budgets_in_the_first_layers_and_of_completions(folder, t
     assert "query 4, 96 in the first layers, completed: known" in out
 
 
+def budget_file(path: Path, *levels: tuple[int, list[int]], num_bits: int = 64) -> Path:
+    """As `hata recall --frontier` writes it: what one top_k is shared out as, for each of them."""
+    found = [
+        {
+            "uniform": {"num_bits": 64, "top_k": top_k},
+            "per_layer": {"num_bits": [num_bits] * len(own), "top_k": own},
+        }
+        for top_k, own in levels
+    ]
+    path.write_text(json.dumps({"num_dense_layers": 1, "levels": found}))
+    return path
+
+
+def test_rows_of_budgets_from_a_file(folder, tmp_path, capsys):
+    """Equal ones give the row of the one number; bytes are those of the sparse layers' mean."""
+    args = ["--model", folder, "--csv", tmp_path / "rows.csv", "--device", "cpu"]
+    args += ["--context", 400, "--num-decoded", 8, "--num-samples", 1, "--task", "likelihood"]
+    args += ["--method", "exact", "--top-k", 32, "--top-k", 64, "--num-dense-layers", 1]
+    assert run(capsys, *args)[0] == 0
+    older = tmp_path / "rows.csv"  # without the column, as the rows of earlier versions
+    older.write_text(older.read_text().replace(",layer_budgets,", ",").replace(",,,4,16", ",,4,16"))
+    own = budget_file(tmp_path / "own.json", (32, [32] * 4), (64, [999, 128, 32, 32]))
+    code, out, err = run(capsys, *args, "--num-dense-layers", 2, "--layer-budgets", own)
+    assert code == 0, err
+    assert "layers as in own.json" in out
+    rows = [row for row in rows_of(tmp_path / "rows.csv") if row["recipe"] == "softmax"]
+    assert [row["layer_budgets"] for row in rows if row["dense_layers"] == "2"] == ["", ""]
+    alike, more, own, more_own = (row for row in rows if row["dense_layers"] == "1")
+    assert own == {**alike, "layer_budgets": "own.json"}
+    assert (more_own["top_k"], more_own["layer_budgets"]) == ("64", "own.json")
+    assert more_own["bytes_read"] == more["bytes_read"]
+    assert more_own["kl"] != more["kl"]
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
@@ -283,6 +318,33 @@ def test_rows_of_larger_budgets_in_the_first_layers_and_of_completions(folder, t
         ("--context 512 --model MODEL --method dense", "--method must be one of exact, .* dense"),
         ("--context 512 --model MODEL --csv OTHER", "--csv must be a file of hata eval, .* x,y"),
         (
+            "--layer-budgets OTHER",
+            "--layer-budgets must be of hata recall --frontier or of --cho",
+        ),
+        ("--choose-on TEXT", "--layer-budgets must be given once with --choose-on, got none"),
+        (
+            "--choose-on TEXT --layer-budgets NEW --context 512 --context 600",
+            "--context must be given once with --choose-on, got 512, 600",
+        ),
+        (
+            "--choose-on TEXT --layer-budgets NEW --context 512 --model MODEL --top-k 256",
+            "--top-k must be at most half of the prompt, 192, with --choose-on, got 256",
+        ),
+        (
+            "--choose-on TEXT --layer-budgets NEW --context 512 --model MODEL --method exact",
+            "--weights must name hash weights, or the package .* with --choose-on, got none",
+        ),
+        ("--layer-budgets BITS", r"--layer-budgets must name files of one .* with \[32, 64\]"),
+        ("--layer-budgets OWN", r"--num-dense-layers must include 1, as .*own.json .* got \[2\]"),
+        (
+            "--context 512 --model MODEL --layer-budgets OWN --num-dense-layers 1 --top-k 48",
+            "--top-k must be one of 32 with --layer-budgets own.json, got 48",
+        ),
+        (
+            "--context 512 --model MODEL --layer-budgets OWN --num-dense-layers 1 --top-k 32",
+            "top_k must be one number or have num_layers=4 entries, got 3 entries",
+        ),
+        (
             "--context 512 --model MODEL --task needle_multikey",
             "--context must be at least .* for needle_multikey, got 512",
         ),
@@ -291,8 +353,11 @@ def test_rows_of_larger_budgets_in_the_first_layers_and_of_completions(folder, t
 def test_a_mistake_is_one_line(folder, tmp_path, capsys, args, message):
     (tmp_path / "other.csv").write_text("x,y\n1,2\n")
     places = {"MODEL": folder, "OTHER": tmp_path / "other.csv"}
+    places |= {"TEXT": Path(__file__), "NEW": tmp_path / "new.json"}
+    places["OWN"] = budget_file(tmp_path / "own.json", (32, [32] * 3))
+    places["BITS"] = budget_file(tmp_path / "bits.json", (32, [32] * 4), num_bits=32)
     words = [places.get(word, word) for word in args.split()]
-    if "OTHER" not in args:
+    if "--csv" not in args:
         words += ["--csv", tmp_path / "rows.csv"]
     code, _, err = run(capsys, *words, "--device", "cpu")
     assert code == 2

@@ -34,7 +34,7 @@ def test_gemma_has_weights_for_the_layers_that_see_the_whole_context():
     assert len(weights.metadata["trained_on"].split(" | ")) == 95
     for other in ({"num_kv_heads": 2}, {"head_dim": 128}, {"layers": tuple(range(18))}):
         assert find_pretrained("gemma-3-270m", **{**GEMMA, **other}) is None
-    with pytest.raises(ValueError, match="must be one of SmolLM2-135M-Instruct, got gemma"):
+    with pytest.raises(ValueError, match="SmolLM2-135M-Instruct, got gemma"):
         hata.pretrained_config("gemma-3-270m")
 
 
@@ -53,18 +53,28 @@ def test_the_settings_are_those_of_training_and_of_the_frontier():
     assert (config.num_sink, config.num_recent, config.num_dense_layers) == (4, 16, 2)
     budgets = config.layer_top_k(30)
     assert len(set(budgets)) > 1
-    assert sum(budgets[2:]) <= 28 * 512
+    assert sum(budgets[2:]) == 28 * 512
 
 
-def test_layers_of_their_own_find_more_for_the_same_bytes():
-    levels = hata.pretrained_frontier("SmolLM2-135M-Instruct")["levels"]
-    assert len(levels) == 11
-    for level in levels:
-        config = hata.pretrained_config("SmolLM2-135M-Instruct", level["uniform"]["top_k"])
-        assert list(config.layer_top_k(30)) == level["per_layer"]["top_k"]
-        assert level["per_layer_attention_mass"] >= level["uniform_attention_mass"]
-    with pytest.raises(ValueError, match=r"pretrained_config: top_k must be one of 32, 45, .*100"):
-        hata.pretrained_config("SmolLM2-135M-Instruct", 100)
+@pytest.mark.parametrize(
+    ("model", "num_layers", "budgets"),
+    [
+        ("SmolLM2-135M-Instruct", 30, [64, 128, 256, 512, 1024]),
+        ("Qwen2.5-Coder-1.5B-Instruct", 28, [512, 1024]),
+    ],
+)
+def test_layers_share_out_what_one_budget_for_all_reads(model, num_layers, budgets):
+    frontier = hata.pretrained_frontier(model)
+    assert model in frontier["model"]
+    assert [level["uniform"]["top_k"] for level in frontier["levels"]] == budgets
+    for top_k, level in zip(budgets, frontier["levels"], strict=True):
+        own = hata.pretrained_config(model, top_k).layer_top_k(num_layers)
+        assert list(own) == level["per_layer"]["top_k"]
+        assert sum(own[2:]) == (num_layers - 2) * top_k
+        assert {level["uniform"]["num_bits"], *level["per_layer"]["num_bits"]} == {64}
+    rule = rf"pretrained_config: top_k must be one of {budgets[0]}, .*100"
+    with pytest.raises(ValueError, match=rule):
+        hata.pretrained_config(model, 100)
 
 
 @pytest.mark.parametrize("name", hata.pretrained_names())
@@ -88,8 +98,8 @@ def test_an_unknown_model_is_an_error():
     assert find_pretrained("SmolLM2-135M", **SMOLLM2) is None
     for name, first in (
         ("pretrained_weights", "Qwen2.5-Coder-1.5B-Instruct, SmolLM2-135M"),
-        ("pretrained_frontier", "SmolLM2-135M"),
-        ("pretrained_config", "SmolLM2-135M"),
+        ("pretrained_frontier", "Qwen2.5-Coder-1.5B-Instruct, SmolLM2-135M"),
+        ("pretrained_config", "Qwen2.5-Coder-1.5B-Instruct, SmolLM2-135M"),
     ):
         with pytest.raises(ValueError, match=rf"hata.{name}: model must be one of {first}"):
             getattr(hata, name)("SmolLM2-135M")

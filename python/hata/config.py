@@ -50,7 +50,8 @@ class HataConfig:
     Attributes:
         top_k: Positions that each KV head attends to: a count of at least 1, or a share of the
             positions that a token sees, above 0 and below 1 and rounded up; or one of them for each
-            layer, the dense ones included, as ``hata recall --frontier`` writes them.
+            layer, the dense ones included, as ``hata recall --frontier`` and ``hata eval
+            --choose-on`` write them.
         min_top_k: The fewest positions where ``top_k`` is a share, at least 1.
         num_sink: First positions that are always among them, at least 0.
         num_recent: Last positions that are always among them, at least 0;

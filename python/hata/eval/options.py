@@ -12,12 +12,12 @@ from hata.config import HataConfig
 from hata.device import ModelOptions, torch_device, torch_dtype
 from hata.eval.completion import COMPLETIONS
 from hata.eval.prose import WHERE
-from hata.eval.setting import NUM_LEADING
 from hata.eval.tasks import LIKELIHOOD, TASKS
 from hata.outputs import make_output_folder, make_room_for
 from hata.recall.options import TOP_K_METAVAR, LineupOptions, chosen_budgets
 
 _DEFAULT = HataConfig()
+NUM_LEADING = 2  # first layers that `--leading-top-k` is of
 _SHARES = (64, 32, 16)  # default budgets are these parts of the context: 1.56 to 6.25 %
 
 
@@ -78,6 +78,20 @@ class EvalOptions(ModelOptions, LineupOptions):
             help=f"Other budgets of the first {NUM_LEADING} layers, where they are sparse.",
         ),
     ] = field(default_factory=list)
+    layer_budgets: Annotated[
+        list[Path],
+        Option(
+            help="Measure the budgets of each layer's own in this file of hata recall --frontier "
+            "too, at each --top-k; repeatable."
+        ),
+    ] = field(default_factory=list)
+    choose_on: Annotated[
+        list[Path],
+        Option(
+            help="Texts to choose budgets on, by the KL that each layer costs, for a "
+            "--layer-budgets file that is not there yet; repeatable."
+        ),
+    ] = field(default_factory=list)
     completion: Annotated[
         list[str],
         Option(
@@ -116,6 +130,11 @@ class EvalOptions(ModelOptions, LineupOptions):
             check(0.0 <= depth <= 1.0, WHERE, "--depth", "be in 0..1", depth)
         for layers in self.num_dense_layers:
             check_int(WHERE, "--num-dense-layers", layers, 0)
+        if self.choose_on:
+            for name in ("layer_budgets", "context", "num_dense_layers"):
+                given = getattr(self, name)
+                rule, option = "be given once with --choose-on", f"--{name.replace('_', '-')}"
+                check(len(given) == 1, WHERE, option, rule, ", ".join(map(str, given)) or "none")
         self.share_selections()
         for name in self.completion:
             rule = f"be one of {', '.join(COMPLETIONS)}"
@@ -170,5 +189,7 @@ class EvalOptions(ModelOptions, LineupOptions):
             ValueError: One cannot be made or written.
         """
         make_room_for(self.csv, WHERE, "--csv")
+        for path in self.layer_budgets if self.choose_on else []:
+            make_room_for(path, WHERE, "--layer-budgets")
         if self.report is not None:
             make_output_folder(self.report, WHERE, "--report")

@@ -41,6 +41,7 @@ def label(row: Row) -> str:
     words += [f"{shared} layers share"] if shared not in ("", "1") and "," not in shared else []
     words += [f"layers {shared} select"] if "," in shared else []
     words += [f"{row['leading_top_k']} in the first layers"] if row["leading_top_k"] else []
+    words += [f"layers as in {row['layer_budgets']}"] if row["layer_budgets"] else []
     words += [f"completed: {row['completion']}"] if row["completion"] else []
     said = ", ".join(word for word in words if word)
     return f"{row['method']}: {said}" if said else row["method"]

@@ -19,13 +19,14 @@ from hata.recall.report import cell
 KEY = (
     *("model", "dtype", "texts", "task", "context", "depth", "method", "recipe", "num_bits"),
     *("query_bits", "key_norms", "channels", "top_k", "dense_layers", "share_layers"),
-    *("leading_top_k", "completion"),
+    *("leading_top_k", "layer_budgets", "completion"),
     *("num_sink", "num_recent", "num_decoded", "num_samples", "seed"),
 )
 _FOUND = (
     *("bytes_per_token", "bytes_read", "score", "stderr", "dense_score"),
     *("nll_excess", "nll_stderr", "kl", "kl_stderr"),
 )
+_ADDED = ("layer_budgets",)  # what older files do not have, and nothing of theirs had
 COLUMNS = ("gpu", "torch", "commit", "date", *KEY, *_FOUND, "command")
 
 Row = dict[str, str]
@@ -119,10 +120,11 @@ class Rows:
         if path.exists():
             with path.open(newline="", encoding="utf-8") as file:
                 reader = csv.DictReader(file)
-                self.rows = list(reader)
+                self.rows = [{**dict.fromkeys(_ADDED, ""), **row} for row in reader]
                 got = tuple(reader.fieldnames or ())
+            known = got in (COLUMNS, tuple(name for name in COLUMNS if name not in _ADDED))
             rule = f"be a file of hata eval, with the columns {','.join(COLUMNS)}"
-            check(got == COLUMNS, WHERE, "--csv", rule, f"{path} with {','.join(got)}")
+            check(known, WHERE, "--csv", rule, f"{path} with {','.join(got)}")
 
     def has(self, row: dict[str, object]) -> bool:
         """Whether a row with this one's `KEY` stands there."""

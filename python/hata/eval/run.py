@@ -2,6 +2,7 @@
 
 import itertools
 import shlex
+import statistics
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -12,14 +13,15 @@ from rich.console import Console
 
 from hata.checks import check
 from hata.demo.model import bundled_model, check_model_folder, load_model
+from hata.eval.budgets import BudgetFile, choose_budgets
 from hata.eval.completion import COMPLETIONS
 from hata.eval.datasets import Dataset, open_datasets
 from hata.eval.decode import SparseDecoder
-from hata.eval.options import EvalOptions
+from hata.eval.options import NUM_LEADING, EvalOptions
 from hata.eval.prose import WHERE, Prose
 from hata.eval.report import print_means, write_report
 from hata.eval.rows import Outcome, Row, Rows, compare, summary
-from hata.eval.setting import DENSE, NUM_LEADING, Setting
+from hata.eval.setting import DENSE, Setting
 from hata.eval.tasks import AT_DEPTHS, LIKELIHOOD, Sample, likelihood_samples, task_sample
 from hata.integrations.model_shape import ModelShape, full_attention_layers, model_shape
 from hata.pretrained import find_pretrained
@@ -62,6 +64,8 @@ def run_eval(options: EvalOptions) -> list[Row]:
             be.
     """
     prose, datasets = Prose.open(options.texts), open_datasets(options.dataset)
+    chosen = [path for path in options.layer_budgets if options.choose_on and not path.exists()]
+    files = [BudgetFile.open(x, options) for x in options.layer_budgets if x not in chosen]
     folder = options.model or bundled_model()
     check_model_folder(folder, max(options.context))
     options.make_folders()
@@ -75,9 +79,16 @@ def run_eval(options: EvalOptions) -> list[Row]:
     check(any(layer >= dense for layer in layers), WHERE, "--num-dense-layers", rule, dense)
     selectors = _selectors(options, folder, shape, layers)
     made = origin(device, shlex.join(["hata", *sys.argv[1:]]))
+    of_model = {**made, "model": folder.name}
+    decoder = SparseDecoder(model, observe=any(x.observes for x in selectors))
+    for path in chosen:
+        coded = [x for x in selectors if isinstance(x, HataSelector)]
+        rule = "name hash weights, or the package have the model's, with --choose-on"
+        check(len(coded) > 0, WHERE, "--weights", rule, "none")
+        choose_budgets(path, options, decoder, tokenizer, coded[0], shape, layers, of_model)
+        files.append(BudgetFile.open(path, options))
     common = {
-        **made,
-        "model": folder.name,
+        **of_model,
         "dtype": str(model.dtype).removeprefix("torch."),
         "texts": prose.name,
         "num_sink": options.num_sink,
@@ -87,12 +98,11 @@ def run_eval(options: EvalOptions) -> list[Row]:
     }
     work: list[tuple[list[Sample], list[tuple[dict[str, object], Setting]]]] = []
     for case in _cases(options, datasets):
-        planned = _planned(case, options, selectors, shape, layers, common)
+        planned = _planned(case, options, files, selectors, shape, layers, common)
         missing = [(row, setting) for row, setting in planned if not rows.has(row)]
         if missing:
             work.append((_samples(case, options, tokenizer, prose), missing))
 
-    decoder = SparseDecoder(model, observe=any(x.observes for x in selectors))
     total = sum(len(samples) * len(missing) for samples, missing in work)
     with progress_bar("decoding samples", total) as on_decoded:
         for samples, missing in work:
@@ -144,6 +154,7 @@ def _cases(options: EvalOptions, datasets: list[Dataset]) -> Iterator[Case]:
 def _planned(
     case: Case,
     options: EvalOptions,
+    files: list[BudgetFile],
     selectors: list[Selector],
     shape: ModelShape,
     layers: tuple[int, ...],
@@ -158,41 +169,57 @@ def _planned(
     dense = {"method": "dense", "bytes_per_token": 0.0, "bytes_read": float(selected)}
     yield {**of_case, **dense}, DENSE
     always = (options.num_sink, options.num_recent)
-    for selector, top_k, num_dense, (written, share), leading, completion in itertools.product(
+    for selector, (said, top_k), (written, share), completion in itertools.product(
         selectors,
-        options.budgets(case.context),
-        dict.fromkeys(options.num_dense_layers),
+        list(_budgets(options, files, case.context, layers, shape["num_layers"])),
         options.share_selections().items(),
-        [None, *options.leading_budgets(case.context)],
         [None, *dict.fromkeys(options.completion)],
     ):
-        sparse = [layer for layer in layers if layer >= num_dense]
-        if leading is not None and (leading <= top_k or sparse[0] >= NUM_LEADING):
-            continue
         if completion is not None and (not isinstance(selector, HataSelector) or share != 1):
             continue
         setting = Setting(
-            *(selector, top_k, num_dense, *always, share),
-            leading_top_k=leading,
+            *(selector, top_k, said["dense_layers"], *always, share),
             completion=None if completion is None else COMPLETIONS[completion],
         )
         followed = setting.selecting(layers)
         selecting = len(set(followed.values())) / len(followed)  # share of the sparse layers
-        mean_top_k = sum(map(setting.budget, sparse)) / len(sparse)
+        mean_top_k = statistics.fmean(map(setting.budget, followed.values()))
         scan = selector.bytes_per_token(shape["head_dim"]) * selecting
         row = {
             **of_case,
             "method": selector.name,
             **selector.settings,
-            "top_k": top_k,
-            "dense_layers": num_dense,
+            **said,
             "share_layers": written,
-            "leading_top_k": leading,
             "completion": completion,
             "bytes_per_token": scan,
             "bytes_read": scan + selected * min(mean_top_k / case.context, 1.0),
         }
         yield row, setting
+
+
+def _budgets(
+    options: EvalOptions,
+    files: list[BudgetFile],
+    context: int,
+    layers: tuple[int, ...],
+    num_layers: int,
+) -> Iterator[tuple[dict[str, Any], int | tuple[int, ...]]]:
+    """Yields what rows say of each budget, and its positions: of all layers, or of each."""
+    for top_k, num_dense in itertools.product(
+        options.budgets(context), dict.fromkeys(options.num_dense_layers)
+    ):
+        said = {"top_k": top_k, "dense_layers": num_dense}
+        yield said, top_k
+        first = next(layer for layer in layers if layer >= num_dense)
+        for leading in options.leading_budgets(context):
+            if leading > top_k and first < NUM_LEADING:
+                own = (leading,) * NUM_LEADING + (top_k,) * (num_layers - NUM_LEADING)
+                yield {**said, "leading_top_k": leading}, own
+        for file in files:
+            if file.num_dense_layers == num_dense:
+                own = file.top_k(top_k, num_layers, options)
+                yield {**said, "layer_budgets": file.name}, own
 
 
 def _samples(case: Case, options: EvalOptions, tokenizer: Any, prose: Prose) -> list[Sample]:

@@ -9,7 +9,7 @@ from hata.eval.completion import Completion
 from hata.eval.prose import WHERE
 from hata.selectors import Selector
 
-NUM_LEADING = 2  # first layers that may have a budget of their own
+DENSE_LAYER = 0  # the budget of a layer that attends to everything
 
 
 @dataclass(frozen=True)
@@ -18,12 +18,12 @@ class Setting:
 
     Attributes:
         selector: Chooses what each token attends to; None attends to everything.
-        top_k: Positions that each KV head attends to, sinks and recent ones included.
+        top_k: Positions that each KV head attends to, sinks and recent ones included; or one for
+            each of the model's layers, where `DENSE_LAYER` attends to everything.
         num_dense_layers: The model's leading layers that attend to everything.
         num_sink: First positions that are always among them.
         num_recent: Last positions that are always among them.
         share_selection: Which sparse layers select, as `hata.HataConfig` takes it.
-        leading_top_k: ``top_k`` of the model's first `NUM_LEADING` layers; None: the same.
         completion: What is done about the positions that are left out; None: nothing.
 
     Raises:
@@ -31,12 +31,11 @@ class Setting:
     """
 
     selector: Selector | None = None
-    top_k: int = 0
+    top_k: int | tuple[int, ...] = 0
     num_dense_layers: int = 0
     num_sink: int = 0
     num_recent: int = 0
     share_selection: int | tuple[int, ...] = 1
-    leading_top_k: int | None = None
     completion: Completion | None = None
 
     def __post_init__(self) -> None:
@@ -58,13 +57,16 @@ class Setting:
         )
         numbers = config.for_layers(layers, layers[-1] + 1).selecting_layers(len(layers))
         followed = zip(layers, numbers, strict=True)
-        return {layer: layers[i] for layer, i in followed if layer >= self.num_dense_layers}
+        first = self.num_dense_layers
+        return {
+            layer: layers[i]
+            for layer, i in followed
+            if layer >= first and self.budget(layer) != DENSE_LAYER
+        }
 
     def budget(self, layer: int) -> int:
         """Positions that each KV head of a layer of the model attends to."""
-        if self.leading_top_k is None or layer >= NUM_LEADING:
-            return self.top_k
-        return self.leading_top_k
+        return self.top_k if isinstance(self.top_k, int) else self.top_k[layer]
 
 
 DENSE = Setting()

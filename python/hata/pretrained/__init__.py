@@ -62,19 +62,19 @@ def pretrained_weights(model: str) -> HashWeights:
 
 
 def pretrained_frontier(model: str) -> dict[str, Any]:
-    """Loads the frontier that was measured with the package's weights for a model.
+    """Loads budgets of each layer's own, chosen with the package's weights for a model.
 
-    All its pairs have the weights' number of bits; budgets are 0.4 to 12.5 % of the context. Each
-    layer's was chosen on training text, what they find was measured on held-out text
-    (docs/recall.md).
+    They are chosen on training text, by what each layer's sparse attention does to the model's
+    output (docs/eval.md).
 
     Args:
         model: As for `find_pretrained`.
 
     Returns:
-        What ``hata recall --frontier`` wrote: "model", "context", "commit", "command" and others,
+        What ``hata eval --choose-on`` wrote: "model", "context", "commit", "command" and others,
         and "levels", cheapest first; each has "bytes_per_step" (of a layer and KV head), "uniform"
-        and "per_layer", whose "top_k" `HataConfig` takes, and the attention mass either selects.
+        and "per_layer", whose "top_k" `HataConfig` takes, and whose mean over the sparse layers is
+        that of "uniform".
 
     Raises:
         ValueError: There is none for this model.
@@ -85,15 +85,15 @@ def pretrained_frontier(model: str) -> dict[str, Any]:
 
 
 def pretrained_config(model: str, top_k: int = 512) -> HataConfig:
-    """Returns the settings that go with `pretrained_weights`, as the frontier chose them.
+    """Returns the settings that go with `pretrained_weights`, and budgets of each layer's own.
 
     ``num_sink`` and ``num_recent`` are those that the weights were trained with. Every layer has a
-    ``top_k`` of its own: those that find most attention while the layers together read no more
-    than with one ``top_k`` for all.
+    ``top_k`` of its own, those that change the model's output least while the layers together read
+    no more than with one ``top_k`` for all.
 
     Args:
         model: As for `find_pretrained`.
-        top_k: Positions that each KV head attends to, on average over the layers at most; one of
+        top_k: Positions that each KV head attends to, on average over the sparse layers; one of
             `pretrained_frontier`'s.
 
     Returns:
