@@ -56,6 +56,7 @@ def test_the_settings_are_those_of_training_and_of_the_frontier():
     assert sum(budgets[2:]) == 28 * 512
 
 
+@pytest.mark.parametrize("num_dense_layers", [0, 2])
 @pytest.mark.parametrize(
     ("model", "num_layers", "budgets"),
     [
@@ -63,18 +64,25 @@ def test_the_settings_are_those_of_training_and_of_the_frontier():
         ("Qwen2.5-Coder-1.5B-Instruct", 28, [512, 1024]),
     ],
 )
-def test_layers_share_out_what_one_budget_for_all_reads(model, num_layers, budgets):
-    frontier = hata.pretrained_frontier(model)
+def test_layers_share_out_what_one_budget_for_all_reads(
+    model, num_layers, budgets, num_dense_layers
+):
+    frontier = hata.pretrained_frontier(model, num_dense_layers)
     assert model in frontier["model"]
+    assert frontier["num_dense_layers"] == num_dense_layers
     assert [level["uniform"]["top_k"] for level in frontier["levels"]] == budgets
     for top_k, level in zip(budgets, frontier["levels"], strict=True):
-        own = hata.pretrained_config(model, top_k).layer_top_k(num_layers)
+        config = hata.pretrained_config(model, top_k, num_dense_layers)
+        assert config.num_dense_layers == num_dense_layers
+        own = config.layer_top_k(num_layers)
         assert list(own) == level["per_layer"]["top_k"]
-        assert sum(own[2:]) == (num_layers - 2) * top_k
+        assert sum(own[num_dense_layers:]) == (num_layers - num_dense_layers) * top_k
         assert {level["uniform"]["num_bits"], *level["per_layer"]["num_bits"]} == {64}
     rule = rf"pretrained_config: top_k must be one of {budgets[0]}, .*100"
     with pytest.raises(ValueError, match=rule):
-        hata.pretrained_config(model, 100)
+        hata.pretrained_config(model, 100, num_dense_layers)
+    with pytest.raises(ValueError, match="num_dense_layers must be one of 0, 2, got 1"):
+        hata.pretrained_frontier(model, 1)
 
 
 @pytest.mark.parametrize("name", hata.pretrained_names())

@@ -10,10 +10,12 @@ from hata.config import HataConfig
 from hata.weights import HashWeights, load_weights
 
 _DATA = files("hata.pretrained")
-_WEIGHTS, _FRONTIERS = (
+_DENSE_LAYERS = (0, 2)  # leading layers that stay dense with a model's budgets, one file for each
+_WEIGHTS, *_of_dense_layers = (
     {x.name.removesuffix(end): x for x in _DATA.iterdir() if x.name.endswith(end)}
-    for end in (".safetensors", ".frontier.json")
+    for end in (".safetensors", *(f".frontier-{number}.json" for number in _DENSE_LAYERS))
 )
+_FRONTIERS = dict(zip(_DENSE_LAYERS, _of_dense_layers, strict=True))
 
 
 def pretrained_names() -> list[str]:
@@ -61,7 +63,7 @@ def pretrained_weights(model: str) -> HashWeights:
     return _load(_name("pretrained_weights", model, _WEIGHTS))
 
 
-def pretrained_frontier(model: str) -> dict[str, Any]:
+def pretrained_frontier(model: str, num_dense_layers: int = 2) -> dict[str, Any]:
     """Loads budgets of each layer's own, chosen with the package's weights for a model.
 
     They are chosen on training text, by what each layer's sparse attention does to the model's
@@ -69,6 +71,7 @@ def pretrained_frontier(model: str) -> dict[str, Any]:
 
     Args:
         model: As for `find_pretrained`.
+        num_dense_layers: Leading layers that stay dense, 0 or 2.
 
     Returns:
         What ``hata eval --choose-on`` wrote: "model", "context", "commit", "command" and others,
@@ -77,14 +80,12 @@ def pretrained_frontier(model: str) -> dict[str, Any]:
         that of "uniform".
 
     Raises:
-        ValueError: There is none for this model.
+        ValueError: There is none for this model, or for so many dense layers.
     """
-    name = _name("pretrained_frontier", model, _FRONTIERS)
-    frontier: dict[str, Any] = json.loads(_FRONTIERS[name].read_text())
-    return frontier
+    return _frontier("pretrained_frontier", model, num_dense_layers)
 
 
-def pretrained_config(model: str, top_k: int = 512) -> HataConfig:
+def pretrained_config(model: str, top_k: int = 512, num_dense_layers: int = 2) -> HataConfig:
     """Returns the settings that go with `pretrained_weights`, and budgets of each layer's own.
 
     ``num_sink`` and ``num_recent`` are those that the weights were trained with. Every layer has a
@@ -95,24 +96,33 @@ def pretrained_config(model: str, top_k: int = 512) -> HataConfig:
         model: As for `find_pretrained`.
         top_k: Positions that each KV head attends to, on average over the sparse layers; one of
             `pretrained_frontier`'s.
+        num_dense_layers: Leading layers that stay dense, 0 or 2.
 
     Returns:
         The settings; `dataclasses.replace` changes one.
 
     Raises:
-        ValueError: There is no frontier for this model, or it has no such ``top_k``.
+        ValueError: There is no frontier for this model and number of dense layers, or it has no
+            such ``top_k``.
     """
     where = "pretrained_config"
-    name = _name(where, model, _FRONTIERS)
-    weights, frontier = pretrained_weights(name), pretrained_frontier(name)
+    frontier, weights = _frontier(where, model, num_dense_layers), pretrained_weights(model)
     levels = {level["uniform"]["top_k"]: level["per_layer"] for level in frontier["levels"]}
     check(top_k in levels, where, "top_k", f"be one of {', '.join(map(str, levels))}", top_k)
     return HataConfig(
         top_k=tuple(levels[top_k]["top_k"]),
         num_sink=int(weights.metadata["num_sink"]),
         num_recent=int(weights.metadata["num_recent"]),
-        num_dense_layers=frontier["num_dense_layers"],
+        num_dense_layers=num_dense_layers,
     )
+
+
+def _frontier(function: str, model: str, num_dense_layers: int) -> dict[str, Any]:
+    rule = f"be one of {', '.join(map(str, _DENSE_LAYERS))}"
+    check(num_dense_layers in _FRONTIERS, function, "num_dense_layers", rule, num_dense_layers)
+    found = _FRONTIERS[num_dense_layers]
+    frontier: dict[str, Any] = json.loads(found[_name(function, model, found)].read_text())
+    return frontier
 
 
 def _load(name: str) -> HashWeights:
