@@ -117,10 +117,10 @@ def choose_budgets(
     )
     samples = [Sample(x.token_ids[:-num_decoded], x.token_ids[-num_decoded:], ()) for x in texts]
     sparse = [layer for layer in layers if layer >= num_dense]
-    least, most = max(1, options.num_sink + options.num_recent), context - num_decoded
+    always, most = options.num_sink + options.num_recent, context - num_decoded
     rule = f"be at most half of the prompt, {most // 2}, with --choose-on"
     check(levels[-1] <= most // 2, WHERE, "--top-k", rule, levels[-1])
-    around = sorted({x for k in levels for x in (k // 2, k, 2 * k) if x >= least})
+    around = sorted({x for k in levels for x in (k // 2, k, 2 * k) if x >= max(1, always)})
     total = len(samples) * len(sparse) * len(around)
     with progress_bar("choosing budgets", total) as on_decoded:
         of_selector = Setting(selector, 0, 0, options.num_sink, options.num_recent)
@@ -128,7 +128,7 @@ def choose_budgets(
     scan = context * selector.bytes_per_token(shape["head_dim"])
     found = []
     for top_k in levels:
-        own = dict(zip(sparse, losses.near(top_k).share_out(top_k, least), strict=True))
+        own = dict(zip(sparse, losses.near(top_k).share_out(top_k, always), strict=True))
         of_all = [own.get(layer, top_k) for layer in range(shape["num_layers"])]
         bits = selector.num_bits
         found.append(
