@@ -27,10 +27,12 @@ def power_law(weights: torch.Tensor, exponent: float) -> LayerLosses:
     return LayerLosses(BUDGETS, weights.double()[:, None] * falling)
 
 
+@pytest.mark.parametrize("least", [0.05, 1.0], ids=["limited", "free"])
 @pytest.mark.parametrize("exponent", [0.5, 1.5])
-def test_no_row_is_worth_more_in_another_layer(exponent):
-    """The optimum, which without rounding is proportional to a power of the weights."""
-    weights = torch.rand(9) + 1
+def test_no_row_is_worth_more_in_another_layer(exponent, least):
+    """The optimum, which free and without rounding is proportional to a power of the weights."""
+    weights = torch.rand(9) + least
+    weights[:2] = torch.tensor([least, least + 1])
     losses = power_law(weights, exponent)
     assert losses.exponent() == pytest.approx(exponent)
     torch.testing.assert_close(losses.weights().float(), weights / weights.mean())
@@ -40,14 +42,19 @@ def test_no_row_is_worth_more_in_another_layer(exponent):
     def total(budgets: list[int]) -> float:
         return sum(w * k**-exponent for w, k in zip(weights.tolist(), budgets, strict=True))
 
+    at_the_limit = {i for i, k in enumerate(chosen) if k == 60}
+    assert bool(at_the_limit) == (least < 1)
     for giving, taking in itertools.permutations(range(9), 2):
+        if giving in at_the_limit:
+            continue
         other = list(chosen)
         other[giving] -= 1
         other[taking] += 1
         assert total(chosen) <= total(other) * (1 + 1e-7)
     share = weights.double() ** (1 / (1 + exponent))
-    expected = (900 * share / share.sum()).tolist()
-    assert chosen == pytest.approx(expected, abs=1.0)
+    above = [i for i in range(9) if i not in at_the_limit]
+    expected = (900 - 60 * len(at_the_limit)) * share[above] / share[above].sum()
+    assert [chosen[i] for i in above] == pytest.approx(expected.tolist(), abs=1.0)
 
 
 def test_budgets_have_bounds():

@@ -67,6 +67,9 @@ class LayerLosses:
     def share_out(self, top_k: int, always: int) -> list[int]:
         """Chooses a budget for each layer: one position more goes where it gains most.
 
+        Each keeps half of the positions that it chooses with ``top_k``, rounded up, and has at most
+        four times ``top_k``.
+
         Args:
             top_k: Their mean.
             always: How many of the positions all take, sinks and recent ones; at most ``top_k``.

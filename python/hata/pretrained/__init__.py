@@ -10,12 +10,15 @@ from hata.config import HataConfig
 from hata.weights import HashWeights, load_weights
 
 _DATA = files("hata.pretrained")
-_DENSE_LAYERS = (0, 2)  # leading layers that stay dense with a model's budgets, one file for each
-_WEIGHTS, *_of_dense_layers = (
-    {x.name.removesuffix(end): x for x in _DATA.iterdir() if x.name.endswith(end)}
-    for end in (".safetensors", *(f".frontier-{number}.json" for number in _DENSE_LAYERS))
-)
-_FRONTIERS = dict(zip(_DENSE_LAYERS, _of_dense_layers, strict=True))
+
+
+def _by_model(end: str) -> dict[str, Any]:
+    """The package's files whose names end so, by the name of the model."""
+    return {x.name.removesuffix(end): x for x in _DATA.iterdir() if x.name.endswith(end)}
+
+
+_WEIGHTS = _by_model(".safetensors")
+_FRONTIERS = {number: _by_model(f".frontier-{number}.json") for number in (0, 2)}  # dense layers
 
 
 def pretrained_names() -> list[str]:
@@ -118,7 +121,7 @@ def pretrained_config(model: str, top_k: int = 512, num_dense_layers: int = 2) -
 
 
 def _frontier(function: str, model: str, num_dense_layers: int) -> dict[str, Any]:
-    rule = f"be one of {', '.join(map(str, _DENSE_LAYERS))}"
+    rule = f"be one of {', '.join(map(str, _FRONTIERS))}"
     check(num_dense_layers in _FRONTIERS, function, "num_dense_layers", rule, num_dense_layers)
     found = _FRONTIERS[num_dense_layers]
     frontier: dict[str, Any] = json.loads(found[_name(function, model, found)].read_text())
